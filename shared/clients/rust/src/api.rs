@@ -1,7 +1,6 @@
-//! What an application asks of a [`Client`](super::Client) and what it is told: settings, answers,
-//! errors, events.
+//! The types of the client's API: options, results, errors and events.
 //!
-//! Pure. Everything an application matches on stands here.
+//! Pure. All that an application matches on is here.
 
 use std::time::Duration;
 
@@ -21,34 +20,34 @@ use skein_protocol::{
     },
 };
 
-/// How many rooms a client may be in. The server's limit is lower.
+/// Maximum number of rooms that a client can be in. The server's limit is lower.
 pub const ROOMS_MAX: usize = 10_000;
-/// How many questions for history may be without an answer.
+/// Maximum number of `history` requests without a reply.
 pub const HISTORY_REQUESTS_MAX: usize = 256;
 
-/// How a client behaves. The default is what the protocol says of clients.
+/// Options of a client. The defaults are those of the protocol.
 #[derive(Clone, Debug)]
 pub struct ClientOptions {
-    /// Whether to come back after a connection has ended.
+    /// Whether to reconnect after a connection has ended.
     pub reconnect: bool,
-    /// The longest first delay before coming back.
+    /// Upper bound of the first reconnect delay.
     pub backoff_base: Duration,
-    /// The longest delay of all.
+    /// Upper bound of every reconnect delay.
     pub backoff_cap: Duration,
-    /// Where to connect, tried in turn, the first one first each time; empty for `Options::url`.
-    /// A whole round is made before the back-off grows.
+    /// URLs to connect to, tried in order, always beginning with the first; if empty,
+    /// `ConnectOptions::url`. The back-off grows after each round over all URLs.
     pub urls: Vec<String>,
-    /// How many events may wait for the application. Beyond, the client waits, and reads no more.
+    /// Maximum number of events that the application has not taken. When it is reached, the client
+    /// stops reading from the connection.
     pub event_queue_max: usize,
-    /// How many sends may be without an answer, all rooms together.
+    /// Maximum number of sends without a reply, in all rooms together.
     pub pending_sends_max: usize,
-    /// How many bytes they may hold together.
+    /// Maximum number of bytes of these sends.
     pub pending_bytes_max: u32,
-    /// How many sends to one room may be on their way at a time.
+    /// Maximum number of sends in flight to one room.
     ///
-    /// With 1 the log has them in the order of the calls, whatever happens. With more they are
-    /// faster where the way is long, and one that is refused for the time being may be overtaken by
-    /// those behind it.
+    /// With 1 the log has the messages in the order of the calls. With more, sends are faster over
+    /// a long round trip, but a message with a temporary error can be overtaken by later ones.
     pub in_flight_max: usize,
 }
 
@@ -67,30 +66,30 @@ impl Default for ClientOptions {
     }
 }
 
-/// Where to begin in a room that is joined for the first time. Later on, the client continues by
-/// itself from what it had.
+/// Where to begin in a room that is joined for the first time. After that, the client continues
+/// from its own position.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum StartFrom {
-    /// With what comes from now on.
+    /// With the next entry.
     Now,
-    /// With what follows a position that the application kept.
+    /// After a position that the application stored.
     Since(Position),
-    /// With so many of the newest entries, at most 1,000.
+    /// With this many of the newest entries, at most 1,000.
     History(u32),
 }
 
-/// A room that was joined.
+/// Result of a join.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct JoinInfo {
     /// The room.
     pub room: RoomId,
-    /// Its newest entry when it was joined.
+    /// Its newest entry at the time of the join.
     pub top: Position,
-    /// Whether everything since the last entry had is there or follows.
+    /// Whether no entry since the client's position is lost.
     pub recovered: bool,
-    /// Why not, where a position was given.
+    /// The reason if an entry is lost.
     pub reason: Option<RecoveryFailure>,
-    /// Whether there is older history than what was given.
+    /// Whether older entries exist than those sent.
     pub more: bool,
     /// Whether the room keeps a log.
     pub durable: bool,
@@ -99,23 +98,22 @@ pub struct JoinInfo {
 /// A message to send.
 #[derive(Clone, Debug)]
 pub struct NewMessage {
-    /// The key under which a repeat is recognised. Kept by those who want to repeat what was
-    /// [`SendError::Uncertain`].
+    /// The idempotency key. Store it to send the message again after [`SendError::Uncertain`].
     pub id: MessageId,
     /// The content.
     pub content: MessageContent,
-    /// What it is.
+    /// The kind of message.
     pub kind: MessageKind,
-    /// The message it answers.
+    /// The message that this one replies to.
     pub reply_to: Option<MessageId>,
-    /// More about it, a JSON object.
+    /// Metadata of the application, a JSON object.
     pub meta: Option<Value>,
-    /// Whether this client gets a copy, as an [`ClientEvent::MessageFrame`]. Without one, a copy may come
-    /// nevertheless when the client catches up after an interruption.
+    /// Whether this client receives a copy, as a [`ClientEvent::Message`]. Without one, a copy can
+    /// still arrive when the client catches up after an interruption.
     pub echo: bool,
 }
 
-/// What a message holds.
+/// The content of a message.
 #[derive(Clone, Debug)]
 pub enum MessageContent {
     /// Any JSON.
@@ -147,41 +145,41 @@ impl NewMessage {
     }
 }
 
-/// A message that is in the log.
+/// A sent message: its place in the log.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct SendReceipt {
-    /// Its id.
+    /// The message id.
     pub id: MessageId,
-    /// Where it stands.
+    /// The position in the log.
     pub position: Position,
-    /// Whether the server knew the id when it was asked to append: a repeat met the first try.
+    /// Whether the server had appended the id before: an earlier attempt was successful.
     pub duplicate: bool,
 }
 
-/// Why a message was not sent.
+/// Why a message was not acknowledged.
 #[derive(Clone, Debug, PartialEq, thiserror::Error)]
 pub enum SendError {
-    /// The server refused it for good.
-    #[error("refused: {} {}", .0.code.as_str(), .0.message)]
+    /// The server rejected the message, and retrying does not help.
+    #[error("rejected: {} {}", .0.code.as_str(), .0.message)]
     Rejected(Box<ErrorFrame>),
-    /// It was sent, its answer was lost, and the time in which the server knows a repeat for what
-    /// it is has passed, or the room was left, or the client ended. It may be in the log. Sent
-    /// again, with the same id, it may be there twice.
-    #[error("the answer was lost, the message may have been sent")]
+    /// The message was sent, but its acknowledgement was lost, and the deduplication window has
+    /// passed, or the room was left, or the client ended. It may be in the log; sent again with the
+    /// same id, it may be there twice.
+    #[error("the acknowledgement was lost; the message may be in the log")]
     Uncertain,
-    /// As many messages as there may be, or as many bytes, have no answer yet.
-    #[error("too many messages have no answer yet")]
+    /// The limits of unacknowledged messages or bytes are reached.
+    #[error("too many unacknowledged messages")]
     QueueFull,
-    /// The message is larger than the server takes.
-    #[error("the message is larger than the server takes")]
+    /// The message is larger than the server accepts.
+    #[error("the message is larger than the server accepts")]
     TooLarge,
-    /// The client takes no part in the room.
+    /// The client has not joined the room.
     #[error("the room is not joined")]
     NotJoined,
-    /// A message with this id is on its way to the room.
-    #[error("a message with this id is on its way already")]
+    /// A message with this id is in flight to the room.
+    #[error("a message with this id is in flight")]
     IdInUse,
-    /// The client has ended; the message was never sent.
+    /// The client has ended; the message was not sent.
     #[error("the client has ended")]
     ClientClosed,
 }
@@ -189,17 +187,17 @@ pub enum SendError {
 /// Why a room was not joined.
 #[derive(Clone, Debug, PartialEq, thiserror::Error)]
 pub enum JoinError {
-    /// The server refused it for good.
-    #[error("refused: {} {}", .0.code.as_str(), .0.message)]
+    /// The server rejected the `join`, and retrying does not help.
+    #[error("rejected: {} {}", .0.code.as_str(), .0.message)]
     Rejected(Box<ErrorFrame>),
-    /// Another `join` or `leave` of the room has no answer yet.
-    #[error("another join or leave of the room is under way")]
+    /// Another `join` or `leave` of the room has no reply yet.
+    #[error("another join or leave of the room is in progress")]
     InProgress,
-    /// The room was left before it was joined.
+    /// The application left the room before the join was complete.
     #[error("the room was left before it was joined")]
     Left,
     /// The client is in [`ROOMS_MAX`] rooms.
-    #[error("the client is in as many rooms as it may be")]
+    #[error("the client is in the maximum number of rooms")]
     TooManyRooms,
     /// The client has ended.
     #[error("the client has ended")]
@@ -209,25 +207,25 @@ pub enum JoinError {
 /// Why a room was not left.
 #[derive(Clone, Debug, PartialEq, thiserror::Error)]
 pub enum LeaveError {
-    /// The server refused it.
-    #[error("refused: {} {}", .0.code.as_str(), .0.message)]
+    /// The server rejected the `leave`.
+    #[error("rejected: {} {}", .0.code.as_str(), .0.message)]
     Rejected(Box<ErrorFrame>),
-    /// Another `leave` of the room has no answer yet.
-    #[error("another leave of the room is under way")]
+    /// Another `leave` of the room has no reply yet.
+    #[error("another leave of the room is in progress")]
     InProgress,
-    /// The client has ended, and with it is in no room.
+    /// The client has ended, and has left all rooms.
     #[error("the client has ended")]
     ClientClosed,
 }
 
-/// Which page of a room's log.
+/// The page of a room's log to request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum HistoryRange {
     /// The newest entries.
     Newest,
-    /// The newest below this one.
+    /// The newest entries below this number.
     Before(Seq),
-    /// The oldest above this one.
+    /// The oldest entries above this number.
     After(Seq),
 }
 
@@ -238,127 +236,128 @@ pub struct HistoryPage {
     pub epoch: Epoch,
     /// Entries, oldest first.
     pub messages: Vec<MessageFrame>,
-    /// Whether more are there in the direction asked for.
+    /// Whether more entries exist in the requested direction.
     pub more: bool,
 }
 
-/// Why there is no page of history. Asking again is safe.
+/// Why a page of history was not returned. Retrying is safe.
 #[derive(Clone, Debug, PartialEq, thiserror::Error)]
 pub enum HistoryError {
-    /// The server refused it.
-    #[error("refused: {} {}", .0.code.as_str(), .0.message)]
+    /// The server rejected the request.
+    #[error("rejected: {} {}", .0.code.as_str(), .0.message)]
     Rejected(Box<ErrorFrame>),
-    /// There is no connection, or it ended before the answer, or the room is not joined on it yet.
-    #[error("the room is not joined at present")]
+    /// The room is not joined on a connection, or the connection ended before the reply.
+    #[error("the room is not joined on a connection")]
     NotJoined,
-    /// As many questions as there may be have no answer yet.
-    #[error("too many questions have no answer yet")]
+    /// The maximum number of requests without a reply is reached.
+    #[error("too many history requests without a reply")]
     TooManyPending,
     /// The client has ended.
     #[error("the client has ended")]
     ClientClosed,
 }
 
-/// What happens to a client. Per room in the order of the log.
+/// An event of a client. Events of one room are in the order of its log.
 #[derive(Debug)]
 pub enum ClientEvent {
-    /// A connection is there.
+    /// A connection is open.
     Connected {
-        /// The connection.
+        /// The id of the connection.
         connection_id: ConnectionId,
-        /// The gateway.
+        /// The id of the gateway.
         node: NodeId,
-        /// Who the gateway takes the client for.
+        /// The user that the gateway authenticated.
         user: UserInfo,
-        /// What is sent as `?node=` to come back to this gateway.
+        /// The value to send as `?node=` to return to this gateway.
         route: String,
     },
     /// A room was joined, for the first time or after a reconnect. Its entries follow.
     Joined(JoinInfo),
-    /// An entry of a room's log, each once and in order.
+    /// An entry of a room's log. Each is delivered once and in order.
     Message {
-        /// The frame. `replay` tells that it comes from the log.
+        /// The frame. `replay` marks an entry from the log.
         message: Box<MessageFrame>,
-        /// The content of a binary message, whether it came as a binary frame or inside JSON.
+        /// The content of a binary message, from a binary frame or from base64 in JSON.
         payload: Option<Bytes>,
     },
-    /// An entry of the inbox from another user, or from another device of this one; each once and in
-    /// order. It is acknowledged by itself.
+    /// An entry of the inbox from another user or another device of this user. Each is delivered
+    /// once and in order, and acknowledged by the client.
     Direct {
-        /// The frame. `replay` tells that it comes from the log.
+        /// The frame. `replay` marks an entry from the log.
         direct: Box<DirectFrame>,
-        /// The content of a binary one that came as a binary frame.
+        /// The content of a binary frame.
         payload: Option<Bytes>,
     },
-    /// An entry of the inbox from the application. One with `require_ack` is acknowledged by
-    /// [`Client::seen`](super::Client::seen), and what follows it with it.
+    /// An entry of the inbox from the application. The client acknowledges one with `require_ack`,
+    /// and the entries after it, only after [`Client::mark_seen`](super::Client::mark_seen).
     Notification(Box<NotificationFrame>),
-    /// An entry came again and was dropped.
+    /// An entry was dropped because it had been delivered before.
     Duplicate {
         /// The room.
         room: RoomId,
-        /// The entry's id.
+        /// The id of the entry.
         id: MessageId,
-        /// Where it came.
+        /// The position of the entry.
         position: Position,
-        /// Where the same id was delivered, which happens after a reset. `None`: this number was
-        /// had already, which is a fault of the server's.
+        /// The position at which the same id was delivered, which happens after a reset. `None`:
+        /// the position itself had been passed, which is a bug in the server.
         earlier: Option<Position>,
     },
-    /// Entries never came: a fault of the server's.
+    /// Entries are missing, which is a bug in the server.
     Gap {
         /// The room.
         room: RoomId,
-        /// What should have come; `None` where nothing should have, the room not being joined.
+        /// The next expected position; `None` if the room was not joined, so that no entry was
+        /// expected.
         expected: Option<Position>,
-        /// What came.
+        /// The position that was received.
         got: Position,
     },
-    /// What came since the last entry had cannot be had; what is there now follows.
+    /// The entries since the client's position are lost; the current entries follow.
     NotRecovered {
         /// The room.
         room: RoomId,
-        /// Why.
+        /// The reason.
         reason: RecoveryFailure,
     },
-    /// Continuity was lost while connected. The room goes on at `seq` + 1.
+    /// Continuity was lost on an open connection. The room continues at `seq` + 1.
     Reset(ResetFrame),
-    /// The client takes no part in a room any more without having asked for it: it was removed, the
-    /// room was closed, or joining it again was refused.
+    /// The client left a room without a call of the application: it was removed, the room was
+    /// closed, or joining it again was rejected.
     Left {
         /// The room.
         room: RoomId,
-        /// Why, in the server's word.
+        /// The reason as the server wrote it.
         reason: Option<String>,
     },
-    /// An `error` that answers nothing the application waits for.
+    /// An `error` that replies to no pending call.
     Error(Box<ErrorFrame>),
-    /// Whether the gateway can prove that nothing is missing.
+    /// State of the bus: whether deliveries can be late.
     Status(StatusFrame),
-    /// A frame that this client passes on as it came: presence, `typing`, `read`, what is told of
-    /// rooms, and what it does not know.
+    /// A frame that the client forwards as JSON text: presence, `typing`, `read`, frames about
+    /// rooms, and unknown types.
     OtherFrame(String),
-    /// A message that is no frame of the protocol: a fault of this client's or of the server's.
+    /// A message that is not a frame of the protocol: a bug in the client or in the server.
     InvalidMessage(String),
     /// A connection has ended.
     Disconnected {
         /// The close code; `None` without a close frame.
         code: Option<u16>,
-        /// The reason given, or what went wrong.
+        /// The reason of the close frame, or the error.
         reason: String,
-        /// When the next attempt is made; `None` where none is, until there is a new token.
+        /// Delay until the next attempt; `None` if there is none before a new token is set.
         retry_in: Option<Duration>,
     },
     /// An attempt to connect failed.
     ConnectFailed {
-        /// Where.
+        /// The URL.
         url: String,
-        /// Why.
+        /// The error.
         error: ConnectError,
-        /// When the next attempt is made; `None` where none is.
+        /// Delay until the next attempt; `None` if there is none.
         retry_in: Option<Duration>,
     },
-    /// The client has ended. Nothing follows.
+    /// The client has ended. No event follows.
     Ended(ClientEndReason),
 }
 
@@ -367,20 +366,20 @@ pub enum ClientEvent {
 pub enum ClientEndReason {
     /// The application closed it or dropped every handle.
     Closed,
-    /// The server closed the connection with a code after which a client stays away.
+    /// The server closed the connection with a code after which a client must not reconnect.
     ClosedByServer {
         /// The close code.
         code: u16,
-        /// The reason given.
+        /// The reason of the close frame.
         reason: String,
     },
-    /// The server answered the handshake with an HTTP status after which a client stays away.
+    /// The server rejected the handshake with an HTTP status after which a client must not retry.
     HandshakeRejected {
         /// The HTTP status.
         status: u16,
     },
     /// The connection ended or could not be opened, and `ClientOptions::reconnect` is off.
     ReconnectDisabled,
-    /// The options cannot lead to a connection: a bad URL or header.
+    /// No connection is possible with these options: the URL or a header is invalid.
     InvalidOptions,
 }

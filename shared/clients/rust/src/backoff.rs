@@ -1,16 +1,16 @@
-//! How long to wait before the next attempt: full-jitter exponential back-off.
+//! Reconnect delays: exponential back-off with full jitter.
 //!
-//! A crowd that lost its gateway comes back spread over the whole delay, not at its end. Pure: the
-//! randomness is an argument. `client::task` is the user.
+//! The clients of a lost gateway return spread over the whole delay, not all at its end. Pure: the
+//! randomness is an argument. `client::task` uses it.
 
 use std::time::Duration;
 
-/// The protocol's base: the first delay is at most this.
+/// Default base: the first delay is at most this.
 pub const BASE: Duration = Duration::from_millis(500);
-/// The protocol's cap: no delay is longer than this.
+/// Default cap: every delay is at most this.
 pub const CAP: Duration = Duration::from_secs(30);
 
-/// Counts failed attempts and tells the next delay.
+/// Counts failed attempts and computes the next delay.
 #[derive(Clone, Debug)]
 pub struct Backoff {
     base: Duration,
@@ -19,26 +19,27 @@ pub struct Backoff {
 }
 
 impl Backoff {
-    /// A back-off whose delays are at most `base`, twice that, and so on up to `cap`.
+    /// A back-off whose delays are at most `base`, twice `base` and so on, up to `cap`.
     pub fn new(base: Duration, cap: Duration) -> Self {
         Self { base, cap, attempts: 0 }
     }
 
-    /// The delay before the next attempt. `random` is evenly distributed over 0 to 1.
+    /// The delay before the next attempt. `random` is uniform over 0 to 1.
     pub fn next(&mut self, random: f64) -> Duration {
         let ceiling = self.base.saturating_mul(2_u32.saturating_pow(self.attempts)).min(self.cap);
         self.attempts = self.attempts.saturating_add(1);
         ceiling.mul_f64(random.clamp(0.0, 1.0))
     }
 
-    /// The delay before the next attempt where the server said when to come back.
+    /// The delay before the next attempt if the server set a minimum, as in `Retry-After`.
     ///
-    /// Never less than it said; the jitter is kept on top, because a whole crowd was told the same.
+    /// The jitter is added to the minimum, because the server may have sent the same one to many
+    /// clients.
     pub fn next_after(&mut self, at_least: Duration, random: f64) -> Duration {
         at_least.saturating_add(self.next(random))
     }
 
-    /// Starts over, after an attempt that led to a connection of some duration.
+    /// Starts again at `base`, after a connection that was stable.
     pub fn reset(&mut self) {
         self.attempts = 0;
     }
@@ -51,7 +52,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_ceiling_doubles_up_to_the_cap_and_starts_over() {
+    fn the_ceiling_doubles_up_to_the_cap_until_reset() {
         let mut backoff = Backoff::new(BASE, CAP);
         let ceilings: Vec<u128> = (0..8).map(|_| backoff.next(1.0).as_millis()).collect();
         assert_eq!(ceilings, [500, 1_000, 2_000, 4_000, 8_000, 16_000, 30_000, 30_000]);
@@ -60,7 +61,7 @@ mod tests {
     }
 
     #[test]
-    fn what_the_server_asks_for_comes_first_and_the_jitter_on_top() {
+    fn the_jitter_is_added_to_the_minimum_of_the_server() {
         let mut backoff = Backoff::new(BASE, CAP);
         assert_eq!(backoff.next_after(Duration::from_secs(7), 0.0), Duration::from_secs(7));
         assert_eq!(backoff.next_after(Duration::from_secs(7), 1.0), Duration::from_secs(8));

@@ -1,11 +1,12 @@
-//! One WebSocket to a gateway with nothing hidden: no reconnects, no retries, no state.
+//! One WebSocket to a gateway, unmodified: no reconnects, no retries, no state.
 //!
-//! [`ClientConnection::open`] tells an HTTP refusal apart from a network that failed; [`ClientConnection::next`]
-//! gives every frame that arrives, parsed and as it was written. The helpers (`expect_connected`,
-//! `join`, `request`) pick one answer out and keep what came before it for `next`. The socket is
-//! tokio-tungstenite's, so that the gateway's own codec is checked by another implementation.
+//! [`ClientConnection::open`] distinguishes an HTTP rejection from a network error.
+//! [`ClientConnection::next`] returns every message, parsed and as text. The helpers
+//! (`expect_connected`, `join`, `request`) wait for one reply and buffer earlier messages for
+//! `next`. The socket is tokio-tungstenite's, so that another implementation checks the gateway's
+//! codec.
 //!
-//! Used by `client::task` and by every test that speaks to a gateway.
+//! Used by `client::task` and by all tests that connect to a gateway.
 
 use std::{
     collections::VecDeque,
@@ -47,25 +48,25 @@ use skein_protocol::{
 };
 use skein_websocket::Opcode;
 
-/// How long the helpers wait for their answer.
+/// How long the helpers wait for a reply.
 pub const REPLY_TIMEOUT: Duration = Duration::from_secs(10);
-/// How many frames the helpers keep for `next` while they look for their answer.
+/// Maximum number of messages that the helpers buffer for `next` while they wait.
 pub const BUFFERED_MAX: usize = 10_000;
 
-/// What arrived.
+/// A message from the gateway.
 #[derive(Clone, Debug)]
 pub enum ReceivedMessage {
     /// A frame of the protocol, and its text.
     Frame(ServerFrame, String),
-    /// A binary message of a room's log: its header and its payload.
+    /// A binary message of a room's log: header and payload.
     Binary(Box<server_frame::MessageFrame>, Bytes),
-    /// A binary direct of the inbox: its header and its payload.
+    /// A binary direct of the inbox: header and payload.
     BinaryDirect(Box<server_frame::DirectFrame>, Bytes),
-    /// Text that is no frame of the protocol.
+    /// Text that is not a frame of the protocol.
     Text(String),
-    /// Bytes that are no frame of the protocol.
+    /// Bytes that are not a frame of the protocol.
     Bytes(Bytes),
-    /// A ping. It is answered by itself, with the next call of [`ClientConnection::next`].
+    /// A ping. The socket answers it with the next call of [`ClientConnection::next`].
     Ping(Bytes),
     /// A pong.
     Pong(Bytes),
@@ -75,51 +76,51 @@ pub enum ReceivedMessage {
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("connection closed: {} {reason}", code.map_or("no close frame".to_owned(), |code| code.to_string()))]
 pub struct ConnectionClosed {
-    /// The close code; `None` where there was no close frame, or one without a code.
+    /// The close code; `None` without a close frame, or if it has no code.
     pub code: Option<u16>,
-    /// The reason given, or what went wrong.
+    /// The reason of the close frame, or the error.
     pub reason: String,
 }
 
-/// A helper did not get the answer that it waited for.
+/// Why a helper did not receive its reply.
 #[derive(Debug, thiserror::Error)]
 pub enum RequestError {
     /// The connection ended.
     #[error(transparent)]
     Closed(#[from] ConnectionClosed),
-    /// The frame was refused.
-    #[error("refused: {} {}", .0.code.as_str(), .0.message)]
+    /// The server rejected the frame.
+    #[error("rejected: {} {}", .0.code.as_str(), .0.message)]
     Rejected(Box<ErrorFrame>),
-    /// Another frame came.
-    #[error("unexpected: {0:?}")]
+    /// A message of another type arrived.
+    #[error("unexpected message: {0:?}")]
     Frame(Box<ReceivedMessage>),
-    /// Nothing came within [`REPLY_TIMEOUT`].
-    #[error("no answer within {REPLY_TIMEOUT:?}")]
+    /// No reply arrived within [`REPLY_TIMEOUT`].
+    #[error("no reply within {REPLY_TIMEOUT:?}")]
     TimedOut,
-    /// More than [`BUFFERED_MAX`] other frames came.
-    #[error("more than {BUFFERED_MAX} frames came, and the answer was not among them")]
+    /// More than [`BUFFERED_MAX`] other messages arrived.
+    #[error("no reply among {BUFFERED_MAX} messages")]
     TooManyFrames,
 }
 
-/// An open connection. Dropping it ends the TCP connection without a close frame.
+/// An open connection. Dropping it closes the TCP connection without a close frame.
 #[derive(Debug)]
 pub struct ClientConnection {
     socket: WebSocketStream<TcpStream>,
     headers: HeaderMap,
     local: SocketAddr,
-    /// What the helpers passed over.
+    /// Messages that the helpers received before their reply.
     buffered: VecDeque<ReceivedMessage>,
     next_reference: u64,
     closed: Option<ConnectionClosed>,
 }
 
 impl ClientConnection {
-    /// Connects and makes the handshake.
+    /// Connects and performs the handshake.
     ///
     /// # Errors
     ///
-    /// [`ConnectError`]. A gateway also refuses after the handshake, by a close code: see
-    /// [`ClientConnection::next`].
+    /// [`ConnectError`]. A gateway can also reject the client after the handshake, by a close code:
+    /// see [`ClientConnection::next`].
     pub async fn open(options: &ConnectOptions) -> Result<Self, ConnectError> {
         let uri = options.uri()?;
         let request = options.request(uri.clone())?;
@@ -151,7 +152,7 @@ impl ClientConnection {
         }
     }
 
-    /// A header of the server's answer to the handshake.
+    /// A header of the handshake response.
     pub fn header(&self, name: &str) -> Option<&str> {
         self.headers.get(name).and_then(text_of)
     }
@@ -161,7 +162,7 @@ impl ClientConnection {
         self.header(header::SEC_WEBSOCKET_PROTOCOL.as_str())
     }
 
-    /// The address connected from.
+    /// The local address of the connection.
     pub fn local_addr(&self) -> SocketAddr {
         self.local
     }
@@ -170,17 +171,17 @@ impl ClientConnection {
     ///
     /// # Errors
     ///
-    /// [`ConnectionClosed`] where it could not be written, without a code: what the server said before it
-    /// went, its close code included, is still to be had from [`ClientConnection::next`].
+    /// [`ConnectionClosed`] without a code if writing fails. [`ClientConnection::next`] still
+    /// returns the messages that the server sent before, including its close code.
     ///
     /// # Panics
     ///
-    /// Where `frame` cannot be JSON.
+    /// If `frame` cannot be JSON.
     pub async fn send_json(&mut self, frame: &impl Serialize) -> Result<(), ConnectionClosed> {
         self.send_text(&frames::encode_text(frame)).await
     }
 
-    /// Sends a text message as it is.
+    /// Sends a text message unchanged.
     ///
     /// # Errors
     ///
@@ -189,7 +190,7 @@ impl ClientConnection {
         self.socket.send(Message::text(text)).await.map_err(connection_error)
     }
 
-    /// Sends a binary frame: `header` as JSON behind its length, then the payload.
+    /// Sends a binary frame: the length of `header` as JSON, `header`, and the payload.
     ///
     /// # Errors
     ///
@@ -197,17 +198,18 @@ impl ClientConnection {
     ///
     /// # Panics
     ///
-    /// Where the header cannot be JSON or is longer than 65,535 bytes.
+    /// If the header cannot be JSON or is longer than 65,535 bytes.
     pub async fn send_binary(
         &mut self,
         header: &impl Serialize,
         payload: &[u8],
     ) -> Result<(), ConnectionClosed> {
-        let frame = frames::encode_binary(header, payload).expect("the header is short");
+        let frame =
+            frames::encode_binary(header, payload).expect("the header is at most 65,535 bytes");
         self.send_bytes(frame).await
     }
 
-    /// Sends a binary message as it is.
+    /// Sends a binary message unchanged.
     ///
     /// # Errors
     ///
@@ -216,8 +218,8 @@ impl ClientConnection {
         self.socket.send(Message::Binary(bytes.into())).await.map_err(connection_error)
     }
 
-    /// Sends one WebSocket frame of any kind, also where it makes no sense: control frames,
-    /// fragments (`fin` false), a close frame that this side does not take for its own.
+    /// Sends one WebSocket frame of any opcode, even if it violates the protocol: control frames,
+    /// fragments (`fin` is false), or a close frame that this side does not treat as its own.
     ///
     /// # Errors
     ///
@@ -241,26 +243,26 @@ impl ClientConnection {
         self.socket.send(Message::Frame(frame)).await.map_err(connection_error)
     }
 
-    /// Puts a text message into the buffer that [`ClientConnection::flush`] writes.
+    /// Writes a text message to the buffer of [`ClientConnection::flush`].
     pub(super) async fn feed_text(&mut self, text: String) -> Result<(), ConnectionClosed> {
         self.socket.feed(Message::text(text)).await.map_err(connection_error)
     }
 
-    /// Puts a binary message into the buffer that [`ClientConnection::flush`] writes.
+    /// Writes a binary message to the buffer of [`ClientConnection::flush`].
     pub(super) async fn feed_bytes(&mut self, bytes: Vec<u8>) -> Result<(), ConnectionClosed> {
         self.socket.feed(Message::binary(bytes)).await.map_err(connection_error)
     }
 
-    /// Writes what was fed.
+    /// Flushes the buffer to the socket.
     pub(super) async fn flush(&mut self) -> Result<(), ConnectionClosed> {
         self.socket.flush().await.map_err(connection_error)
     }
 
-    /// The next thing to arrive. Cancel-safe: nothing is lost by dropping the future.
+    /// The next message. Cancel-safe: no message is lost when the future is dropped.
     ///
     /// # Errors
     ///
-    /// [`ConnectionClosed`], from then on for ever.
+    /// [`ConnectionClosed`] once the connection has ended, from every call.
     pub async fn next(&mut self) -> Result<ReceivedMessage, ConnectionClosed> {
         match self.buffered.pop_front() {
             Some(received) => Ok(received),
@@ -268,11 +270,11 @@ impl ClientConnection {
         }
     }
 
-    /// The next frame of the protocol, whatever it is; pings and pongs are skipped.
+    /// The next frame of the protocol, skipping pings and pongs.
     ///
     /// # Errors
     ///
-    /// [`RequestError`] where the connection ends, something else comes, or nothing within
+    /// [`RequestError`] if the connection ends, another message arrives, or none within
     /// [`REPLY_TIMEOUT`].
     pub async fn next_frame(&mut self) -> Result<ServerFrame, RequestError> {
         let frame = async {
@@ -287,7 +289,7 @@ impl ClientConnection {
         timeout(REPLY_TIMEOUT, frame).await.unwrap_or(Err(RequestError::TimedOut))
     }
 
-    /// Takes the `connected` that every connection starts with.
+    /// Receives `connected`, the first frame of every connection.
     ///
     /// # Errors
     ///
@@ -301,11 +303,11 @@ impl ClientConnection {
         }
     }
 
-    /// Joins `room` from now on, without history.
+    /// Joins `room` without history.
     ///
     /// # Errors
     ///
-    /// [`RequestError`], `Rejected` among them.
+    /// [`RequestError`], also if the server rejects it.
     pub async fn join(&mut self, room: &RoomId) -> Result<JoinedFrame<HistoryEntry>, RequestError> {
         self.join_with(&frames::OutgoingJoin {
             history: Some(0),
@@ -314,11 +316,11 @@ impl ClientConnection {
         .await
     }
 
-    /// Joins as `join` says; its `ref` is set here.
+    /// Joins as `join` says; this sets its `ref`.
     ///
     /// # Errors
     ///
-    /// [`RequestError`], `Rejected` among them.
+    /// [`RequestError`], also if the server rejects it.
     pub async fn join_with(
         &mut self,
         join: &frames::OutgoingJoin<'_>,
@@ -331,35 +333,36 @@ impl ClientConnection {
         }
     }
 
-    /// Sends `frame` with a `ref` of its own and waits for the answer to it. What comes before the
-    /// answer is kept for [`ClientConnection::next`].
+    /// Sends `frame` with a new `ref` and waits for the reply. Earlier messages are buffered for
+    /// [`ClientConnection::next`].
     ///
     /// # Errors
     ///
-    /// [`RequestError`]; an `error` that answers the frame is `Rejected`.
+    /// [`RequestError`]; it is `Rejected` if the reply is an `error`.
     ///
     /// # Panics
     ///
-    /// Where `frame` is no JSON object.
+    /// If `frame` is not a JSON object.
     pub async fn request(&mut self, frame: &impl Serialize) -> Result<ServerFrame, RequestError> {
         let reference = FrameRef::number(self.next_reference);
         let mut frame = serde_json::to_value(frame).expect("a frame is JSON");
-        let members = frame.as_object_mut().expect("a frame is an object");
-        members.insert("ref".to_owned(), Value::from(self.next_reference));
+        let fields = frame.as_object_mut().expect("a frame is an object");
+        fields.insert("ref".to_owned(), Value::from(self.next_reference));
         self.next_reference += 1;
         self.send_json(&frame).await?;
-        let answer = self.reply_to(&reference);
-        match timeout(REPLY_TIMEOUT, answer).await.unwrap_or(Err(RequestError::TimedOut))? {
+        let reply = self.reply_to(&reference);
+        match timeout(REPLY_TIMEOUT, reply).await.unwrap_or(Err(RequestError::TimedOut))? {
             ServerFrame::Error(error_frame) => Err(RequestError::Rejected(error_frame)),
-            answer => Ok(answer),
+            reply => Ok(reply),
         }
     }
 
-    /// Starts the close, reads on until the server has answered it, and tells how it ended.
+    /// Begins the closing handshake, reads until the server answers it, and returns how the
+    /// connection ended.
     pub async fn close(&mut self, code: u16, reason: &str) -> ConnectionClosed {
         let frame = CloseFrame { code: code.into(), reason: reason.to_owned().into() };
         let closed = async {
-            // Where it cannot be written the reading below tells why.
+            // If writing fails, the reads below return the reason.
             let _ = self.socket.send(Message::Close(Some(frame))).await;
             loop {
                 if let Err(closed) = self.next().await {
@@ -367,9 +370,11 @@ impl ClientConnection {
                 }
             }
         };
-        let silent =
-            || ConnectionClosed { code: None, reason: "the close was not answered".to_owned() };
-        timeout(REPLY_TIMEOUT, closed).await.unwrap_or_else(|_| silent())
+        let unanswered = || ConnectionClosed {
+            code: None,
+            reason: "the server did not answer the close".to_owned(),
+        };
+        timeout(REPLY_TIMEOUT, closed).await.unwrap_or_else(|_| unanswered())
     }
 
     async fn reply_to(&mut self, reference: &FrameRef) -> Result<ServerFrame, RequestError> {
@@ -386,7 +391,7 @@ impl ClientConnection {
         }
     }
 
-    /// Cancel-safe: the socket's own reading is, and what is kept is kept before any await.
+    /// Cancel-safe: so is reading the socket, and state changes before any await.
     async fn read(&mut self) -> Result<ReceivedMessage, ConnectionClosed> {
         if let Some(closed) = &self.closed {
             return Err(closed.clone());
@@ -413,8 +418,8 @@ impl ClientConnection {
                     reason: frame.map(|frame| frame.reason.to_string()).unwrap_or_default(),
                 };
                 self.closed = Some(closed.clone());
-                // The answer to the close waits in the buffer. Whether it leaves is the server's
-                // affair, which may have stopped reading.
+                // The answer to the close is still buffered. The server may have stopped reading,
+                // so a failed flush does not matter.
                 let _ = timeout(Duration::from_secs(1), self.socket.flush()).await;
                 return Err(closed);
             }
@@ -425,7 +430,7 @@ impl ClientConnection {
 
 async fn connect(uri: &Uri, local: Option<IpAddr>) -> io::Result<TcpStream> {
     let host = uri.host().unwrap_or_default().trim_matches(['[', ']']);
-    let mut last = io::Error::new(io::ErrorKind::NotFound, "the name has no address");
+    let mut last = io::Error::new(io::ErrorKind::NotFound, "the host name has no address");
     for address in lookup_host((host, uri.port_u16().unwrap_or(80))).await? {
         let socket = if address.is_ipv4() { TcpSocket::new_v4()? } else { TcpSocket::new_v6()? };
         if let Some(local) = local {
@@ -443,7 +448,7 @@ fn connection_error(error: tungstenite::Error) -> ConnectionClosed {
     ConnectionClosed { code: None, reason: error.to_string() }
 }
 
-/// Reads a binary frame as an entry of a log, if it is one.
+/// Parses a binary message as an entry of a log, if it is one.
 fn binary(bytes: Bytes) -> ReceivedMessage {
     match binary_header(&bytes) {
         Some((HistoryEntry::Message(message), payload_at)) => {
@@ -468,7 +473,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_binary_frame_of_another_kind_is_bytes() {
+    fn a_binary_message_that_is_no_entry_is_bytes() {
         for bytes in [&b""[..], b"\0", b"\0\x05{}", b"\0\x12{\"type\":\"unknown\"}", b"echo"] {
             assert!(matches!(binary(Bytes::copy_from_slice(bytes)), ReceivedMessage::Bytes(_)));
         }

@@ -1,7 +1,7 @@
-//! What a client says, as typed frames: the counterpart of `protocol::client_frame`, which reads them.
+//! The frames that the client sends, for serialization; `protocol::client_frame` parses them.
 //!
-//! Everything optional is left out where it is absent or the protocol's default. The client and
-//! the tests of the gateway build their frames from these.
+//! Optional fields are omitted where they are absent or have the default of the protocol. The
+//! client and the tests of the gateway use these types.
 
 use serde::Serialize;
 use serde_json::Value;
@@ -16,12 +16,12 @@ use skein_protocol::{
 #[derive(Clone, Debug, Serialize)]
 #[serde(tag = "type", rename = "join")]
 pub struct OutgoingJoin<'a> {
-    /// What the client calls this frame.
+    /// The `ref` of the frame.
     #[serde(rename = "ref", skip_serializing_if = "Option::is_none")]
     pub reference: Option<FrameRef>,
     /// The room.
     pub room: &'a RoomId,
-    /// Where the client was.
+    /// The position of the client.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub since: Option<&'a Position>,
     /// How many of the newest entries to send.
@@ -36,38 +36,38 @@ pub struct OutgoingJoin<'a> {
 #[derive(Clone, Debug, Serialize)]
 #[serde(tag = "type", rename = "leave")]
 pub struct OutgoingLeave<'a> {
-    /// What the client calls this frame.
+    /// The `ref` of the frame.
     #[serde(rename = "ref", skip_serializing_if = "Option::is_none")]
     pub reference: Option<FrameRef>,
     /// The room.
     pub room: &'a RoomId,
 }
 
-/// `message`, and without `content` the header of a binary one.
+/// `message`, or without `content` the header of a binary one.
 #[derive(Clone, Debug, Serialize)]
 #[serde(tag = "type", rename = "message")]
 pub struct OutgoingMessage<'a> {
-    /// What the client calls this frame.
+    /// The `ref` of the frame.
     #[serde(rename = "ref", skip_serializing_if = "Option::is_none")]
     pub reference: Option<FrameRef>,
     /// The room.
     pub room: &'a RoomId,
-    /// The key under which a repeat is recognised.
+    /// The idempotency key.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub id: Option<MessageId>,
-    /// What it is.
+    /// The kind of message.
     #[serde(skip_serializing_if = "is_text")]
     pub kind: MessageKind,
-    /// The content; absent in a binary frame's header.
+    /// The content; absent in the header of a binary frame.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub content: Option<&'a Value>,
-    /// The message it answers.
+    /// The message that this one replies to.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub reply_to: Option<MessageId>,
-    /// More about it, an object.
+    /// Metadata of the application, a JSON object.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub meta: Option<&'a Value>,
-    /// Whether the sending connection gets a copy.
+    /// Whether the sending connection receives a copy.
     #[serde(skip_serializing_if = "is_true")]
     pub echo: bool,
 }
@@ -76,23 +76,23 @@ pub struct OutgoingMessage<'a> {
 #[derive(Clone, Debug, Serialize)]
 #[serde(tag = "type", rename = "history")]
 pub struct OutgoingHistory<'a> {
-    /// What the client calls this frame.
+    /// The `ref` of the frame.
     #[serde(rename = "ref", skip_serializing_if = "Option::is_none")]
     pub reference: Option<FrameRef>,
     /// The room.
     pub room: &'a RoomId,
-    /// Entries below this one, the newest of them.
+    /// Only entries below this one, the newest of them.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub before: Option<Seq>,
-    /// Entries above this one, the oldest of them.
+    /// Only entries above this one, the oldest of them.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub after: Option<Seq>,
-    /// How many, 1 to 200.
+    /// Page size, 1 to 200.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub limit: Option<u32>,
 }
 
-/// `ack`: the inbox was received up to here.
+/// `ack`: acknowledges the inbox up to an entry.
 #[derive(Clone, Debug, Serialize)]
 #[serde(tag = "type", rename = "ack")]
 pub struct OutgoingAck {
@@ -106,28 +106,28 @@ pub struct OutgoingAck {
 #[derive(Clone, Debug, Default, Serialize)]
 #[serde(tag = "type", rename = "ping")]
 pub struct OutgoingPing {
-    /// What the client calls this frame.
+    /// The `ref` of the frame.
     #[serde(rename = "ref", skip_serializing_if = "Option::is_none")]
     pub reference: Option<FrameRef>,
-    /// The client's own time, echoed: a string or a number.
+    /// The client's own time, a string or a number, echoed in the `pong`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub timestamp: Option<Value>,
 }
 
-/// `pong`: the answer to a `ping` frame, which comes to those who connect with `?ping=json`.
+/// `pong`: the reply to a `ping` frame, which the gateway sends to clients with `?ping=json`.
 #[derive(Clone, Copy, Debug, Serialize)]
 #[serde(tag = "type", rename = "pong")]
 pub struct OutgoingPong {}
 
 impl<'a> OutgoingJoin<'a> {
-    /// A `join` that says nothing but the room.
+    /// A `join` with the room only.
     pub fn new(room: &'a RoomId) -> Self {
         Self { reference: None, room, since: None, history: None, password: None }
     }
 }
 
 impl<'a> OutgoingLeave<'a> {
-    /// A `leave`.
+    /// A `leave` of `room`.
     pub fn new(room: &'a RoomId) -> Self {
         Self { reference: None, room }
     }
@@ -161,13 +161,13 @@ impl<'a> OutgoingHistory<'a> {
     }
 }
 
-/// A frame as the text that goes on the wire.
+/// Encodes a frame as JSON text.
 ///
 /// # Panics
 ///
-/// Where `frame` cannot be JSON, such as a map whose keys are no strings.
+/// If `frame` cannot be JSON, such as a map whose keys are not strings.
 pub fn encode_text(frame: &impl Serialize) -> String {
-    serde_json::to_string(frame).expect("a frame is a JSON object")
+    serde_json::to_string(frame).expect("a frame can be JSON")
 }
 
 /// The JSON header of a binary frame does not fit into the 16 bits of its length.
@@ -175,7 +175,7 @@ pub fn encode_text(frame: &impl Serialize) -> String {
 #[error("the header of a binary frame is longer than 65,535 bytes")]
 pub struct HeaderTooLong;
 
-/// A binary frame: header length (big-endian `u16`), JSON header, payload.
+/// Encodes a binary frame: header length (big-endian `u16`), JSON header, payload.
 ///
 /// # Errors
 ///
@@ -211,7 +211,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_absent_or_default_is_left_out() {
+    fn absent_and_default_fields_are_omitted() {
         let content = json!({"a": 1});
         assert_eq!(
             encode_text(&OutgoingMessage::text(&room(), &content)),
@@ -221,7 +221,7 @@ mod tests {
     }
 
     #[test]
-    fn the_gateway_reads_every_frame_as_it_was_meant() {
+    fn the_gateway_parses_every_frame() {
         let room = room();
         let since = Position::new("e".parse().unwrap(), 7);
         let reference = Some(FrameRef::number(9));
@@ -274,7 +274,7 @@ mod tests {
     }
 
     #[test]
-    fn a_header_beyond_its_length_field_is_refused() {
+    fn a_header_longer_than_its_length_field_is_rejected() {
         let room = room();
         let meta = json!({"x": "y".repeat(65_536)});
         let header = OutgoingMessage { meta: Some(&meta), ..OutgoingMessage::header(&room) };

@@ -1,8 +1,9 @@
-//! Where a client is in its user's inbox, and how far that is acknowledged.
+//! The position of a client in its user's inbox, and the acknowledged position.
 //!
-//! Everything is acknowledged on receipt but what waits for a person, and what follows it.
+//! The client acknowledges each entry on receipt, except a notification that a person has to
+//! acknowledge, and the entries after it.
 //!
-//! Pure. `client::state` is the user.
+//! Pure. `client::state` uses it.
 
 use super::resume::{EntryCheck, LogTracker};
 use skein_protocol::{
@@ -11,23 +12,23 @@ use skein_protocol::{
     protocol::server_frame,
 };
 
-/// See the head of this file.
+/// Position and acknowledgements of the inbox.
 #[derive(Debug, Default)]
 pub(super) struct InboxTracker {
     log: LogTracker,
-    /// The first entry that waits for a person.
-    awaiting_seen: Option<Seq>,
-    /// What was acknowledged last on this connection.
+    /// The first entry that a person has to acknowledge.
+    first_unseen: Option<Seq>,
+    /// The last position acknowledged on this connection.
     acknowledged: Option<Position>,
 }
 
 impl InboxTracker {
-    /// The last entry had: what a connection says as `inbox`.
+    /// The last received entry, which the next connection sends as `inbox`.
     pub(super) fn cursor(&self) -> Option<&Position> {
         self.log.cursor()
     }
 
-    /// Takes what `connected` says. What follows comes by itself.
+    /// Takes the state of the inbox from `connected`. The server sends the missing entries unasked.
     pub(super) fn connected(&mut self, inbox: &server_frame::InboxState) {
         self.acknowledged = Some(Position::new(inbox.epoch.clone(), inbox.acked));
         if self.log.cursor().is_none() {
@@ -36,13 +37,13 @@ impl InboxTracker {
         }
     }
 
-    /// Goes on where a `reset` says.
+    /// Continues at the position of a `reset`.
     pub(super) fn reset(&mut self, to: Position) {
-        self.awaiting_seen = None;
+        self.first_unseen = None;
         self.log.reset(to);
     }
 
-    /// Whether an entry is new.
+    /// Whether an entry is new; moves the position past it.
     pub(super) fn accept(&mut self, position: &Position, from: &UserId, id: MessageId) -> bool {
         match self.log.classify(position, from, id) {
             EntryCheck::InOrder => true,
@@ -51,26 +52,26 @@ impl InboxTracker {
         }
     }
 
-    /// An entry waits for a person.
-    pub(super) fn hold_at(&mut self, position: &Position) {
-        self.awaiting_seen.get_or_insert(position.seq);
+    /// Acknowledges no further than before this entry until [`Self::mark_seen`].
+    pub(super) fn await_seen(&mut self, position: &Position) {
+        self.first_unseen.get_or_insert(position.seq);
     }
 
-    /// A person has seen everything up to `seq`.
+    /// A person has seen all entries up to `seq`.
     pub(super) fn mark_seen(&mut self, seq: Seq) {
-        if self.awaiting_seen.is_some_and(|waits| waits <= seq) {
-            self.awaiting_seen = None;
+        if self.first_unseen.is_some_and(|unseen| unseen <= seq) {
+            self.first_unseen = None;
         }
     }
 
-    /// Up to where is to be acknowledged now.
+    /// The position to acknowledge now, if it has moved.
     pub(super) fn next_ack(&mut self) -> Option<Position> {
         let cursor = self.log.cursor()?;
-        let seq = self.awaiting_seen.map_or(cursor.seq, |waits| cursor.seq.min(waits - 1));
-        let is_news =
+        let seq = self.first_unseen.map_or(cursor.seq, |unseen| cursor.seq.min(unseen - 1));
+        let has_moved =
             self.acknowledged.as_ref().is_none_or(|at| at.epoch != cursor.epoch || at.seq < seq);
         let at = Position::new(cursor.epoch.clone(), seq);
-        (is_news && seq > 0).then(|| self.acknowledged.insert(at).clone())
+        (has_moved && seq > 0).then(|| self.acknowledged.insert(at).clone())
     }
 }
 
@@ -91,7 +92,7 @@ mod tests {
     }
 
     #[test]
-    fn what_comes_is_acknowledged_once() {
+    fn entries_are_acknowledged_once() {
         let mut inbox = InboxTracker::default();
         inbox.connected(&connected(2, 4));
         assert_eq!(inbox.cursor(), Some(&at(2)));
@@ -101,11 +102,11 @@ mod tests {
     }
 
     #[test]
-    fn never_past_what_waits_for_a_person() {
+    fn nothing_is_acknowledged_past_an_unseen_notification() {
         let mut inbox = InboxTracker::default();
         inbox.connected(&connected(0, 0));
         assert!(take(&mut inbox, 1) && take(&mut inbox, 2));
-        inbox.hold_at(&at(2));
+        inbox.await_seen(&at(2));
         assert!(take(&mut inbox, 3));
         assert_eq!(inbox.next_ack(), Some(at(1)));
         inbox.mark_seen(1);

@@ -1,13 +1,13 @@
 //! The Rust client.
 //!
-//! [`Client`] is a handle to a task that holds one connection, comes back when it is lost, joins
-//! its rooms again where they were, and sends what was not acknowledged again with the same id: an
-//! application sees every message once and in order, or is told that this could not be. In reading
-//! order: how long to wait ([`backoff`]), what is said ([`frames`]), one bare connection
-//! ([`options`], [`connection`]), positions and unanswered sends ([`resume`]), what an application
-//! asks and is told ([`api`]).
+//! [`Client`] is a handle to a task that holds one connection, reconnects when it is lost, joins
+//! its rooms again at their positions, and sends unacknowledged messages again with the same id. An
+//! application sees every message once and in order, or an event that says which continuity was
+//! lost. In reading order: reconnect delays ([`backoff`]), frames to send ([`frames`]), one bare
+//! connection ([`options`], [`connection`]), positions and unacknowledged sends ([`resume`]), the
+//! types of the API ([`api`]).
 //!
-//! `loadtest` and the gateway's tests speak through this.
+//! `loadtest` and the gateway's tests use this client.
 
 use std::sync::Arc;
 
@@ -40,30 +40,30 @@ mod room;
 mod state;
 mod task;
 
-/// How many calls wait for the task before further ones wait for their turn.
+/// Maximum number of calls in the queue of the task; further calls wait.
 const CALLS_MAX: usize = 256;
 
-/// A client of a gateway cluster. Cheap to clone; when the last clone is dropped the client closes
+/// A client of a gateway cluster. Cheap to clone; when the last clone is dropped, the client closes
 /// its connection and ends.
 ///
-/// Events and calls do not wait for each other, but a client whose events nobody takes stands
-/// still once [`ClientOptions::event_queue_max`] wait: take them in a task of their own.
+/// Events and calls do not wait for each other. But when the application has not taken
+/// [`ClientOptions::event_queue_max`] events, the client stops: take events in a task of their own.
 #[derive(Clone, Debug)]
 pub struct Client {
     calls: mpsc::Sender<ClientCall>,
     closing: Arc<watch::Sender<bool>>,
-    sends: Arc<Semaphore>,
-    send_bytes: Arc<Semaphore>,
-    /// Kept so that the task's end can be seen; it ends by itself.
+    send_permits: Arc<Semaphore>,
+    byte_permits: Arc<Semaphore>,
+    /// Held to see whether the task has ended; the task ends by itself.
     task: Arc<JoinHandle<()>>,
 }
 
 impl Client {
-    /// Starts a client, which connects at once, and gives its events.
+    /// Starts a client, which connects at once, and returns its events.
     ///
     /// # Panics
     ///
-    /// Outside a tokio runtime, and where a limit of `options` is 0.
+    /// Outside a tokio runtime, and if a limit of `options` is 0.
     pub fn start(
         connect: ConnectOptions,
         options: ClientOptions,
@@ -71,28 +71,28 @@ impl Client {
         let (calls, inbox) = mpsc::channel(CALLS_MAX);
         let (events, outbox) = mpsc::channel(options.event_queue_max);
         let (closing, closed) = watch::channel(false);
-        let sends = Arc::new(Semaphore::new(options.pending_sends_max));
-        let send_bytes = Arc::new(Semaphore::new(options.pending_bytes_max as usize));
+        let send_permits = Arc::new(Semaphore::new(options.pending_sends_max));
+        let byte_permits = Arc::new(Semaphore::new(options.pending_bytes_max as usize));
         let task = ClientTask::new(connect, options, inbox, events, closed);
         #[expect(clippy::disallowed_methods, reason = "the handle keeps it, and `close` awaits it")]
         let task = tokio::spawn(task.run());
         let closing = Arc::new(closing);
-        (Self { calls, closing, sends, send_bytes, task: Arc::new(task) }, outbox)
+        (Self { calls, closing, send_permits, byte_permits, task: Arc::new(task) }, outbox)
     }
 
-    /// Joins a room, now or when there is a connection. Its entries come as events. The client
-    /// stays in the room over reconnects until [`Client::leave`] or an [`ClientEvent::Left`].
+    /// Joins a room, now or once connected. Its entries arrive as events. The client stays in the
+    /// room across reconnects until [`Client::leave`] or a [`ClientEvent::Left`].
     ///
-    /// For a room that is joined already this only asks the server, and changes nothing.
+    /// For a room that is joined already, this only asks the server and changes nothing.
     ///
     /// # Errors
     ///
-    /// [`JoinError`]. What is refused for the time being is asked again.
+    /// [`JoinError`]. Temporary errors are retried.
     pub async fn join(&self, room: &RoomId, start: StartFrom) -> Result<JoinInfo, JoinError> {
         self.join_with(room, start, None).await
     }
 
-    /// As [`Client::join`], a room that asks for a password.
+    /// Joins a room that has a password, as [`Client::join`].
     ///
     /// # Errors
     ///
@@ -112,21 +112,21 @@ impl Client {
         start: StartFrom,
         password: Option<String>,
     ) -> Result<JoinInfo, JoinError> {
-        let (reply, answer) = oneshot::channel();
-        let command = ClientCall::Join { room: room.clone(), start, password, reply };
-        self.ask(command, answer).await.unwrap_or(Err(JoinError::ClientClosed))
+        let (reply, receiver) = oneshot::channel();
+        let call = ClientCall::Join { room: room.clone(), start, password, reply };
+        self.send_call(call, receiver).await.unwrap_or(Err(JoinError::ClientClosed))
     }
 
-    /// Leaves a room. What the application had of it is forgotten, so that to join it again from
-    /// an earlier position shows the same entries again.
+    /// Leaves a room. The client forgets its position, so joining again from an earlier position
+    /// delivers the same entries again.
     ///
     /// # Errors
     ///
     /// [`LeaveError`]
     pub async fn leave(&self, room: &RoomId) -> Result<(), LeaveError> {
-        let (reply, answer) = oneshot::channel();
-        let command = ClientCall::Leave { room: room.clone(), reply };
-        self.ask(command, answer).await.unwrap_or(Err(LeaveError::ClientClosed))
+        let (reply, receiver) = oneshot::channel();
+        let call = ClientCall::Leave { room: room.clone(), reply };
+        self.send_call(call, receiver).await.unwrap_or(Err(LeaveError::ClientClosed))
     }
 
     /// Sends `content` to a room and waits until it is in the log. See [`Client::send_message`].
@@ -144,33 +144,33 @@ impl Client {
 
     /// Sends a message to a room and waits until it is in the log.
     ///
-    /// It is queued while the room is being joined, and sent again with the same id after a
-    /// temporary error and after a reconnect, once the room's recovery has shown
-    /// that it is not in the log. The messages of one client to one room get their numbers in the
-    /// order in which the calls were first polled. Dropping the future does not take it back.
+    /// The message is queued until the room is joined. It is sent again with the same id after a
+    /// temporary error, and after a reconnect once the room's recovery has shown that it is not in
+    /// the log. The messages of one client to one room are numbered in the order in which the calls
+    /// were first polled. Dropping the future does not cancel the message.
     ///
     /// # Errors
     ///
-    /// [`SendError`]. An error is about this message only; others go on.
+    /// [`SendError`], which concerns this message only.
     pub async fn send_message(
         &self,
         room: &RoomId,
-        send: NewMessage,
+        message: NewMessage,
     ) -> Result<SendReceipt, SendError> {
-        let bytes = approximate_len(&send);
+        let bytes = approximate_len(&message);
         let full = |error| match error {
             TryAcquireError::NoPermits => SendError::QueueFull,
             TryAcquireError::Closed => SendError::ClientClosed,
         };
-        let one = Arc::clone(&self.sends).try_acquire_owned().map_err(full)?;
-        let many = Arc::clone(&self.send_bytes).try_acquire_many_owned(bytes).map_err(full)?;
-        let (reply, answer) = oneshot::channel();
-        let pending = PendingSend { send, bytes, reply, _permits: [one, many] };
-        let command = ClientCall::Send { room: room.clone(), pending };
-        self.ask(command, answer).await.unwrap_or(Err(SendError::ClientClosed))
+        let one = Arc::clone(&self.send_permits).try_acquire_owned().map_err(full)?;
+        let many = Arc::clone(&self.byte_permits).try_acquire_many_owned(bytes).map_err(full)?;
+        let (reply, receiver) = oneshot::channel();
+        let pending = PendingSend { message, bytes, reply, _permits: [one, many] };
+        let call = ClientCall::Send { room: room.clone(), pending };
+        self.send_call(call, receiver).await.unwrap_or(Err(SendError::ClientClosed))
     }
 
-    /// A page of a room's log: up to `limit` entries, 1 to 200.
+    /// Requests a page of a room's log: up to `limit` entries, 1 to 200.
     ///
     /// # Errors
     ///
@@ -181,22 +181,22 @@ impl Client {
         page: HistoryRange,
         limit: u32,
     ) -> Result<HistoryPage, HistoryError> {
-        let (reply, answer) = oneshot::channel();
-        let command = ClientCall::History { room: room.clone(), page, limit, reply };
-        self.ask(command, answer).await.unwrap_or(Err(HistoryError::ClientClosed))
+        let (reply, receiver) = oneshot::channel();
+        let call = ClientCall::History { room: room.clone(), page, limit, reply };
+        self.send_call(call, receiver).await.unwrap_or(Err(HistoryError::ClientClosed))
     }
 
-    /// Tells that a person has seen the inbox up to `seq`: notifications with `require_ack` up to there
-    /// count as received.
+    /// Marks the inbox as seen by a person up to `seq`: notifications with `require_ack` up to
+    /// there can be acknowledged.
     pub async fn mark_seen(&self, seq: Seq) {
-        // A client that has ended tells nobody.
+        // A client that has ended acknowledges nothing.
         let _ = self.calls.send(ClientCall::MarkSeen(seq)).await;
     }
 
-    /// Replaces the token of [`ConnectOptions`] for the connections to come. A client whose token has
-    /// expired connects again with it.
+    /// Replaces the token of [`ConnectOptions`] for later connections. A client whose token has
+    /// expired reconnects with it.
     pub async fn set_token(&self, token: impl Into<String>) {
-        // A client that has ended needs none.
+        // A client that has ended needs no token.
         let _ = self.calls.send(ClientCall::SetToken(token.into())).await;
     }
 
@@ -212,19 +212,19 @@ impl Client {
         self.calls.is_closed() || self.task.is_finished()
     }
 
-    async fn ask<T>(&self, command: ClientCall, answer: oneshot::Receiver<T>) -> Option<T> {
-        self.calls.send(command).await.ok()?;
-        answer.await.ok()
+    async fn send_call<T>(&self, call: ClientCall, receiver: oneshot::Receiver<T>) -> Option<T> {
+        self.calls.send(call).await.ok()?;
+        receiver.await.ok()
     }
 }
 
-/// About how many bytes a message holds. At least one, since a message takes some room in any case.
-fn approximate_len(send: &NewMessage) -> u32 {
-    let content = match &send.content {
+/// Approximate size of a message in bytes. At least 1, because every message takes some memory.
+fn approximate_len(message: &NewMessage) -> u32 {
+    let content = match &message.content {
         MessageContent::Json(content) => frames::encode_text(content).len(),
         MessageContent::Binary(payload) => payload.len(),
     };
-    let meta = send.meta.as_ref().map_or(0, |meta| frames::encode_text(meta).len());
+    let meta = message.meta.as_ref().map_or(0, |meta| frames::encode_text(meta).len());
     u32::try_from(content + meta).unwrap_or(u32::MAX).max(1)
 }
 

@@ -1,6 +1,6 @@
-//! Where to connect and as whom, and why that may fail: the handshake's request and its errors.
+//! Connect options, the handshake request made of them, and its errors.
 //!
-//! Pure. `client::connection` is the user.
+//! Pure. `client::connection` uses it.
 
 use std::{fmt, io, net::IpAddr, time::Duration};
 
@@ -13,13 +13,13 @@ use tokio_tungstenite::tungstenite::{
 
 use skein_protocol::{SUBPROTOCOL, position::Position};
 
-/// How long opening may take, unless [`ConnectOptions`] say otherwise.
+/// Default time limit for connecting.
 pub const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// Where to connect and as whom.
+/// Where the client connects and as which user.
 #[derive(Clone, Debug)]
 pub struct ConnectOptions {
-    /// `ws://host:port/ws`, `…/ws/rooms/{room}` or `…/ws/echo`; a query is kept.
+    /// `ws://host:port/ws`, `…/ws/rooms/{room}` or `…/ws/echo`; its query is kept.
     pub url: String,
     /// `?user=`
     pub user: Option<String>,
@@ -29,36 +29,36 @@ pub struct ConnectOptions {
     pub node: Option<String>,
     /// `?session=`
     pub session: Option<String>,
-    /// `?inbox=`: what this device has of the inbox.
+    /// `?inbox=`: the position of this device in the inbox.
     pub inbox: Option<Position>,
-    /// More of the query, such as `since` or `ping`.
+    /// Further query parameters, such as `since` or `ping`.
     pub query: Vec<(String, String)>,
-    /// The token, and where it is put.
+    /// The token, and where the handshake carries it.
     pub token: Option<AuthToken>,
-    /// What is offered in `Sec-WebSocket-Protocol`, before a token that goes there.
+    /// Offered in `Sec-WebSocket-Protocol`, before a token that goes there.
     pub subprotocols: Vec<String>,
     /// `Origin`, as a browser would send it.
     pub origin: Option<String>,
-    /// More headers. One that the handshake has anyway is replaced.
+    /// Further headers. They replace those of the handshake.
     pub headers: Vec<(String, String)>,
-    /// The address to connect from.
+    /// The local address to connect from.
     pub local_address: Option<IpAddr>,
-    /// The largest message taken from the server.
+    /// Maximum size in bytes of a message from the server.
     pub message_bytes_max: usize,
-    /// How long opening may take: name, TCP and handshake together.
+    /// Time limit for name resolution, TCP and handshake together.
     pub connect_timeout: Duration,
 }
 
-/// A token and where it is put.
+/// A token, and where the handshake carries it.
 #[derive(Clone, PartialEq, Eq)]
 pub struct AuthToken {
-    /// The token itself.
+    /// The token.
     pub token: String,
-    /// Where it is put.
+    /// Where the handshake carries it.
     pub location: TokenLocation,
 }
 
-/// Where a token is put.
+/// Where the handshake carries the token.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum TokenLocation {
     /// `?token=`
@@ -78,47 +78,47 @@ impl fmt::Debug for AuthToken {
     }
 }
 
-/// Why no connection came to be.
+/// Why connecting failed.
 #[derive(Debug, thiserror::Error)]
 pub enum ConnectError {
-    /// The URL is none of `ws://`. TLS is left to a proxy.
-    #[error("`{url}` is no URL of the form ws://host[:port]/path")]
+    /// The URL is not a `ws://` URL. TLS is left to a proxy.
+    #[error("`{url}` is not a URL of the form ws://host[:port]/path")]
     InvalidUrl {
         /// The URL.
         url: String,
     },
-    /// A header, cookie or subprotocol holds what HTTP does not allow.
-    #[error("`{name}` holds what a header may not")]
+    /// A header, cookie or subprotocol contains characters that HTTP does not allow.
+    #[error("`{name}` contains characters that a header must not have")]
     InvalidHeader {
-        /// The header.
+        /// The name of the header.
         name: String,
     },
-    /// The server answered, but not with 101.
+    /// The server's response was not 101.
     #[error("HTTP {status}: {body}")]
     Http {
         /// The HTTP status.
         status: u16,
-        /// `Retry-After`, where it is a number of seconds.
+        /// `Retry-After`, if it is a number of seconds.
         retry_after: Option<Duration>,
-        /// As much of the body as came with the head.
+        /// The part of the body that arrived with the header.
         body: String,
     },
-    /// The server answered 101 and chose none of the subprotocols that were offered.
-    #[error("the server chose none of the subprotocols offered")]
+    /// The server's response was 101, but chose none of the offered subprotocols.
+    #[error("the server chose none of the offered subprotocols")]
     NoSubprotocol,
-    /// The server answered with something that is no WebSocket handshake.
-    #[error("handshake: {0}")]
+    /// The server's response is not a WebSocket handshake.
+    #[error("handshake failed: {0}")]
     Handshake(#[source] Box<tungstenite::Error>),
-    /// The network failed.
+    /// A network error.
     #[error("{0}")]
     Io(#[from] io::Error),
-    /// It took longer than [`ConnectOptions::connect_timeout`].
-    #[error("no handshake within {0:?}")]
+    /// The time limit [`ConnectOptions::connect_timeout`] passed.
+    #[error("no connection within {0:?}")]
     TimedOut(Duration),
 }
 
 impl ConnectOptions {
-    /// Options for `url`, offering `chat.v1`, as nobody in particular.
+    /// Options for `url` that offer `chat.v1` and name no user.
     pub fn new(url: impl Into<String>) -> Self {
         Self {
             url: url.into(),
@@ -138,13 +138,13 @@ impl ConnectOptions {
         }
     }
 
-    /// The same as `user`.
+    /// Sets the user.
     pub fn user(mut self, user: impl Into<String>) -> Self {
         self.user = Some(user.into());
         self
     }
 
-    /// The same with a token.
+    /// Sets the token.
     pub fn token(mut self, token: impl Into<String>, placement: TokenLocation) -> Self {
         self.token = Some(AuthToken { token: token.into(), location: placement });
         self
@@ -252,7 +252,7 @@ fn http_error(response: Response) -> ConnectError {
     ConnectError::Http { status, retry_after, body }
 }
 
-/// A header's value, where it is UTF-8.
+/// The value of a header, if it is UTF-8.
 pub(super) fn text_of(value: &HeaderValue) -> Option<&str> {
     std::str::from_utf8(value.as_bytes()).ok()
 }
@@ -261,7 +261,7 @@ fn header_value(name: &str, value: &str) -> Result<HeaderValue, ConnectError> {
     HeaderValue::from_str(value).map_err(|_| ConnectError::InvalidHeader { name: name.to_owned() })
 }
 
-/// Encodes everything but the unreserved characters of RFC 3986.
+/// Percent-encodes all but the unreserved characters of RFC 3986.
 fn percent_encode(text: &str) -> String {
     let mut encoded = String::with_capacity(text.len());
     for byte in text.bytes() {
@@ -283,7 +283,7 @@ mod tests {
     }
 
     #[test]
-    fn the_query_is_added_and_encoded() {
+    fn query_parameters_are_appended_and_encoded() {
         let mut options =
             ConnectOptions::new("ws://h:1/ws?a=b").user("x|y").token("t.t", TokenLocation::Query);
         options.name = Some("Ä b".to_owned());
@@ -294,7 +294,7 @@ mod tests {
     }
 
     #[test]
-    fn a_token_is_put_where_it_belongs_and_is_never_printed() {
+    fn a_token_is_sent_at_its_location_and_never_printed() {
         let options = ConnectOptions::new("ws://h/ws");
         let with = |placement| options.clone().token("s3cret", placement);
         let header = |options: &ConnectOptions, name: &str| {
@@ -310,7 +310,7 @@ mod tests {
     }
 
     #[test]
-    fn headers_of_the_handshake_can_be_replaced() {
+    fn options_can_replace_headers_of_the_handshake() {
         let mut options = ConnectOptions::new("ws://h:8080/ws");
         options.origin = Some("http://evil".to_owned());
         options.headers = vec![("Host".to_owned(), "other".to_owned())];
@@ -321,7 +321,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_ws_url_is_refused() {
+    fn a_url_that_is_not_ws_is_rejected() {
         for bad in ["", "h:1", "http://h/ws", "wss://h/ws", "ws:///ws", "ws://h/a b"] {
             let opened = ConnectOptions::new(bad).uri();
             assert!(matches!(opened, Err(ConnectError::InvalidUrl { .. })), "{bad:?}: {opened:?}");

@@ -1,14 +1,14 @@
-//! Where a client is in a room's log, and which of its own messages have no answer yet.
+//! Positions in a room's log, and the unacknowledged sends of a client.
 //!
-//! [`LogTracker`] judges every entry: the next one is delivered, one that was there before is dropped, and
-//! a number that was skipped is a hole, which the protocol promises never to happen. [`PendingSends`] keeps
-//! what was not acknowledged in sending order, across refusals and reconnects, and tells when it may
-//! be sent again.
+//! [`LogTracker`] classifies every entry: the next one is delivered, one that was seen before is
+//! dropped, and a skipped number is a gap, which a correct server never produces. [`PendingSends`]
+//! keeps unacknowledged messages in sending order, across errors and reconnects, and decides when
+//! each is sent again.
 //!
-//! Pure: no I/O, `now` is an argument. `client::state` keeps one of each per room and obeys.
+//! Pure: no I/O, `now` is an argument. `client::state` keeps one of each per room.
 //!
-//! Invariant: within an epoch the cursor never goes down, except where the server said that it
-//! could not continue (`joined` with `recovered:false`, `reset`).
+//! Invariant: within an epoch the cursor never goes down, unless the server announced a
+//! discontinuity (`joined` with `recovered:false`, `reset`).
 
 use std::{
     collections::{HashMap, VecDeque, hash_map},
@@ -24,42 +24,45 @@ use skein_protocol::{
     protocol::server_frame::{HistoryEntry, JoinedFrame},
 };
 
-/// How many ids of a room are remembered, to know an entry that comes again under a new number.
+/// Number of message ids remembered per room, to recognise an entry that arrives again under a new
+/// number.
 pub const RECENT_IDS_MAX: usize = 1024;
 
-/// Where a client is in one room's log.
+/// The position of a client in one room's log.
 #[derive(Debug, Default)]
 pub struct LogTracker {
-    /// The last entry had. `None` before the first `joined`, and in rooms that keep no log.
+    /// The last received entry. `None` before the first `joined`, and in rooms without a log.
     cursor: Option<Position>,
-    /// The end of the recovery under way.
+    /// The last entry of the current recovery.
     recovery_end: Option<Seq>,
-    /// Ids are the user's own: two users may have the same.
+    /// Message ids are unique per user only.
     recent_ids: RecentMap<(UserId, MessageId), Position>,
-    /// Own messages without an echo, whose acks stand in the stream.
+    /// Own messages without an echo, whose acks stand in the log in place of a copy.
     unechoed: RecentMap<MessageId, ()>,
 }
 
-/// What to do with an entry.
+/// The classification of an entry.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum EntryCheck {
-    /// It is the next one.
+    /// It is the next entry.
     InOrder,
-    /// It was delivered before: under this number, or `earlier` under another one with the same id.
+    /// It was delivered before: under this number, or under another one with the same id.
     Duplicate {
-        /// Where the same id was delivered; `None` where it is the number that was had already.
+        /// The position at which the same id was delivered; `None` if the entry's own number was
+        /// passed.
         earlier: Option<Position>,
     },
-    /// Entries before it never came: a fault of the server's.
+    /// Entries before it are missing, which is a bug in the server.
     Gap {
-        /// What should have come; `None` where nothing should have, the room not being joined.
+        /// The next expected position; `None` if the room was not joined, so that no entry was
+        /// expected.
         expected: Option<Position>,
         /// Whether the entry itself is new.
         deliver: bool,
     },
 }
 
-/// How a number lies to the cursor, which it then has become unless it was passed.
+/// The relation of a position to the cursor, which has moved to the position unless it was passed.
 enum CursorStep {
     AlreadyPassed,
     Next,
@@ -67,28 +70,28 @@ enum CursorStep {
 }
 
 impl LogTracker {
-    /// A log to be continued from a position that the application kept.
+    /// A log to continue after a position that the application stored.
     pub fn starting_at(cursor: Position) -> Self {
         Self { cursor: Some(cursor), ..Self::default() }
     }
 
-    /// The last entry had: what a `join` says as `since`.
+    /// The last received entry, which a `join` sends as `since`.
     pub fn cursor(&self) -> Option<&Position> {
         self.cursor.as_ref()
     }
 
-    /// Whether everything up to the `seq` of the last `joined` was had, so that an own id not seen
-    /// is not in the log.
+    /// Whether all entries up to `seq` of the last `joined` were received. Then an own id that was
+    /// not among them is not in the log.
     pub fn is_recovered(&self) -> bool {
         self.recovery_end.is_none()
     }
 
-    /// Takes the `joined` of a new connection. Its history is to be judged next, then
-    /// [`LogTracker::end_history`] to be called.
+    /// Takes the `joined` of a new connection. Classify its history next, then call
+    /// [`LogTracker::end_history`].
     pub fn begin_history(&mut self, joined: &JoinedFrame<HistoryEntry>) {
         self.recovery_end = None;
         if joined.recovered {
-            // The cursor stays, whatever it is: what does not join it shows as a hole.
+            // The cursor stays: an entry that does not follow it shows as a gap.
             if let Some(cursor) = &self.cursor
                 && cursor.epoch == joined.epoch
                 && cursor.seq < joined.seq
@@ -105,9 +108,9 @@ impl LogTracker {
         self.cursor = joined.durable.then(|| Position::new(joined.epoch.clone(), before));
     }
 
-    /// Ends what [`LogTracker::begin_history`] began. A history that stops short of `joined.seq` without
-    /// being a recovery, whose rest would follow, has a hole at its end: what is missing first is
-    /// returned.
+    /// Completes [`LogTracker::begin_history`]. A history that ends before `joined.seq` has a gap
+    /// at its end, except in a recovery, whose further entries follow. Returns the first missing
+    /// position.
     pub fn end_history(&mut self, joined: &JoinedFrame<HistoryEntry>) -> Option<Position> {
         let cursor = self.cursor.as_mut().filter(|cursor| cursor.epoch == joined.epoch)?;
         if joined.recovered || cursor.seq >= joined.seq {
@@ -118,21 +121,21 @@ impl LogTracker {
         Some(missing)
     }
 
-    /// Goes on where a `reset` says, which ends a recovery. Known ids stay known: entries may come
-    /// again under new numbers.
+    /// Continues at the position of a `reset`, which ends a recovery. Recent ids are kept, because
+    /// entries can arrive again under new numbers.
     pub fn reset(&mut self, position: Position) {
         self.cursor = Some(position);
         self.recovery_end = None;
     }
 
-    /// Judges an entry and moves past it.
+    /// Classifies an entry and moves the cursor to it.
     pub fn classify(&mut self, position: &Position, from: &UserId, id: MessageId) -> EntryCheck {
-        let place = self.advance(position);
-        if matches!(place, CursorStep::AlreadyPassed) {
+        let step = self.advance(position);
+        if matches!(step, CursorStep::AlreadyPassed) {
             return EntryCheck::Duplicate { earlier: None };
         }
         let earlier = self.recent_ids.insert((from.clone(), id), position.clone());
-        match place {
+        match step {
             CursorStep::SkippedTo { expected } => {
                 EntryCheck::Gap { expected, deliver: earlier.is_none() }
             }
@@ -143,13 +146,13 @@ impl LogTracker {
         }
     }
 
-    /// Remembers that `id` is sent without an echo, so that its ack takes the copy's place.
+    /// Notes that `id` is sent without an echo, so that its ack takes the place of the copy.
     pub fn expect_no_echo(&mut self, id: MessageId) {
         self.unechoed.insert(id, ());
     }
 
-    /// Takes an ack. Only one that stands in the stream, in place of a copy, moves the cursor;
-    /// what it skipped, if anything, is returned.
+    /// Takes an ack. Only an ack in place of a copy moves the cursor. Returns the expected position
+    /// if it skipped entries.
     pub fn acknowledged(
         &mut self,
         position: &Position,
@@ -160,13 +163,13 @@ impl LogTracker {
         if duplicate || !self.unechoed.contains(&id) {
             return None;
         }
-        let place = self.advance(position);
-        if let (Some(from), CursorStep::Next | CursorStep::SkippedTo { .. }) = (from, &place) {
+        let step = self.advance(position);
+        if let (Some(from), CursorStep::Next | CursorStep::SkippedTo { .. }) = (from, &step) {
             self.recent_ids.insert((from.clone(), id), position.clone());
         }
-        match place {
+        match step {
             CursorStep::SkippedTo { expected } => Some(expected),
-            // A reader that lagged may have had the entry from the log before.
+            // A slow consumer can have received the entry from the log before.
             CursorStep::Next | CursorStep::AlreadyPassed => None,
         }
     }
@@ -189,7 +192,7 @@ impl LogTracker {
     }
 }
 
-/// A map of the last [`RECENT_IDS_MAX`] keys.
+/// A map that keeps the last [`RECENT_IDS_MAX`] keys.
 #[derive(Debug)]
 struct RecentMap<K, V> {
     values: HashMap<K, V>,
@@ -203,13 +206,13 @@ impl<K, V> Default for RecentMap<K, V> {
 }
 
 impl<K: Clone + Eq + Hash, V: Clone> RecentMap<K, V> {
-    /// Adds `key` unless it is there, and returns what is there.
+    /// Inserts `key` if it is absent, else returns its value.
     fn insert(&mut self, key: K, value: V) -> Option<V> {
         match self.values.entry(key) {
-            hash_map::Entry::Occupied(there) => return Some(there.get().clone()),
-            hash_map::Entry::Vacant(place) => {
-                self.order.push_back(place.key().clone());
-                place.insert(value);
+            hash_map::Entry::Occupied(entry) => return Some(entry.get().clone()),
+            hash_map::Entry::Vacant(entry) => {
+                self.order.push_back(entry.key().clone());
+                entry.insert(value);
             }
         }
         if self.order.len() > RECENT_IDS_MAX
@@ -225,7 +228,7 @@ impl<K: Clone + Eq + Hash, V: Clone> RecentMap<K, V> {
     }
 }
 
-/// Messages to one room that were not acknowledged, in sending order. `T` is what belongs to one.
+/// The unacknowledged messages to one room, in sending order, each with a value of type `T`.
 #[derive(Debug)]
 pub struct PendingSends<T> {
     queue: VecDeque<QueuedSend<T>>,
@@ -236,7 +239,8 @@ pub struct PendingSends<T> {
 struct QueuedSend<T> {
     id: MessageId,
     value: T,
-    /// When it was first on the wire: the server's deduplication counts from about there.
+    /// When it was first written to a connection; the server's deduplication window begins at about
+    /// this time.
     first_sent: Option<Instant>,
     state: SendState,
 }
@@ -245,45 +249,45 @@ struct QueuedSend<T> {
 enum SendState {
     Queued,
     InFlight,
-    /// Refused for the time being.
+    /// Rejected with a temporary error.
     RetryAt(Instant),
 }
 
-/// What comes next in a room.
+/// The next step for a message.
 #[derive(Debug, PartialEq, Eq)]
 pub enum NextSend<'a, T> {
-    /// To be sent, for the first time or again.
+    /// Send it, for the first time or again.
     Send(MessageId, &'a mut T),
-    /// To be given up: it was sent before, has no answer, and is past the time in which the server
-    /// knows a repeat for what it is. Whether it is in the log cannot be known.
+    /// Give it up: it was sent, has no acknowledgement, and the deduplication window has passed. It
+    /// may be in the log.
     Uncertain(MessageId, T),
 }
 
 impl<T> PendingSends<T> {
-    /// Sends of which at most `in_flight_max` are on their way at a time.
+    /// Sends at most `in_flight_max` messages at a time.
     ///
-    /// With 1 the order of sends is the order of the log whatever happens. With more, one that is
-    /// refused for the time being is overtaken by those that were on their way behind it.
+    /// With 1 the log has the messages in sending order. With more, messages in flight overtake one
+    /// that is rejected with a temporary error.
     pub fn new(in_flight_max: usize) -> Self {
         Self { queue: VecDeque::new(), in_flight_max: in_flight_max.max(1) }
     }
 
-    /// Whether everything has its answer.
+    /// Whether all messages are acknowledged.
     pub fn is_empty(&self) -> bool {
         self.queue.is_empty()
     }
 
-    /// How many have no answer.
+    /// The number of unacknowledged messages.
     pub fn len(&self) -> usize {
         self.queue.len()
     }
 
-    /// Whether `id` has no answer yet.
+    /// Whether `id` is unacknowledged.
     pub fn contains(&self, id: MessageId) -> bool {
         self.queue.iter().any(|send| send.id == id)
     }
 
-    /// Adds one behind all others.
+    /// Appends a message to the queue.
     pub fn push(&mut self, id: MessageId, what: T) {
         self.queue.push_back(QueuedSend {
             id,
@@ -293,27 +297,27 @@ impl<T> PendingSends<T> {
         });
     }
 
-    /// Takes out one that has its answer.
+    /// Removes a message whose result is known.
     pub fn remove(&mut self, id: MessageId) -> Option<T> {
         let at = self.queue.iter().position(|send| send.id == id)?;
         self.queue.remove(at).map(|send| send.value)
     }
 
-    /// Sends `id` again at `at`; what stands behind it and is not on its way waits for it.
+    /// Schedules `id` to be sent again at `at`. Later messages that are not in flight wait for it.
     pub fn retry_at(&mut self, id: MessageId, at: Instant) {
         if let Some(send) = self.queue.iter_mut().find(|send| send.id == id) {
             send.state = SendState::RetryAt(at);
         }
     }
 
-    /// Takes the connection for gone: nothing is on its way any more.
+    /// Marks the connection as lost: no message is in flight.
     pub fn on_disconnected(&mut self) {
         for send in &mut self.queue {
             send.state = SendState::Queued;
         }
     }
 
-    /// The next one to send now. It counts as on its way from here on.
+    /// The next message to send or to give up. A message to send counts as in flight from now on.
     pub fn next(&mut self, now: Instant, dedup_window: Duration) -> Option<NextSend<'_, T>> {
         let at = self.next_sendable(now)?;
         let too_old = |sent: Instant| now.duration_since(sent) >= dedup_window;
@@ -326,7 +330,7 @@ impl<T> PendingSends<T> {
         Some(NextSend::Send(send.id, &mut send.value))
     }
 
-    /// When to ask for the next one again, if only time has to pass.
+    /// When a message becomes sendable without any other event.
     pub fn next_retry(&self) -> Option<Instant> {
         self.queue.iter().find_map(|send| match send.state {
             SendState::RetryAt(at) => Some(at),
@@ -334,18 +338,18 @@ impl<T> PendingSends<T> {
         })
     }
 
-    /// Those on their way.
+    /// The messages in flight.
     pub fn in_flight(&self) -> impl Iterator<Item = (MessageId, &T)> {
         let in_flight = |send: &&QueuedSend<T>| send.state == SendState::InFlight;
         self.queue.iter().filter(in_flight).map(|send| (send.id, &send.value))
     }
 
-    /// Takes out all, in order, and says of each whether it ever was on the wire.
+    /// Removes all messages in order, each with whether it was ever sent.
     pub fn drain(&mut self) -> impl Iterator<Item = (T, bool)> {
         self.queue.drain(..).map(|send| (send.value, send.first_sent.is_some()))
     }
 
-    /// Takes out those that never were on the wire, in order.
+    /// Removes the messages that were never sent, in order.
     pub fn drain_unsent(&mut self) -> Vec<T> {
         let (sent, unsent): (VecDeque<_>, VecDeque<_>) =
             self.queue.drain(..).partition(|send| send.first_sent.is_some());

@@ -1,6 +1,6 @@
-//! One room as a client holds it: where it is in the log, what it sends, who waits for an answer.
+//! The client's state of one room: position, unacknowledged sends, and waiting calls.
 //!
-//! Pure. `client::state` is the user.
+//! Pure. `client::state` uses it.
 
 use tokio::{
     sync::{OwnedSemaphorePermit, oneshot},
@@ -17,7 +17,7 @@ use super::{
 };
 use skein_protocol::{ids::RoomId, protocol::FrameRef};
 
-/// A frame to write.
+/// An encoded frame to write.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) enum EncodedFrame {
     Text(String),
@@ -33,22 +33,23 @@ impl EncodedFrame {
     }
 }
 
-/// A message without its answer, and who waits for that.
+/// A message to send, and the call that waits for its result.
 pub(super) struct PendingSend {
-    pub(super) send: NewMessage,
+    pub(super) message: NewMessage,
     pub(super) bytes: u32,
     pub(super) reply: oneshot::Sender<Result<SendReceipt, SendError>>,
-    /// Its share of what a client may have without an answer, given back when this is dropped.
+    /// Permits for the limits of unacknowledged messages and bytes, released on drop.
     pub(super) _permits: [OwnedSemaphorePermit; 2],
 }
 
 impl PendingSend {
-    /// Tells who waits. If nobody does any more, the message has its fate all the same.
+    /// Completes the waiting call. If its future was dropped, the message has been processed all
+    /// the same.
     pub(super) fn complete(self, result: Result<SendReceipt, SendError>) {
         let _ = self.reply.send(result);
     }
 
-    /// The frame that sends it.
+    /// Encodes the frame that sends the message.
     pub(super) fn encode(
         &self,
         room: &RoomId,
@@ -56,14 +57,14 @@ impl PendingSend {
     ) -> Result<EncodedFrame, HeaderTooLong> {
         let header = frames::OutgoingMessage {
             reference: Some(FrameRef::number(reference)),
-            id: Some(self.send.id),
-            kind: self.send.kind,
-            reply_to: self.send.reply_to,
-            meta: self.send.meta.as_ref(),
-            echo: self.send.echo,
+            id: Some(self.message.id),
+            kind: self.message.kind,
+            reply_to: self.message.reply_to,
+            meta: self.message.meta.as_ref(),
+            echo: self.message.echo,
             ..frames::OutgoingMessage::header(room)
         };
-        match &self.send.content {
+        match &self.message.content {
             MessageContent::Json(content) => {
                 let frame = frames::OutgoingMessage { content: Some(content), ..header };
                 Ok(EncodedFrame::Text(frames::encode_text(&frame)))
@@ -75,30 +76,30 @@ impl PendingSend {
     }
 }
 
-/// What a room is to the present connection.
+/// State of a room on the current connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum RoomState {
-    /// Wanted, and nothing was asked on this connection, if there is one.
+    /// To be joined; no `join` was sent on this connection, if there is one.
     AwaitingConnection,
-    /// `join` is on its way.
+    /// `join` is in flight.
     Joining,
-    /// `join` was refused for the time being.
+    /// `join` was rejected with a temporary error.
     JoinRetryAt(Instant),
-    /// The connection takes part.
+    /// The room is joined.
     Joined,
-    /// `leave` is on its way.
+    /// `leave` is in flight.
     Leaving,
-    /// `leave` was refused for the time being.
+    /// `leave` was rejected with a temporary error.
     LeaveRetryAt(Instant),
-    /// Over. Only answers to what was sent are awaited.
+    /// The room is left. Only replies to messages in flight are expected.
     Left,
 }
 
-/// See the head of this file.
+/// The client's state of one room.
 pub(super) struct ClientRoom {
     pub(super) state: RoomState,
     pub(super) start: StartFrom,
-    /// What the room asks for, also when it is joined again after a reconnect.
+    /// The password, which is sent again when the room is joined after a reconnect.
     pub(super) password: Option<String>,
     pub(super) log: LogTracker,
     pub(super) sends: PendingSends<PendingSend>,
@@ -119,14 +120,14 @@ impl ClientRoom {
         }
     }
 
-    /// Joins a room again that was left.
+    /// Joins a room again after it was left.
     pub(super) fn rejoin(&mut self, start: StartFrom) {
         self.state = RoomState::AwaitingConnection;
         self.log = tracker_for(&start);
         self.start = start;
     }
 
-    /// Whether the application wants to take part.
+    /// Whether the application wants to be in the room.
     pub(super) fn is_wanted(&self) -> bool {
         match self.state {
             RoomState::AwaitingConnection
@@ -137,11 +138,11 @@ impl ClientRoom {
         }
     }
 
-    /// When something has to be done that only waits for its time.
+    /// When the next retry is due.
     pub(super) fn next_retry(&self) -> Option<Instant> {
         match self.state {
             RoomState::JoinRetryAt(at) | RoomState::LeaveRetryAt(at) => Some(at),
-            // Until the recovery has ended nothing is sent, whatever the time.
+            // Before the recovery is complete, no message is sent.
             RoomState::Joined if self.log.is_recovered() => self.sends.next_retry(),
             RoomState::AwaitingConnection
             | RoomState::Joining
@@ -151,8 +152,8 @@ impl ClientRoom {
         }
     }
 
-    /// The server has removed the connection from the room. Positions and ids are forgotten: who
-    /// joins again may want to see the same entries again.
+    /// Records that the connection is no longer in the room. Position and ids are forgotten, so
+    /// that joining again can deliver the same entries again.
     pub(super) fn on_left(&mut self) {
         self.state = RoomState::Left;
         self.log = LogTracker::default();
@@ -161,7 +162,7 @@ impl ClientRoom {
         }
     }
 
-    /// The connection is gone. Returns whether the room is wanted on the next one.
+    /// Records the loss of the connection. Returns whether to join the room on the next one.
     pub(super) fn on_disconnected(&mut self) -> bool {
         if self.is_wanted() {
             self.state = RoomState::AwaitingConnection;
@@ -172,8 +173,8 @@ impl ClientRoom {
         false
     }
 
-    /// Tells everybody who waits. Messages that were sent have an unknown fate; others have
-    /// `unsent`.
+    /// Completes all waiting calls. Messages that were sent have an uncertain result; the others
+    /// fail with `unsent`.
     pub(super) fn fail_all(
         &mut self,
         unsent: SendError,

@@ -1,12 +1,12 @@
-//! What a client knows: its rooms, its unanswered questions. Frames and calls go in, frames and
-//! events come out.
+//! The state machine of a client: its rooms and pending requests. Frames and calls go in, frames
+//! and events come out.
 //!
 //! No I/O, and `now` is an argument, so that every order of events can be tested. `client::task`
 //! moves frames between this and a connection.
 //!
-//! Invariant: nothing is sent to a room before it is joined on this connection and everything up
-//! to `joined.seq` was had, so that no message whose answer was lost is repeated while it is in the
-//! log already.
+//! Invariant: a message is sent to a room only when the room is joined on this connection and all
+//! entries up to `joined.seq` were received. So a message whose acknowledgement was lost is not
+//! sent again while it is in the log.
 
 use std::{
     collections::{HashMap, VecDeque},
@@ -43,10 +43,10 @@ use skein_protocol::{
 
 pub(super) mod calls;
 
-/// How long to wait where the server refuses for the time being and does not say how long.
+/// Delay of a retry if the server does not state one.
 const RETRY_WAIT: Duration = Duration::from_millis(500);
 
-/// A frame that has no answer yet.
+/// A request that waits for its reply.
 enum PendingRequest {
     Join(RoomId),
     Leave(RoomId),
@@ -54,31 +54,31 @@ enum PendingRequest {
     History(HistoryReply),
 }
 
-/// See the head of this file.
+/// The state of a client.
 pub(super) struct ProtocolState {
     in_flight_max: usize,
     rooms: HashMap<RoomId, ClientRoom>,
     pub(super) inbox: InboxTracker,
     pending: HashMap<u64, PendingRequest>,
     next_reference: u64,
-    /// How long a repeat is known for what it is.
+    /// How long the server recognises a message id.
     dedup_window: Duration,
     message_bytes_max: usize,
-    /// The connection's first frame; `None` without a connection.
+    /// The first frame of the connection; `None` without a connection.
     pub(super) connected: Option<ConnectedFrame>,
-    /// The session token of that frame.
+    /// The resume token of that frame.
     pub(super) session: Option<String>,
-    /// The room that the URL joins without being asked.
+    /// The room that the URL joins without a `join` frame.
     pub(super) url_room: Option<RoomId>,
-    /// What the server asked for before it closes.
+    /// The `reconnect` that the server sent before it closes.
     pub(super) reconnect: Option<ReconnectFrame>,
     /// Frames to write.
     pub(super) out: VecDeque<EncodedFrame>,
-    /// Events to hand over.
+    /// Events to deliver to the application.
     pub(super) events: VecDeque<ClientEvent>,
 }
 
-/// What this client reads of frames that have no type of their own.
+/// The field that the client reads from the JSON text, to keep reasons that it does not know.
 #[derive(Deserialize)]
 struct ReasonField {
     reason: Option<String>,
@@ -103,12 +103,12 @@ impl ProtocolState {
         }
     }
 
-    /// The last entry had in a room.
+    /// The last received entry of a room.
     pub(super) fn cursor(&self, room: &RoomId) -> Option<&Position> {
         self.rooms.get(room)?.log.cursor()
     }
 
-    /// Takes a text frame.
+    /// Handles a text frame.
     pub(super) fn on_frame(&mut self, frame: ServerFrame, text: String, now: Instant) {
         match frame {
             ServerFrame::Connected(connected) => self.on_connected(*connected),
@@ -172,7 +172,7 @@ impl ProtocolState {
         }
     }
 
-    /// Takes a message of a room, with its payload if it came in a binary frame.
+    /// Handles a message of a room, with its payload if it arrived in a binary frame.
     pub(super) fn on_message(
         &mut self,
         message: Box<MessageFrame>,
@@ -184,7 +184,7 @@ impl ProtocolState {
         self.flush_sends(&room, now);
     }
 
-    /// Takes a direct, with its payload if it came in a binary frame.
+    /// Handles a direct, with its payload if it arrived in a binary frame.
     pub(super) fn on_direct(&mut self, direct: Box<DirectFrame>, payload: Option<Bytes>) {
         let position = Position::new(direct.epoch.clone(), direct.seq);
         if self.inbox.accept(&position, &direct.from.id, direct.id) {
@@ -195,18 +195,18 @@ impl ProtocolState {
 
     fn on_notification(&mut self, notification: Box<NotificationFrame>) {
         let position = Position::new(notification.epoch.clone(), notification.seq);
-        // Nobody has that id: it is the server's.
+        // No user has this id, because ids with a leading `_` belong to the server.
         let from = "_api".parse().expect("an id");
         if self.inbox.accept(&position, &from, notification.id) {
             if notification.require_ack {
-                self.inbox.hold_at(&position);
+                self.inbox.await_seen(&position);
             }
             self.events.push_back(ClientEvent::Notification(notification));
         }
         self.acknowledge();
     }
 
-    /// Tells the server how far the inbox was received, if that is further than before.
+    /// Acknowledges the inbox if the acknowledged position has moved.
     pub(super) fn acknowledge(&mut self) {
         if let Some(Position { epoch, seq }) = self.inbox.next_ack() {
             self.out.push_back(EncodedFrame::Text(frames::encode_text(&frames::OutgoingAck {
@@ -216,12 +216,12 @@ impl ProtocolState {
         }
     }
 
-    /// When [`ProtocolState::on_timer`] has something to do.
+    /// When [`ProtocolState::on_timer`] is due.
     pub(super) fn next_deadline(&self) -> Option<Instant> {
         self.rooms.values().filter_map(ClientRoom::next_retry).min()
     }
 
-    /// Does what waited for its time.
+    /// Performs the retries that are due.
     pub(super) fn on_timer(&mut self, now: Instant) {
         let due = |(name, room): (&RoomId, &ClientRoom)| {
             room.next_retry().is_some_and(|at| at <= now).then(|| name.clone())
@@ -236,7 +236,8 @@ impl ProtocolState {
         }
     }
 
-    /// The server found a message too big and did not say which: it is taken to be the largest.
+    /// Fails the largest message in flight: the server closed the connection because a message was
+    /// too big, and did not say which.
     pub(super) fn fail_largest_send(&mut self) {
         let largest = self
             .rooms
@@ -253,22 +254,22 @@ impl ProtocolState {
         }
     }
 
-    /// The connection is gone. Rooms stay wanted, sends stay queued.
+    /// Records the loss of the connection. Rooms stay wanted, sends stay queued.
     pub(super) fn on_disconnected(&mut self) {
         self.connected = None;
         self.out.clear();
-        for (_, asked) in self.pending.drain() {
-            if let PendingRequest::History(reply) = asked {
+        for (_, request) in self.pending.drain() {
+            if let PendingRequest::History(reply) = request {
                 let _ = reply.send(Err(HistoryError::NotJoined));
             }
         }
         self.rooms.retain(|_, room| room.on_disconnected());
     }
 
-    /// The client ends: everybody who waits is told.
+    /// Ends the client: completes all waiting calls.
     pub(super) fn fail_all(&mut self) {
-        for (_, asked) in self.pending.drain() {
-            if let PendingRequest::History(reply) = asked {
+        for (_, request) in self.pending.drain() {
+            if let PendingRequest::History(reply) = request {
                 let _ = reply.send(Err(HistoryError::ClientClosed));
             }
         }
@@ -282,8 +283,8 @@ impl ProtocolState {
     }
 
     fn on_connected(&mut self, connected: ConnectedFrame) {
-        // A little less than the server's, which counts from when it took the message and compares
-        // when it takes the repeat.
+        // A little shorter than the server's window, which runs from accepting the message to
+        // accepting the repeat.
         self.dedup_window = Duration::from_secs(connected.dedup_window).mul_f64(0.95);
         self.message_bytes_max = connected.max_message_size;
         self.session = Some(connected.session.clone());
@@ -332,7 +333,7 @@ impl ProtocolState {
             let _ = reply.send(if leaving { Err(JoinError::Left) } else { Ok(info.clone()) });
         }
         match room.state {
-            // Asked for again: "changes nothing".
+            // A repeated `join` changes nothing.
             RoomState::Joined => return,
             RoomState::Leaving | RoomState::LeaveRetryAt(_) => {}
             RoomState::AwaitingConnection
@@ -363,19 +364,19 @@ impl ProtocolState {
     fn on_entry(&mut self, message: Box<MessageFrame>, payload: Option<Bytes>) {
         let position = Position::new(message.epoch.clone(), message.seq);
         if position.epoch.is_none() {
-            // A room without a log: there is nothing to judge by.
+            // A room without a log has no positions to classify.
             let payload = payload.or_else(|| base64_payload(&message));
             self.events.push_back(ClientEvent::Message { message, payload });
             return;
         }
         let own = self.connected.as_ref().is_some_and(|me| me.user.id == message.from.id);
         let verdict = match self.rooms.get_mut(&message.room) {
-            // Before `on_joined`, whose history will have it.
+            // An entry before `joined` is in the history of `joined`.
             Some(room) if matches!(room.state, RoomState::Joining | RoomState::JoinRetryAt(_)) => {
                 EntryCheck::Gap { expected: None, deliver: false }
             }
             Some(room) => {
-                // In the log is as good as acknowledged, and it may be the only answer to come.
+                // An own entry in the log is acknowledged. It can be the only reply to come.
                 if own && let Some(pending) = room.sends.remove(message.id) {
                     let position = position.clone();
                     pending.complete(Ok(SendReceipt {
@@ -426,7 +427,7 @@ impl ProtocolState {
         self.flush_sends(&name, now);
     }
 
-    /// The room is left, asked for or not. What is on its way to it still gets its answers.
+    /// Leaves the room, requested or not. Messages in flight still get their replies.
     fn on_left(&mut self, name: &RoomId, reason: Option<String>) {
         let Some(room) = self.rooms.get_mut(name) else { return };
         match room.leave_reply.take() {
@@ -473,7 +474,7 @@ impl ProtocolState {
                 }
                 room.fail_all(SendError::NotJoined, JoinError::Rejected(error_frame), Ok(()));
             }
-            // Joined all the same, or being left.
+            // The room is joined already, or being left.
             _ => {
                 if let Some(reply) = room.join_reply.take() {
                     let _ = reply.send(Err(JoinError::Rejected(error_frame)));
@@ -545,7 +546,7 @@ fn reason_in(text: &str) -> Option<ReasonField> {
     serde_json::from_str(text).ok()
 }
 
-/// The payload of a binary message that stands inside JSON.
+/// The payload of a binary message inside JSON.
 fn base64_payload(message: &MessageFrame) -> Option<Bytes> {
     if message.encoding.as_deref() != Some("base64") {
         return None;

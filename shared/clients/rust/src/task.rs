@@ -1,9 +1,9 @@
-//! The task that owns a client's connection: it connects, comes back, and moves frames between the
-//! socket and [`ProtocolState`], which decides everything about rooms and messages.
+//! The task that owns a client's connection. It connects, reconnects, and moves frames between the
+//! socket and [`ProtocolState`], which decides all about rooms and messages.
 //!
-//! One loop waits for the application's calls, the socket and the clock. Events are handed over
-//! with waiting: an application that does not take them slows the client down, and the gateway
-//! then sees a slow reader, but nothing is dropped.
+//! One loop waits for calls of the application, the socket and the clock. The task waits until the
+//! application takes an event: a slow application slows the client down, and the gateway then sees
+//! a slow consumer, but no event is dropped.
 
 use std::{future::Future, pin::pin, time::Duration};
 
@@ -25,29 +25,29 @@ use skein_protocol::{
     ids::RoomId,
 };
 
-/// How long `connected` may take.
+/// Time limit for the `connected` frame.
 const CONNECTED_TIMEOUT: Duration = Duration::from_secs(10);
-/// How long writing may make no headway.
+/// Time limit for a write without progress.
 const WRITE_TIMEOUT: Duration = Duration::from_secs(30);
-/// How long the gateway may take to answer a close.
+/// Time limit for the gateway's answer to a close.
 const CLOSE_TIMEOUT: Duration = Duration::from_secs(2);
-/// A connection that lasted this long was a success, so that the back-off starts over. Without it
-/// a gateway that takes everybody and drops them at once would be called upon without pause.
+/// A connection that lasts this long resets the back-off. Otherwise a gateway that accepts and
+/// drops every connection would be retried without delay.
 const STABLE_AFTER: Duration = Duration::from_secs(1);
 
-/// See the head of this file.
+/// The task of a client.
 pub(super) struct ClientTask {
     connect_options: ConnectOptions,
     options: ClientOptions,
     calls: mpsc::Receiver<ClientCall>,
     events: mpsc::Sender<ClientEvent>,
-    /// Turns true when the application wants the end.
+    /// True once the application closes the client.
     closing: watch::Receiver<bool>,
     state: ProtocolState,
     backoff: Backoff,
-    /// Which of the URLs is next.
+    /// Index of the URL to try next.
     url: usize,
-    /// Whether the token was replaced since it was last presented.
+    /// Whether the token was replaced since it was last sent.
     token_is_new: bool,
 }
 
@@ -74,14 +74,14 @@ impl ClientTask {
         }
     }
 
-    /// Runs until the end, and tells it as the last event.
+    /// Runs until the client ends, and sends the reason as the last event.
     pub(super) async fn run(mut self) {
         let reason = match self.run_connections().await {
             Ok(never) => match never {},
             Err(reason) => reason,
         };
         self.state.fail_all();
-        // Handles see the end by this, also where nobody takes events any more.
+        // Handles see the end by this, even if the application takes no events.
         self.calls.close();
         while let Ok(call) = self.calls.try_recv() {
             drop(call);
@@ -93,9 +93,9 @@ impl ClientTask {
     async fn run_connections(&mut self) -> Result<std::convert::Infallible, ClientEndReason> {
         loop {
             let connection = Box::pin(self.connect()).await?;
-            let since = Instant::now();
+            let opened_at = Instant::now();
             let closed = Box::pin(self.drive(connection)).await?;
-            if since.elapsed() >= STABLE_AFTER {
+            if opened_at.elapsed() >= STABLE_AFTER {
                 self.backoff.reset();
             }
             self.url = 0;
@@ -103,7 +103,7 @@ impl ClientTask {
         }
     }
 
-    /// Tries until a connection is open.
+    /// Retries until a connection is open.
     async fn connect(&mut self) -> Result<ClientConnection, ClientEndReason> {
         loop {
             let options = self.next_options();
@@ -112,20 +112,20 @@ impl ClientTask {
                 Ok(connection) => return Ok(connection),
                 Err(error) => error,
             };
-            let verdict = self.retry_delay(&error);
-            let retry_in = verdict.as_ref().ok().copied();
+            let delay = self.retry_delay(&error);
+            let retry_in = delay.as_ref().ok().copied();
             self.state.events.push_back(ClientEvent::ConnectFailed {
                 url: options.url,
                 error,
                 retry_in,
             });
             self.deliver_events().await?;
-            let wait = verdict?;
+            let wait = delay?;
             self.serving_calls(sleep_until(Instant::now() + wait)).await?;
         }
     }
 
-    /// The options of the next attempt: whose turn it is, and what the last connection taught.
+    /// The options of the next attempt: its URL, and the position in the room of the URL.
     fn next_options(&self) -> ConnectOptions {
         let mut options = self.connect_options.clone();
         if let Some(url) = self.options.urls.get(self.url) {
@@ -140,7 +140,7 @@ impl ClientTask {
         options
     }
 
-    /// How long to wait after an attempt that failed.
+    /// The delay after a failed attempt.
     fn retry_delay(&mut self, error: &ConnectError) -> Result<Duration, ClientEndReason> {
         let retry_after = match error {
             ConnectError::InvalidUrl { .. } | ConnectError::InvalidHeader { .. } => {
@@ -174,12 +174,12 @@ impl ClientTask {
         }
     }
 
-    /// Speaks with the gateway until the connection ends.
+    /// Moves frames until the connection ends.
     async fn drive(
         &mut self,
         mut connection: ClientConnection,
     ) -> Result<ConnectionClosed, ClientEndReason> {
-        let mut heard = Instant::now();
+        let mut last_received = Instant::now();
         loop {
             if let Some(closed) = self.write(&mut connection).await {
                 return Ok(closed);
@@ -188,10 +188,10 @@ impl ClientTask {
                 close_normally(&mut connection).await;
                 return Err(reason);
             }
-            let silent_at = heard + self.idle_timeout();
-            let wake_at = self.state.next_deadline().map_or(silent_at, |due| due.min(silent_at));
+            let idle_at = last_received + self.idle_timeout();
+            let wake_at = self.state.next_deadline().map_or(idle_at, |due| due.min(idle_at));
             // Every arm is cancel-safe: a call stays in the channel, a frame in the socket's
-            // buffer. The bodies await nothing but the end.
+            // buffer. The bodies await only the close.
             tokio::select! {
                 () = close_requested(&mut self.closing) => {
                     close_normally(&mut connection).await;
@@ -206,15 +206,15 @@ impl ClientTask {
                 },
                 received = connection.next() => match received {
                     Ok(received) => {
-                        heard = Instant::now();
+                        last_received = Instant::now();
                         self.on_received(received);
                     }
                     Err(closed) => return Ok(closed),
                 },
                 () = sleep_until(wake_at) => {
                     let now = Instant::now();
-                    if now >= silent_at {
-                        let reason = "nothing heard from the gateway".to_owned();
+                    if now >= idle_at {
+                        let reason = "received nothing from the gateway".to_owned();
                         return Ok(ConnectionClosed { code: None, reason });
                     }
                     self.state.on_timer(now);
@@ -223,7 +223,7 @@ impl ClientTask {
         }
     }
 
-    /// How long the gateway may say nothing: two of its pings may be missed.
+    /// How long the gateway may send nothing: two of its pings can be lost.
     fn idle_timeout(&self) -> Duration {
         match &self.state.connected {
             Some(connected) => {
@@ -265,7 +265,7 @@ impl ClientTask {
         self.state.on_call(call, Instant::now());
     }
 
-    /// Writes what is to be written. Returns how the connection ended if it makes no headway.
+    /// Writes all pending frames. Returns how the connection ended if a write makes no progress.
     async fn write(&mut self, connection: &mut ClientConnection) -> Option<ConnectionClosed> {
         if self.state.out.is_empty() {
             return None;
@@ -281,18 +281,19 @@ impl ClientTask {
             connection.flush().await
         };
         match timeout(WRITE_TIMEOUT, written).await {
-            // What failed shows in reading, after everything that the gateway still said.
+            // A failed write shows in reading, after all that the gateway still sent.
             Ok(_) => None,
             Err(_) => {
-                Some(ConnectionClosed { code: None, reason: "nothing could be written".to_owned() })
+                Some(ConnectionClosed { code: None, reason: "a write made no progress".to_owned() })
             }
         }
     }
 
-    /// Hands events to the application, waiting for room. Once nobody takes them they are dropped.
+    /// Delivers events to the application, waiting for space in its channel. Events are dropped if
+    /// the application has dropped the receiver.
     async fn deliver_events(&mut self) -> Result<(), ClientEndReason> {
         while let Some(event) = self.state.events.pop_front() {
-            // Both arms are cancel-safe: an event is only sent where there is room for it.
+            // Both arms are cancel-safe: an event is sent only with a permit.
             let permit = tokio::select! {
                 () = close_requested(&mut self.closing) => return Err(ClientEndReason::Closed),
                 permit = self.events.reserve() => permit,
@@ -304,26 +305,26 @@ impl ClientTask {
         Ok(())
     }
 
-    /// Waits for `what` while the application's calls are taken.
+    /// Waits for `future` while calls are handled.
     async fn serving_calls<T>(
         &mut self,
-        what: impl Future<Output = T>,
+        future: impl Future<Output = T>,
     ) -> Result<T, ClientEndReason> {
-        let mut what = pin!(what);
+        let mut future = pin!(future);
         loop {
-            // Cancel-safe: `what` is kept over the turns, and a call stays in the channel.
+            // Cancel-safe: `future` is pinned outside the loop, and a call stays in the channel.
             tokio::select! {
                 () = close_requested(&mut self.closing) => return Err(ClientEndReason::Closed),
                 call = self.calls.recv() => match call {
                     Some(call) => self.on_call(call),
                     None => return Err(ClientEndReason::Closed),
                 },
-                result = &mut what => return Ok(result),
+                result = &mut future => return Ok(result),
             }
         }
     }
 
-    /// Takes note of the end of a connection, and waits until it is time for the next.
+    /// Handles the end of a connection, and waits until the next one is due.
     async fn after_close(&mut self, closed: ConnectionClosed) -> Result<(), ClientEndReason> {
         let ConnectionClosed { code, reason } = closed;
         let advice = reconnect_advice(code, &reason);
@@ -331,15 +332,15 @@ impl ClientTask {
             self.state.fail_largest_send();
         }
         self.keep_identity();
-        let asked_to_wait = self.next_node();
+        let requested_delay = self.next_node();
         self.state.on_disconnected();
-        let comes_back = match advice {
+        let reconnects = match advice {
             ReconnectAdvice::Reconnect | ReconnectAdvice::ReconnectWithoutMessage => true,
             ReconnectAdvice::ReconnectWithNewToken => self.token_is_new,
             ReconnectAdvice::DoNotReconnect => false,
         };
-        let retry_in = (comes_back && self.options.reconnect).then(|| match asked_to_wait {
-            // The gateway has spread its clients over this already.
+        let retry_in = (reconnects && self.options.reconnect).then(|| match requested_delay {
+            // The gateway has spread its clients over this delay.
             Some(after) => after,
             None => self.delay(None),
         });
@@ -372,8 +373,8 @@ impl ClientTask {
         Ok(())
     }
 
-    /// Stays who one is: with the session, and as the guest that the gateway made of somebody
-    /// without a name, should the session be lost.
+    /// Keeps the identity for the next connection: the session, and the guest id that the gateway
+    /// assigned, in case the session is lost.
     fn keep_identity(&mut self) {
         self.connect_options.session.clone_from(&self.state.session);
         self.connect_options.inbox = self.state.inbox.cursor().cloned();
@@ -384,8 +385,8 @@ impl ClientTask {
         }
     }
 
-    /// Remembers where to go: where the gateway sends us, else back to it. Returns how long it
-    /// asked to wait.
+    /// Chooses the node for the next connection: the one that `reconnect` names, else the same one.
+    /// Returns the delay that `reconnect` requests.
     fn next_node(&mut self) -> Option<Duration> {
         let reconnect = self.state.reconnect.take();
         let route = self.state.connected.as_ref().map(|connected| connected.route.clone());
@@ -401,12 +402,12 @@ async fn close_normally(connection: &mut ClientConnection) {
     let _ = timeout(CLOSE_TIMEOUT, connection.close(CloseCode::Normal.number(), "")).await;
 }
 
-/// Waits until the application wants the end: it says so, or drops every handle. Cancel-safe.
+/// Waits until the application closes the client or drops every handle. Cancel-safe.
 async fn close_requested(closing: &mut watch::Receiver<bool>) {
     let _ = closing.wait_for(|closing| *closing).await;
 }
 
-/// The room that `…/ws/rooms/{room}` joins by itself.
+/// The room that `…/ws/rooms/{room}` joins without a `join` frame.
 fn url_room(url: &str) -> Option<RoomId> {
     let path = url.split(['?', '#']).next()?;
     let (_, room) = path.rsplit_once("/ws/rooms/")?;
@@ -418,7 +419,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_room_of_a_url_is_found() {
+    fn the_room_of_a_url_is_parsed() {
         let room = |url| url_room(url).map(|room| room.to_string());
         assert_eq!(room("ws://h/ws/rooms/a.b?history=3").as_deref(), Some("a.b"));
         assert_eq!(room("ws://h/ws"), None);

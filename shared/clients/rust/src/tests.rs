@@ -1,4 +1,4 @@
-//! The client against a server of a few lines, over real sockets: opening, closing, coming back.
+//! The client against a minimal server over real sockets: connecting, closing, reconnecting.
 
 use std::{net::SocketAddr, sync::LazyLock, time::Duration};
 
@@ -28,16 +28,16 @@ use super::{
 use skein_protocol::{error::ErrorCode, protocol::server_frame::ServerFrame};
 use skein_websocket::Opcode;
 
-/// Nothing in these tests takes this long; a test that would hang fails instead.
+/// Time limit of each wait, so that a test fails instead of hanging.
 const TEST_TIMEOUT: Duration = Duration::from_secs(20);
 
-/// A listener that the test accepts connections from, one by one.
+/// A listener whose connections the test accepts one by one.
 struct TestServer(TcpListener);
 
-/// The server's side of one connection.
+/// The server side of one connection.
 struct Peer {
     socket: WebSocketStream<TcpStream>,
-    /// The request's path and query.
+    /// Path and query of the request.
     uri: String,
     authorization: Option<String>,
 }
@@ -77,14 +77,14 @@ impl TestServer {
         Peer { socket, uri, authorization }
     }
 
-    /// Accepts and says `connected`.
+    /// Accepts a connection and sends `connected`.
     async fn welcome(&self) -> Peer {
         let mut peer = self.accept().await;
         peer.send(connected()).await;
         peer
     }
 
-    /// Accepts and answers the handshake with `response`.
+    /// Accepts a connection and answers the handshake with `response`.
     async fn reject(&self, response: &str) {
         let mut stream = self.stream().await;
         let mut request = [0; 2048];
@@ -99,7 +99,7 @@ impl Peer {
         self.socket.send(Raw::text(frame.to_string())).await.unwrap();
     }
 
-    /// The next frame, which has to be of type `kind`.
+    /// The next frame, which must be of type `kind`.
     async fn expect_frame(&mut self, kind: &str) -> Value {
         loop {
             let message = timeout(TEST_TIMEOUT, self.socket.next()).await.expect("a frame");
@@ -115,7 +115,7 @@ impl Peer {
         }
     }
 
-    /// The close frame that has to come next.
+    /// The close frame, which must come next.
     async fn expect_close(&mut self) -> u16 {
         match timeout(TEST_TIMEOUT, self.socket.next()).await.expect("a close").unwrap().unwrap() {
             Raw::Close(Some(frame)) => frame.code.into(),
@@ -129,7 +129,7 @@ impl Peer {
         while let Some(Ok(_)) = self.socket.next().await {}
     }
 
-    /// Answers the `join` that has to come next.
+    /// Answers the `join`, which must come next.
     async fn answer_join(&mut self, seq: u64, recovered: bool) -> Value {
         let join = self.expect_frame("join").await;
         self.send(json!({
@@ -168,7 +168,7 @@ fn entry(seq: u64) -> Value {
     })
 }
 
-/// Settings that come back at once.
+/// Options that reconnect at once.
 fn fast_reconnect() -> ClientOptions {
     let moment = Duration::from_millis(1);
     ClientOptions { backoff_base: moment, backoff_cap: moment, ..ClientOptions::default() }
@@ -180,7 +180,7 @@ async fn event(events: &mut mpsc::Receiver<ClientEvent>) -> ClientEvent {
     timeout(TEST_TIMEOUT, events.recv()).await.expect("an event").expect("an event")
 }
 
-/// Skips events until one passes `pick`.
+/// Skips events until `pick` returns a value.
 async fn until<T>(
     events: &mut mpsc::Receiver<ClientEvent>,
     pick: impl Fn(ClientEvent) -> Option<T>,
@@ -236,7 +236,7 @@ async fn a_client_joins_sends_and_receives() {
 }
 
 #[tokio::test]
-async fn a_lost_connection_is_replaced_and_everything_goes_on() {
+async fn a_client_reconnects_and_resumes_after_a_lost_connection() {
     let server = TestServer::start().await;
     let (client, mut events) = Client::start(ConnectOptions::new(server.url()), fast_reconnect());
     let gateway = async {
@@ -247,7 +247,7 @@ async fn a_lost_connection_is_replaced_and_everything_goes_on() {
         // No close frame: the process died.
         drop(peer);
         let mut peer = server.welcome().await;
-        // Back to where it was, as the guest it was.
+        // The client returns to its node as the same guest.
         assert_eq!(peer.uri, "/ws?inbox=i%3A0&user=guest-1&node=r1&session=c2VjcmV0");
         let join = peer.answer_join(1, true).await;
         assert_eq!(join["since"], json!({"epoch": "e", "seq": 1}));
@@ -276,7 +276,7 @@ async fn a_lost_connection_is_replaced_and_everything_goes_on() {
 }
 
 #[tokio::test]
-async fn a_gateway_that_drains_says_where_to_go_and_when() {
+async fn a_client_follows_the_reconnect_frame() {
     let server = TestServer::start().await;
     let (_client, mut events) =
         Client::start(ConnectOptions::new(server.url()), ClientOptions::default());
@@ -295,7 +295,7 @@ async fn a_gateway_that_drains_says_where_to_go_and_when() {
 }
 
 #[tokio::test]
-async fn a_client_that_was_sent_away_stays_away() {
+async fn a_kicked_client_does_not_reconnect() {
     let server = TestServer::start().await;
     let (client, mut events) = Client::start(ConnectOptions::new(server.url()), fast_reconnect());
     let peer = server.welcome().await;
@@ -306,7 +306,7 @@ async fn a_client_that_was_sent_away_stays_away() {
 }
 
 #[tokio::test]
-async fn an_expired_token_is_replaced_by_the_application() {
+async fn a_client_with_an_expired_token_waits_for_a_new_one() {
     let server = TestServer::start().await;
     let options = ConnectOptions::new(server.url()).token("old", TokenLocation::Header);
     let (client, mut events) = Client::start(options, fast_reconnect());
@@ -323,7 +323,7 @@ async fn an_expired_token_is_replaced_by_the_application() {
 }
 
 #[tokio::test]
-async fn without_reconnecting_the_first_end_is_the_last() {
+async fn a_client_without_reconnect_ends_with_its_connection() {
     let server = TestServer::start().await;
     let once = ClientOptions { reconnect: false, ..fast_reconnect() };
     let (_client, mut events) = Client::start(ConnectOptions::new(server.url()), once);
@@ -332,7 +332,7 @@ async fn without_reconnecting_the_first_end_is_the_last() {
 }
 
 #[tokio::test]
-async fn an_http_refusal_is_obeyed() {
+async fn a_client_obeys_an_http_rejection() {
     let server = TestServer::start().await;
     let (client, mut events) = Client::start(ConnectOptions::new(server.url()), fast_reconnect());
     server.reject("HTTP/1.1 503 Busy\r\nRetry-After: 7\r\nContent-Length: 0\r\n\r\n").await;
@@ -350,7 +350,7 @@ async fn an_http_refusal_is_obeyed() {
 }
 
 #[tokio::test]
-async fn several_gateways_are_tried_in_turn_the_first_one_first() {
+async fn urls_are_tried_in_order_from_the_first() {
     let (dead, first, second) =
         (TestServer::start().await, TestServer::start().await, TestServer::start().await);
     let urls = vec![dead.url(), first.url(), second.url()];
@@ -366,7 +366,7 @@ async fn several_gateways_are_tried_in_turn_the_first_one_first() {
 }
 
 #[tokio::test]
-async fn a_url_that_cannot_be_opened_ends_the_client() {
+async fn an_invalid_url_ends_the_client() {
     let (_client, mut events) = Client::start(ConnectOptions::new("http://h/"), fast_reconnect());
     assert_eq!(ended(&mut events).await, ClientEndReason::InvalidOptions);
 }
@@ -376,14 +376,14 @@ async fn the_room_of_the_url_is_resumed_through_the_url() {
     let server = TestServer::start().await;
     let url = format!("ws://{}/ws/rooms/r?history=2", server.address());
     let (client, _events) = Client::start(ConnectOptions::new(url), fast_reconnect());
-    let unasked = |seq: u64, recovered: bool| {
+    let joined_by_url = |seq: u64, recovered: bool| {
         json!({
             "type": "joined", "room": "r", "epoch": "e", "seq": seq, "recovered": recovered,
             "history": [], "durable": true,
         })
     };
     let mut peer = server.welcome().await;
-    peer.send(unasked(3, false)).await;
+    peer.send(joined_by_url(3, false)).await;
     let (message, sent) = tokio::join!(
         async {
             let message = peer.expect_frame("message").await;
@@ -405,7 +405,7 @@ async fn the_room_of_the_url_is_resumed_through_the_url() {
 }
 
 #[tokio::test]
-async fn a_slow_application_loses_nothing() {
+async fn a_slow_application_loses_no_event() {
     let server = TestServer::start().await;
     let narrow = ClientOptions { event_queue_max: 1, ..fast_reconnect() };
     let (client, mut events) = Client::start(ConnectOptions::new(server.url()), narrow);
@@ -426,7 +426,7 @@ async fn a_slow_application_loses_nothing() {
 }
 
 #[tokio::test]
-async fn a_client_whose_events_nobody_takes_can_be_closed() {
+async fn a_client_with_a_full_event_queue_can_be_closed() {
     let server = TestServer::start().await;
     let narrow = ClientOptions { event_queue_max: 1, ..fast_reconnect() };
     let (client, _events) = Client::start(ConnectOptions::new(server.url()), narrow);
@@ -452,13 +452,13 @@ async fn dropping_the_last_handle_closes_the_connection() {
 }
 
 #[tokio::test]
-async fn a_gateway_that_says_nothing_any_more_is_left() {
+async fn a_client_leaves_a_silent_gateway() {
     let server = TestServer::start().await;
     let (_client, mut events) = Client::start(ConnectOptions::new(server.url()), fast_reconnect());
     let _peer = server.welcome().await;
     assert!(matches!(event(&mut events).await, ClientEvent::Connected { .. }));
     let since = tokio::time::Instant::now();
-    // From here on the sockets are silent, so that the clock may run ahead.
+    // The sockets are idle from here on, so the paused clock advances by itself.
     tokio::time::pause();
     let Some(ClientEvent::Disconnected { code: None, retry_in, .. }) = events.recv().await else {
         panic!("no end")
@@ -468,7 +468,7 @@ async fn a_gateway_that_says_nothing_any_more_is_left() {
 }
 
 #[tokio::test]
-async fn unanswered_messages_are_bounded_in_number_and_bytes() {
+async fn unacknowledged_messages_are_bounded() {
     let server = TestServer::start().await;
     let few = ClientOptions { pending_sends_max: 2, pending_bytes_max: 100, ..fast_reconnect() };
     let (client, _events) = Client::start(ConnectOptions::new(server.url()), few);
@@ -490,7 +490,7 @@ async fn unanswered_messages_are_bounded_in_number_and_bytes() {
 }
 
 #[tokio::test]
-async fn a_request_finds_its_answer_and_keeps_what_came_before() {
+async fn a_request_returns_its_reply_and_buffers_earlier_frames() {
     let server = TestServer::start().await;
     let options = ConnectOptions::new(server.url());
     let (connection, mut peer) = tokio::join!(ClientConnection::open(&options), server.welcome());
@@ -515,23 +515,23 @@ async fn a_request_finds_its_answer_and_keeps_what_came_before() {
     assert_eq!((message.seq, text.contains("\"seq\":1")), (1, true));
 
     let nonsense = json!({"type": "nonsense"});
-    let (refused, ()) = tokio::join!(connection.request(&nonsense), async {
+    let (rejected, ()) = tokio::join!(connection.request(&nonsense), async {
         let frame = peer.expect_frame("nonsense").await;
         peer.send(json!({
             "type": "error", "ref": frame["ref"], "code": "unknown_type", "message": "no",
         }))
         .await;
     });
-    let Err(RequestError::Rejected(error_frame)) = refused else { panic!("{refused:?}") };
+    let Err(RequestError::Rejected(error_frame)) = rejected else { panic!("{rejected:?}") };
     assert_eq!(error_frame.code, ErrorCode::UnknownType);
     let closed = ConnectionClosed { code: Some(4000), reason: "bye".to_owned() };
     let (end, ()) = tokio::join!(connection.next(), peer.close(4000, "bye"));
     assert_eq!(end.unwrap_err(), closed);
-    assert_eq!(connection.next().await.unwrap_err(), closed, "for ever");
+    assert_eq!(connection.next().await.unwrap_err(), closed, "every call returns the error");
 }
 
 #[tokio::test]
-async fn everything_that_is_no_frame_is_shown_as_it_is() {
+async fn messages_that_are_no_frames_are_returned_unchanged() {
     let server = TestServer::start().await;
     let options = ConnectOptions::new(server.url());
     let (connection, mut peer) = tokio::join!(ClientConnection::open(&options), server.accept());
@@ -581,7 +581,7 @@ async fn a_binary_message_is_header_and_payload() {
 }
 
 #[tokio::test]
-async fn a_close_is_answered_by_the_server() {
+async fn close_waits_for_the_answer_of_the_server() {
     let server = TestServer::start().await;
     let options = ConnectOptions::new(server.url());
     let (connection, mut peer) = tokio::join!(ClientConnection::open(&options), server.accept());
@@ -595,11 +595,11 @@ async fn a_close_is_answered_by_the_server() {
 }
 
 #[tokio::test]
-async fn a_subprotocol_that_is_not_chosen_is_told() {
+async fn a_subprotocol_that_is_not_chosen_is_an_error() {
     let server = TestServer::start().await;
     let mut others = ConnectOptions::new(server.url());
     others.subprotocols = vec!["chat.v0".to_owned()];
-    // The library takes that for a failure. RFC 6455 leaves it to the client.
+    // The library treats that as an error. RFC 6455 leaves it to the client.
     let (opened, _peer) = tokio::join!(ClientConnection::open(&others), server.accept());
     assert!(matches!(opened.unwrap_err(), ConnectError::NoSubprotocol));
 
@@ -610,7 +610,7 @@ async fn a_subprotocol_that_is_not_chosen_is_told() {
 }
 
 #[tokio::test]
-async fn the_address_to_connect_from_can_be_chosen() {
+async fn the_local_address_can_be_chosen() {
     let server = TestServer::start().await;
     let mut options = ConnectOptions::new(server.url());
     options.local_address = Some("127.0.0.9".parse().unwrap());

@@ -53,7 +53,7 @@ fn joined(
     }
 }
 
-/// Feeds a whole `joined` and returns what its history was judged to be.
+/// Feeds a whole `joined` and returns the classification of its history.
 fn join(
     log: &mut LogTracker,
     joined: &JoinedFrame<HistoryEntry>,
@@ -64,7 +64,7 @@ fn join(
             let position = Position::new(message.epoch.clone(), message.seq);
             log.classify(&position, &message.from.id, message.id)
         }
-        HistoryEntry::Direct(_) | HistoryEntry::Unknown => panic!("not made here"),
+        HistoryEntry::Direct(_) | HistoryEntry::Unknown => panic!("no directs in these tests"),
     };
     let checks = joined.history.iter().map(classify).collect();
     (checks, log.end_history(joined))
@@ -74,7 +74,7 @@ fn gap(expected: Position) -> EntryCheck {
     EntryCheck::Gap { expected: Some(expected), deliver: true }
 }
 
-/// Feeds live entries `epoch:seq:id` to a log that stands at `e:1`.
+/// Feeds live entries `epoch:seq:id` to a tracker at `e:1`.
 #[track_caller]
 fn check(arrivals: &str, expected: &[EntryCheck]) {
     let mut log = LogTracker::starting_at(at("e", 1));
@@ -96,20 +96,20 @@ fn the_next_entry_is_delivered_and_a_repeated_one_dropped() {
 }
 
 #[test]
-fn a_known_id_under_a_new_number_is_dropped_and_moves_the_cursor() {
+fn a_known_id_under_a_new_number_is_dropped() {
     let known = EntryCheck::Duplicate { earlier: Some(at("e", 2)) };
     check("e:2:20 e:3:20 e:4:40", &[EntryCheck::InOrder, known, EntryCheck::InOrder]);
 }
 
 #[test]
-fn a_skipped_number_is_a_hole_once_and_the_entry_is_still_delivered() {
+fn a_skipped_number_is_one_gap_and_the_entry_is_delivered() {
     check("e:4:40 e:5:50", &[gap(at("e", 2)), EntryCheck::InOrder]);
     let dropped = EntryCheck::Gap { expected: Some(at("e", 3)), deliver: false };
     check("e:2:20 e:9:20", &[EntryCheck::InOrder, dropped]);
 }
 
 #[test]
-fn another_epoch_without_a_reset_is_a_hole() {
+fn another_epoch_without_a_reset_is_a_gap() {
     check("e:2:20 f:3:30 f:4:40", &[EntryCheck::InOrder, gap(at("e", 3)), EntryCheck::InOrder]);
 }
 
@@ -121,13 +121,13 @@ fn the_same_id_of_another_user_is_another_message() {
 }
 
 #[test]
-fn an_entry_of_a_room_that_was_not_joined_is_a_hole() {
+fn an_entry_of_a_room_that_is_not_joined_is_a_gap() {
     let check = LogTracker::default().classify(&at("e", 7), &user("u"), id(1));
     assert_eq!(check, EntryCheck::Gap { expected: None, deliver: true });
 }
 
 #[test]
-fn a_first_join_starts_right_before_its_history() {
+fn a_first_join_starts_just_before_its_history() {
     let mut log = LogTracker::default();
     let (checks, missing) = join(&mut log, &joined("e", 9, false, &[(8, 80), (9, 90)]));
     assert_eq!(
@@ -142,14 +142,14 @@ fn a_first_join_starts_right_before_its_history() {
 }
 
 #[test]
-fn a_history_that_stops_short_of_the_top_has_a_hole_at_its_end() {
+fn a_history_that_ends_below_the_top_has_a_gap() {
     let mut log = LogTracker::default();
     let (_, missing) = join(&mut log, &joined("e", 9, false, &[(6, 60), (7, 70)]));
     assert_eq!((missing, log.cursor()), (Some(at("e", 8)), Some(&at("e", 9))));
 }
 
 #[test]
-fn a_recovery_ends_when_everything_up_to_the_top_was_had() {
+fn a_recovery_ends_with_the_entry_at_the_top() {
     let mut log = LogTracker::starting_at(at("e", 5));
     let (checks, _) = join(&mut log, &joined("e", 8, true, &[(6, 60), (7, 70)]));
     assert_eq!(checks, [EntryCheck::InOrder, EntryCheck::InOrder]);
@@ -159,21 +159,21 @@ fn a_recovery_ends_when_everything_up_to_the_top_was_had() {
 }
 
 #[test]
-fn a_recovery_that_skips_entries_is_a_hole() {
+fn a_recovery_that_skips_entries_is_a_gap() {
     let mut log = LogTracker::starting_at(at("e", 5));
     let (checks, _) = join(&mut log, &joined("e", 8, true, &[(7, 70), (8, 80)]));
     assert_eq!(checks, [gap(at("e", 6)), EntryCheck::InOrder]);
 }
 
 #[test]
-fn a_recovery_that_claims_to_continue_another_epoch_is_a_hole() {
+fn a_recovery_in_another_epoch_is_a_gap() {
     let mut log = LogTracker::starting_at(at("e", 5));
     let (checks, _) = join(&mut log, &joined("f", 6, true, &[(6, 60)]));
     assert_eq!(checks, [gap(at("e", 6))]);
 }
 
 #[test]
-fn after_a_loss_entries_that_come_again_under_new_numbers_are_dropped() {
+fn entries_with_new_numbers_after_a_loss_are_dropped() {
     let mut log = LogTracker::starting_at(at("e", 0));
     log.classify(&at("e", 1), &user("u"), id(10));
     let (checks, _) = join(&mut log, &joined("f", 2, false, &[(1, 10), (2, 20)]));
@@ -203,7 +203,7 @@ fn only_an_ack_in_place_of_a_copy_moves_the_cursor() {
     let own = user("me");
     let mut log = LogTracker::starting_at(at("e", 5));
     log.expect_no_echo(id(1));
-    // Of a message with an echo; of a repeat; then the one in the stream, twice.
+    // The ack of a message with an echo; of a repeat; then the one in the log, twice.
     assert_eq!(log.acknowledged(&at("e", 6), Some(&own), id(2), false), None);
     assert_eq!(log.acknowledged(&at("e", 6), Some(&own), id(1), true), None);
     assert_eq!(log.cursor(), Some(&at("e", 5)));
@@ -211,7 +211,7 @@ fn only_an_ack_in_place_of_a_copy_moves_the_cursor() {
         assert_eq!(log.acknowledged(&at("e", 6), Some(&own), id(1), false), None);
         assert_eq!(log.cursor(), Some(&at("e", 6)));
     }
-    // What it skipped is a hole; and the application has the message, under whatever number.
+    // Skipped entries are a gap; and the message is known under any number.
     log.expect_no_echo(id(3));
     let skipped = log.acknowledged(&at("e", 8), Some(&own), id(3), false);
     assert_eq!(skipped, Some(Some(at("e", 7))));
@@ -221,7 +221,7 @@ fn only_an_ack_in_place_of_a_copy_moves_the_cursor() {
 }
 
 #[test]
-fn known_ids_are_bounded() {
+fn recent_ids_are_bounded() {
     let mut log = LogTracker::starting_at(at("e", 0));
     let many = RECENT_IDS_MAX as u64 + 10;
     for seq in 1..=many {
@@ -232,18 +232,18 @@ fn known_ids_are_bounded() {
     assert_eq!(log.classify(&at("e", many + 1), &user("u"), id(1)), EntryCheck::InOrder);
 }
 
-/// What happens to a server's log and to a client that follows it.
+/// A change of a server's log, or of its client.
 #[derive(Clone, Debug)]
 enum ServerStep {
-    /// Somebody else's message is appended.
+    /// Appends a message of another user.
     Append,
-    /// The client's own, without an echo, if it is connected.
-    AppendSilently,
-    /// The server passes on as many entries.
-    Pass(usize),
-    /// The connection is cut, and comes back; so many entries are in `joined`, the rest follows.
+    /// Appends the client's own message without an echo.
+    AppendWithoutEcho,
+    /// Sends up to this many entries.
+    Send(usize),
+    /// Cuts the connection and reconnects; so many entries are in `joined`, the others follow.
     Reconnect { in_history: usize },
-    /// The server loses its newest entries; the given number of them is sent again.
+    /// The server loses its newest entries; some of them are appended again.
     Lose { entries: usize, again: usize },
     /// Retention: only the newest entries stay.
     Trim { keep: usize },
@@ -252,8 +252,8 @@ enum ServerStep {
 fn steps() -> impl Strategy<Value = Vec<ServerStep>> {
     let step = prop_oneof![
         6 => Just(ServerStep::Append),
-        3 => Just(ServerStep::AppendSilently),
-        6 => (1_usize..5).prop_map(ServerStep::Pass),
+        3 => Just(ServerStep::AppendWithoutEcho),
+        6 => (1_usize..5).prop_map(ServerStep::Send),
         2 => (0_usize..4).prop_map(|in_history| ServerStep::Reconnect { in_history }),
         1 => (1_usize..6, 0_usize..6).prop_map(|(entries, again)| ServerStep::Lose { entries, again }),
         1 => (0_usize..4).prop_map(|keep| ServerStep::Trim { keep }),
@@ -261,18 +261,18 @@ fn steps() -> impl Strategy<Value = Vec<ServerStep>> {
     proptest::collection::vec(step, 1..120)
 }
 
-/// A server that keeps its promises, and the client it serves.
+/// A correct server and its client.
 struct ServerModel {
     log: LogTracker,
     epoch: u32,
-    /// Entries `(number of the message, whether it is the client's, sent by this connection)`.
+    /// Entries: (number of the message, whether it is the client's, the connection that sent it).
     entries: Vec<(u64, bool, u32)>,
     trimmed: usize,
-    /// How far the connection was served.
+    /// The number of entries sent to the connection.
     served: usize,
     connection: u32,
     next_id: u64,
-    /// What the client showed its user.
+    /// The messages delivered to the application.
     delivered: Vec<u64>,
     silent: std::collections::HashSet<u64>,
 }
@@ -308,7 +308,7 @@ impl ServerModel {
         self.entries.push((number, own, self.connection));
     }
 
-    fn serve(&mut self, many: usize) {
+    fn send_entries(&mut self, many: usize) {
         let end = (self.served + many).min(self.entries.len());
         for index in self.served..end {
             let (number, own, connection) = self.entries[index];
@@ -316,7 +316,7 @@ impl ServerModel {
             if own && connection == self.connection {
                 let skipped =
                     self.log.acknowledged(&position, Some(&user("me")), id(number), false);
-                assert_eq!(skipped, None, "a hole at an ack");
+                assert_eq!(skipped, None, "a gap at an ack");
             } else {
                 self.entry(&position, number, own);
             }
@@ -337,7 +337,7 @@ impl ServerModel {
         }
     }
 
-    /// The new connection, as the protocol answers a `join` with `since`.
+    /// Reconnects: answers a `join` with `since` as the protocol requires.
     fn reconnect(&mut self, in_history: usize) {
         self.connection += 1;
         let since = self.log.cursor().unwrap().clone();
@@ -371,7 +371,7 @@ impl ServerModel {
         self.log.reset(at(&format!("e{}", self.epoch), kept as Seq));
         self.served = kept;
         self.entries.extend(lost.into_iter().take(again).map(|(number, own, _)| {
-            // Gateways give it back, not the connection that sent it.
+            // Gateways append it again, not the connection that sent it.
             (number, own, u32::MAX)
         }));
     }
@@ -379,11 +379,11 @@ impl ServerModel {
     fn step(&mut self, step: ServerStep) {
         match step {
             ServerStep::Append => self.append(false),
-            ServerStep::AppendSilently => self.append(true),
-            ServerStep::Pass(many) => self.serve(many),
+            ServerStep::AppendWithoutEcho => self.append(true),
+            ServerStep::Send(many) => self.send_entries(many),
             ServerStep::Reconnect { in_history } => self.reconnect(in_history),
             ServerStep::Lose { entries, again } => self.lose(entries, again),
-            // Past a reader the server would say `reset`; here only what was served is trimmed.
+            // Only entries that were sent are trimmed; else the server would send `reset`.
             ServerStep::Trim { keep } => {
                 let trimmed = self.entries.len().saturating_sub(keep).min(self.served);
                 self.trimmed = self.trimmed.max(trimmed);
@@ -394,7 +394,7 @@ impl ServerModel {
 
 proptest! {
     #[test]
-    fn a_server_that_keeps_its_promises_never_shows_a_hole_and_nothing_is_shown_twice(
+    fn a_correct_server_causes_no_gap_and_no_duplicate(
         steps in steps(),
     ) {
         let mut model = ServerModel::new();
@@ -408,7 +408,7 @@ proptest! {
     }
 
     #[test]
-    fn any_arrivals_are_delivered_at_most_once_per_position_and_in_order(
+    fn any_entries_are_delivered_in_order_and_at_most_once(
         arrivals in proptest::collection::vec((0_u8..3, 0_u64..12, 0_u64..8), 0..60),
     ) {
         let mut log = LogTracker::starting_at(at("e0", 0));
@@ -446,7 +446,7 @@ fn sent<T: Copy>(sends: &mut PendingSends<T>, now: Instant) -> Vec<T> {
 }
 
 #[tokio::test(start_paused = true)]
-async fn one_is_on_its_way_at_a_time() {
+async fn one_message_is_in_flight_at_a_time() {
     let now = Instant::now();
     let mut sends = PendingSends::new(1);
     (1..=3).for_each(|number| sends.push(id(number), number));
@@ -457,7 +457,7 @@ async fn one_is_on_its_way_at_a_time() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_refused_one_keeps_its_place_and_the_others_wait() {
+async fn a_rejected_message_keeps_its_place_in_the_queue() {
     let now = Instant::now();
     let later = now + Duration::from_secs(2);
     let mut sends = PendingSends::new(1);
@@ -469,7 +469,7 @@ async fn a_refused_one_keeps_its_place_and_the_others_wait() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn several_may_be_on_their_way_and_go_again_in_order_after_a_reconnect() {
+async fn messages_in_flight_are_sent_again_in_order() {
     let now = Instant::now();
     let mut sends = PendingSends::new(3);
     (1..=5).for_each(|number| sends.push(id(number), number));
@@ -482,19 +482,19 @@ async fn several_may_be_on_their_way_and_go_again_in_order_after_a_reconnect() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn what_is_older_than_the_window_and_was_sent_is_uncertain() {
+async fn a_sent_message_older_than_the_window_is_uncertain() {
     let now = Instant::now();
     let mut sends = PendingSends::new(1);
     (1..=2).for_each(|number| sends.push(id(number), number));
     sent(&mut sends, now);
     sends.on_disconnected();
     assert_eq!(sends.next(now + WINDOW, WINDOW), Some(NextSend::Uncertain(id(1), 1)));
-    // The second was never on the wire, so that nothing about it is uncertain.
+    // The second was never sent, so it is not uncertain.
     assert_eq!(sent(&mut sends, now + WINDOW), [2]);
 }
 
 #[tokio::test(start_paused = true)]
-async fn at_the_end_those_that_never_left_are_told_apart() {
+async fn draining_separates_sent_from_unsent_messages() {
     let now = Instant::now();
     let mut sends = PendingSends::new(1);
     (1..=3).for_each(|number| sends.push(id(number), number));
@@ -504,63 +504,63 @@ async fn at_the_end_those_that_never_left_are_told_apart() {
     assert!(sends.is_empty());
 }
 
-/// What happens to sends.
+/// An event of the pending sends.
 #[derive(Clone, Debug)]
 enum SendStep {
     Send,
     Acknowledge(usize),
-    Refuse(usize),
-    WaitAWhile(usize),
+    Reject(usize),
+    RejectTemporarily(usize),
     Disconnect,
-    Pass(u64),
+    AdvanceTime(u64),
 }
 
-fn steps_of_sends() -> impl Strategy<Value = Vec<SendStep>> {
+fn send_steps() -> impl Strategy<Value = Vec<SendStep>> {
     let step = prop_oneof![
         4 => Just(SendStep::Send),
         3 => (0_usize..4).prop_map(SendStep::Acknowledge),
-        1 => (0_usize..4).prop_map(SendStep::Refuse),
-        2 => (0_usize..4).prop_map(SendStep::WaitAWhile),
+        1 => (0_usize..4).prop_map(SendStep::Reject),
+        2 => (0_usize..4).prop_map(SendStep::RejectTemporarily),
         1 => Just(SendStep::Disconnect),
-        2 => (0_u64..200).prop_map(SendStep::Pass),
+        2 => (0_u64..200).prop_map(SendStep::AdvanceTime),
     ];
     proptest::collection::vec(step, 0..150)
 }
 
 proptest! {
     #[test]
-    fn sends_are_settled_once_and_singly_sent_ones_in_order(
-        steps_of_sends in steps_of_sends(),
+    fn sends_complete_once_and_single_ones_in_order(
+        send_steps in send_steps(),
         in_flight_max in 1_usize..4,
     ) {
         let start = Instant::now();
         let mut now = start;
         let mut sends = PendingSends::new(in_flight_max);
         (0..20_u64).for_each(|number| sends.push(id(number), number));
-        let (mut accepted, mut settled) = (Vec::new(), 0_usize);
-        for step in steps_of_sends {
+        let (mut accepted, mut completed) = (Vec::new(), 0_usize);
+        for step in send_steps {
             let nth = |sends: &PendingSends<u64>, n: usize| sends.in_flight().nth(n).map(|(id, _)| id);
             match step {
                 SendStep::Send => match sends.next(now, WINDOW) {
-                    Some(NextSend::Uncertain(..)) => settled += 1,
+                    Some(NextSend::Uncertain(..)) => completed += 1,
                     Some(NextSend::Send(..)) | None => {}
                 },
                 SendStep::Acknowledge(n) => if let Some(id) = nth(&sends, n) {
                     accepted.push(sends.remove(id).unwrap());
-                    settled += 1;
+                    completed += 1;
                 },
-                SendStep::Refuse(n) => if let Some(id) = nth(&sends, n) {
+                SendStep::Reject(n) => if let Some(id) = nth(&sends, n) {
                     sends.remove(id).unwrap();
-                    settled += 1;
+                    completed += 1;
                 },
-                SendStep::WaitAWhile(n) => if let Some(id) = nth(&sends, n) {
+                SendStep::RejectTemporarily(n) => if let Some(id) = nth(&sends, n) {
                     sends.retry_at(id, now + Duration::from_secs(30));
                 },
                 SendStep::Disconnect => sends.on_disconnected(),
-                SendStep::Pass(seconds) => now += Duration::from_secs(seconds),
+                SendStep::AdvanceTime(seconds) => now += Duration::from_secs(seconds),
             }
             prop_assert!(sends.in_flight().count() <= in_flight_max);
-            prop_assert_eq!(sends.len() + settled, 20);
+            prop_assert_eq!(sends.len() + completed, 20);
         }
         if in_flight_max == 1 {
             prop_assert!(accepted.is_sorted());

@@ -1,7 +1,7 @@
-//! What an application asks of the state, and what is therefore said to the gateway.
+//! Calls of the application, and the frames that they send.
 //!
-//! Calls are answered through the channel that came with them; what has to wait, for a connection,
-//! a room, its turn, waits in the state.
+//! Each call is completed through its reply channel. A call that must wait for a connection, a room
+//! or its turn is kept in the state.
 
 use tokio::{sync::oneshot, time::Instant};
 
@@ -17,7 +17,7 @@ use crate::{
 };
 use skein_protocol::{ids::RoomId, position::Seq, protocol::FrameRef};
 
-/// What an application asks.
+/// A call of the application.
 pub(crate) enum ClientCall {
     Join {
         room: RoomId,
@@ -39,7 +39,7 @@ pub(crate) enum ClientCall {
         limit: u32,
         reply: HistoryReply,
     },
-    /// A person has seen the inbox up to there.
+    /// A person has seen the inbox up to this entry.
     MarkSeen(Seq),
     SetToken(String),
 }
@@ -47,7 +47,7 @@ pub(crate) enum ClientCall {
 pub(super) type HistoryReply = oneshot::Sender<Result<HistoryPage, HistoryError>>;
 
 impl ProtocolState {
-    /// Takes a call of the application.
+    /// Handles a call of the application.
     pub(crate) fn on_call(&mut self, call: ClientCall, now: Instant) {
         match call {
             ClientCall::Join { room, start, password, reply } => {
@@ -62,7 +62,7 @@ impl ProtocolState {
                 self.inbox.mark_seen(seq);
                 self.acknowledge();
             }
-            // Tokens are the task's affair.
+            // The task handles tokens.
             ClientCall::SetToken(_) => {}
         }
     }
@@ -93,7 +93,7 @@ impl ProtocolState {
         match room.state {
             RoomState::AwaitingConnection | RoomState::Joined => {}
             RoomState::Left => room.rejoin(start),
-            // The answer is on its way.
+            // A reply is pending.
             RoomState::Joining
             | RoomState::JoinRetryAt(_)
             | RoomState::Leaving
@@ -134,18 +134,18 @@ impl ProtocolState {
             pending.complete(Err(SendError::NotJoined));
             return;
         };
-        if room.sends.contains(pending.send.id) {
+        if room.sends.contains(pending.message.id) {
             pending.complete(Err(SendError::IdInUse));
             return;
         }
-        room.sends.push(pending.send.id, pending);
+        room.sends.push(pending.message.id, pending);
         self.flush_sends(name, now);
     }
 
     fn history(&mut self, name: &RoomId, page: HistoryRange, limit: u32, reply: HistoryReply) {
         let joined = self.rooms.get(name).is_some_and(|room| room.state == RoomState::Joined);
         let questions =
-            self.pending.values().filter(|asked| matches!(asked, PendingRequest::History(_)));
+            self.pending.values().filter(|request| matches!(request, PendingRequest::History(_)));
         if !joined {
             let _ = reply.send(Err(HistoryError::NotJoined));
         } else if questions.count() >= HISTORY_REQUESTS_MAX {
@@ -166,7 +166,7 @@ impl ProtocolState {
     pub(super) fn send_join(&mut self, name: &RoomId) {
         let reference = self.register(PendingRequest::Join(name.clone()));
         let Some(room) = self.rooms.get_mut(name) else { return };
-        // A room that is joined is asked for again without changing anything.
+        // A repeated `join` of a joined room changes nothing.
         if room.state != RoomState::Joined {
             room.state = RoomState::Joining;
         }
@@ -190,14 +190,14 @@ impl ProtocolState {
         self.out.push_back(EncodedFrame::Text(frames::encode_text(&frame)));
     }
 
-    fn register(&mut self, asked: PendingRequest) -> Option<FrameRef> {
+    fn register(&mut self, request: PendingRequest) -> Option<FrameRef> {
         let reference = self.next_reference;
         self.next_reference += 1;
-        self.pending.insert(reference, asked);
+        self.pending.insert(reference, request);
         Some(FrameRef::number(reference))
     }
 
-    /// Sends what may be sent to a room.
+    /// Sends the messages to a room that can be sent now.
     pub(super) fn flush_sends(&mut self, name: &RoomId, now: Instant) {
         self.remove_if_done(name);
         let Some(room) = self.rooms.get_mut(name) else { return };
@@ -212,7 +212,7 @@ impl ProtocolState {
                     continue;
                 }
                 Some(NextSend::Send(id, pending)) => {
-                    (id, pending.send.echo, pending.encode(name, self.next_reference))
+                    (id, pending.message.echo, pending.encode(name, self.next_reference))
                 }
             };
             match outgoing {

@@ -14,7 +14,7 @@ use crate::{
 
 const EPOCH: &str = "e";
 
-/// A state with a connection, fed with JSON as a gateway would write it.
+/// A state with a connection, fed with JSON as a gateway writes it.
 struct StateFixture {
     state: ProtocolState,
     now: Instant,
@@ -32,10 +32,10 @@ impl StateFixture {
     /// A fixture that has joined `r` at position `e:5`.
     fn joined() -> Self {
         let mut fixture = Self::new();
-        let mut answer = fixture.join("r", StartFrom::Now);
+        let mut reply = fixture.join("r", StartFrom::Now);
         let reference = fixture.take_written()[0]["ref"].clone();
         fixture.feed(joined(&reference, 5, false, &[]));
-        assert!(answer.try_recv().unwrap().is_ok());
+        assert!(reply.try_recv().unwrap().is_ok());
         fixture.events();
         fixture
     }
@@ -69,39 +69,39 @@ impl StateFixture {
     }
 
     fn join(&mut self, room: &str, start: StartFrom) -> ReplyReceiver<JoinInfo, JoinError> {
-        let (reply, answer) = oneshot::channel();
+        let (reply, receiver) = oneshot::channel();
         let room = room.parse().unwrap();
         self.state.on_call(ClientCall::Join { room, start, password: None, reply }, self.now);
-        answer
+        receiver
     }
 
     fn leave(&mut self, room: &str) -> ReplyReceiver<(), LeaveError> {
-        let (reply, answer) = oneshot::channel();
+        let (reply, receiver) = oneshot::channel();
         self.state.on_call(ClientCall::Leave { room: room.parse().unwrap(), reply }, self.now);
-        answer
+        receiver
     }
 
-    fn send(&mut self, send: NewMessage) -> ReplyReceiver<SendReceipt, SendError> {
-        let (reply, answer) = oneshot::channel();
-        let share = || Arc::new(Semaphore::new(1)).try_acquire_owned().unwrap();
-        let bytes = match &send.content {
+    fn send(&mut self, message: NewMessage) -> ReplyReceiver<SendReceipt, SendError> {
+        let (reply, receiver) = oneshot::channel();
+        let permit = || Arc::new(Semaphore::new(1)).try_acquire_owned().unwrap();
+        let bytes = match &message.content {
             crate::api::MessageContent::Json(content) => content.to_string().len() as u32,
             crate::api::MessageContent::Binary(payload) => payload.len() as u32,
         };
-        let pending = PendingSend { send, bytes, reply, _permits: [share(), share()] };
+        let pending = PendingSend { message, bytes, reply, _permits: [permit(), permit()] };
         let room = "r".parse().unwrap();
         self.state.on_call(ClientCall::Send { room, pending }, self.now);
-        answer
+        receiver
     }
 
     fn history(&mut self, page: HistoryRange) -> ReplyReceiver<HistoryPage, HistoryError> {
-        let (reply, answer) = oneshot::channel();
+        let (reply, receiver) = oneshot::channel();
         let room = "r".parse().unwrap();
         self.state.on_call(ClientCall::History { room, page, limit: 10, reply }, self.now);
-        answer
+        receiver
     }
 
-    /// What was written since the last call.
+    /// The frames written since the last call.
     fn take_written(&mut self) -> Vec<Value> {
         let json = |outgoing| match outgoing {
             EncodedFrame::Text(text) => serde_json::from_str(&text).unwrap(),
@@ -110,7 +110,7 @@ impl StateFixture {
         self.state.out.drain(..).map(json).collect()
     }
 
-    /// What was written, each as its type and, of a message, its content.
+    /// The frames written since the last call: the content of a message, else the type.
     fn summary(&mut self) -> Vec<String> {
         let summary = |frame: Value| match frame["type"].as_str().unwrap() {
             "message" => frame["content"].as_str().unwrap().to_owned(),
@@ -123,7 +123,7 @@ impl StateFixture {
         self.state.events.drain(..).collect()
     }
 
-    /// The numbers of the messages among the events; others are an error.
+    /// The numbers of the messages among the events; fails on other events.
     fn delivered(&mut self) -> Vec<Seq> {
         let seq = |event| match event {
             ClientEvent::Message { message, .. } => message.seq,
@@ -173,13 +173,13 @@ fn error(frame: &Value, code: &str, retry_after_ms: Option<u64>) -> Value {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_join_is_answered_and_its_history_follows_as_events() {
+async fn a_join_completes_and_its_history_follows_as_events() {
     let mut fixture = StateFixture::new();
-    let mut answer = fixture.join("r", StartFrom::History(2));
+    let mut reply = fixture.join("r", StartFrom::History(2));
     let written = fixture.take_written();
     assert_eq!((&written[0]["type"], &written[0]["history"]), (&json!("join"), &json!(2)));
     fixture.feed(joined(&written[0]["ref"], 9, false, &[other(8), other(9)]));
-    assert_eq!(answer.try_recv().unwrap().unwrap().top, at(9));
+    assert_eq!(reply.try_recv().unwrap().unwrap().top, at(9));
     let events = fixture.events();
     assert!(matches!(events[0], ClientEvent::Joined(_)));
     assert_eq!(events.len(), 3);
@@ -188,24 +188,24 @@ async fn a_join_is_answered_and_its_history_follows_as_events() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_join_that_is_refused_for_the_time_being_is_asked_again() {
+async fn a_join_with_a_temporary_error_is_retried() {
     let mut fixture = StateFixture::new();
-    let mut answer = fixture.join("r", StartFrom::Now);
+    let mut reply = fixture.join("r", StartFrom::Now);
     let first = fixture.take_written().remove(0);
     fixture.feed(error(&first, "unavailable", Some(700)));
     assert!(fixture.take_written().is_empty());
     assert_eq!(fixture.state.next_deadline(), Some(fixture.now + Duration::from_millis(700)));
     fixture.advance(Duration::from_millis(700));
     let second = fixture.take_written().remove(0);
-    assert_eq!(answer.try_recv().unwrap_err(), TryRecvError::Empty);
+    assert_eq!(reply.try_recv().unwrap_err(), TryRecvError::Empty);
     fixture.feed(error(&second, "room_full", None));
-    let refused = answer.try_recv().unwrap().unwrap_err();
-    assert!(matches!(refused, JoinError::Rejected(_)), "{refused:?}");
+    let error = reply.try_recv().unwrap().unwrap_err();
+    assert!(matches!(error, JoinError::Rejected(_)), "{error:?}");
     assert!(fixture.state.rooms.is_empty() && fixture.events().is_empty());
 }
 
 #[tokio::test(start_paused = true)]
-async fn two_joins_of_a_room_at_once_are_one_too_many() {
+async fn a_second_join_of_a_room_fails_while_one_is_pending() {
     let mut fixture = StateFixture::new();
     let _first = fixture.join("r", StartFrom::Now);
     let mut second = fixture.join("r", StartFrom::Now);
@@ -213,19 +213,19 @@ async fn two_joins_of_a_room_at_once_are_one_too_many() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn joining_a_joined_room_asks_the_server_and_changes_nothing() {
+async fn joining_a_joined_room_changes_nothing() {
     let mut fixture = StateFixture::joined();
-    let mut answer = fixture.join("r", StartFrom::History(50));
+    let mut reply = fixture.join("r", StartFrom::History(50));
     let frame = fixture.take_written().remove(0);
     fixture.feed(joined(&frame["ref"], 5, true, &[]));
-    assert_eq!(answer.try_recv().unwrap().unwrap().top, at(5));
+    assert_eq!(reply.try_recv().unwrap().unwrap().top, at(5));
     assert!(fixture.events().is_empty());
     fixture.feed(other(6));
     assert_eq!(fixture.delivered(), [6]);
 }
 
 #[tokio::test(start_paused = true)]
-async fn messages_wait_for_the_join_and_go_one_by_one() {
+async fn messages_wait_for_the_join_and_are_sent_one_by_one() {
     let mut fixture = StateFixture::new();
     let _join = fixture.join("r", StartFrom::Now);
     let mut one = fixture.send(NewMessage::json("1"));
@@ -242,7 +242,7 @@ async fn messages_wait_for_the_join_and_go_one_by_one() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_message_refused_for_the_time_being_is_repeated_with_its_id_before_those_behind_it() {
+async fn a_message_with_a_temporary_error_is_retried_in_order() {
     let mut fixture = StateFixture::joined();
     let mut one = fixture.send(NewMessage::json("1"));
     let _two = fixture.send(NewMessage::json("2"));
@@ -262,7 +262,7 @@ async fn a_message_refused_for_the_time_being_is_repeated_with_its_id_before_tho
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_definite_refusal_answers_that_message_only() {
+async fn a_permanent_error_fails_its_message_only() {
     let mut fixture = StateFixture::joined();
     let mut one = fixture.send(NewMessage::json("1"));
     let mut two = fixture.send(NewMessage::json("2"));
@@ -285,8 +285,8 @@ async fn only_an_ack_without_an_echo_moves_the_cursor() {
     fixture.feed(entry(6, "me", id));
     assert_eq!(fixture.delivered(), [6]);
 
-    let silent = NewMessage { echo: false, ..NewMessage::json("2") };
-    let _silent = fixture.send(silent);
+    let without_echo = NewMessage { echo: false, ..NewMessage::json("2") };
+    let _no_echo = fixture.send(without_echo);
     let second = fixture.take_written().remove(0);
     assert_eq!(second["echo"], json!(false));
     fixture.feed(ack(&second, 7, false));
@@ -295,26 +295,26 @@ async fn only_an_ack_without_an_echo_moves_the_cursor() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn the_place_of_a_message_without_an_echo_may_be_taken_after_its_repeat_was_answered() {
+async fn an_ack_in_the_log_can_follow_the_ack_of_the_repeat() {
     let mut fixture = StateFixture::joined();
-    let mut answer = fixture.send(NewMessage { echo: false, ..NewMessage::json("1") });
+    let mut reply = fixture.send(NewMessage { echo: false, ..NewMessage::json("1") });
     let first = fixture.take_written().remove(0);
     fixture.feed(error(&first, "unavailable", Some(1)));
     fixture.advance(Duration::from_millis(1));
     let second = fixture.take_written().remove(0);
     fixture.feed(ack(&second, 6, true));
-    assert!(answer.try_recv().unwrap().is_ok());
-    // The first try was appended all the same; its ack comes in the stream.
+    assert!(reply.try_recv().unwrap().is_ok());
+    // The first attempt was appended all the same; its ack arrives in the log's order.
     fixture.feed(ack(&first, 6, false));
     fixture.feed(other(7));
     assert_eq!(fixture.delivered(), [7]);
 }
 
 #[tokio::test(start_paused = true)]
-async fn an_own_message_found_in_the_recovery_is_acknowledged_and_the_others_are_repeated() {
+async fn a_recovery_acknowledges_own_messages_it_contains() {
     let mut fixture = StateFixture::joined();
     fixture.state.in_flight_max = 3;
-    let mut answers: Vec<_> =
+    let mut replies: Vec<_> =
         ["1", "2", "3"].into_iter().map(|text| fixture.send(NewMessage::json(text))).collect();
     let first = fixture.take_written().remove(0);
     let id = serde_json::from_value(first["id"].clone()).unwrap();
@@ -323,10 +323,10 @@ async fn an_own_message_found_in_the_recovery_is_acknowledged_and_the_others_are
     let join = fixture.take_written().remove(0);
     assert_eq!(join["since"], json!({"epoch": EPOCH, "seq": 5}));
     fixture.feed(joined(&join["ref"], 7, true, &[other(6)]));
-    // Not before everything up to `joined.seq` was had.
+    // Not before all entries up to `joined.seq` were received.
     assert!(fixture.take_written().is_empty());
     fixture.feed(entry(7, "me", id));
-    assert_eq!(answers[0].try_recv().unwrap().unwrap().position, at(7));
+    assert_eq!(replies[0].try_recv().unwrap().unwrap().position, at(7));
     let again = fixture.take_written();
     assert_eq!((again.len(), &again[0]["content"]), (1, &json!("2")));
     let delivered: Vec<ClientEvent> = fixture.events();
@@ -334,16 +334,16 @@ async fn an_own_message_found_in_the_recovery_is_acknowledged_and_the_others_are
 }
 
 #[tokio::test(start_paused = true)]
-async fn the_same_id_of_somebody_else_is_no_acknowledgement() {
+async fn the_same_id_of_another_user_is_no_acknowledgement() {
     let mut fixture = StateFixture::joined();
-    let mut answer = fixture.send(NewMessage::json("1"));
+    let mut reply = fixture.send(NewMessage::json("1"));
     let frame = fixture.take_written().remove(0);
     fixture.feed(entry(6, "you", serde_json::from_value(frame["id"].clone()).unwrap()));
-    assert_eq!(answer.try_recv().unwrap_err(), TryRecvError::Empty);
+    assert_eq!(reply.try_recv().unwrap_err(), TryRecvError::Empty);
 }
 
 #[tokio::test(start_paused = true)]
-async fn what_was_sent_and_is_too_old_to_be_known_is_uncertain() {
+async fn a_send_older_than_the_window_is_uncertain() {
     let mut fixture = StateFixture::joined();
     let mut one = fixture.send(NewMessage::json("1"));
     let mut two = fixture.send(NewMessage::json("2"));
@@ -359,7 +359,7 @@ async fn what_was_sent_and_is_too_old_to_be_known_is_uncertain() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_hole_is_told_and_the_entry_behind_it_delivered() {
+async fn a_gap_is_an_event_and_its_entry_is_delivered() {
     let mut fixture = StateFixture::joined();
     fixture.feed(other(8));
     let events = fixture.events();
@@ -373,7 +373,7 @@ async fn a_hole_is_told_and_the_entry_behind_it_delivered() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_message_before_its_joined_is_a_hole_and_left_to_the_history() {
+async fn a_message_before_joined_is_a_gap_and_comes_in_history() {
     let mut fixture = StateFixture::joined();
     fixture.state.on_disconnected();
     fixture.connect();
@@ -389,7 +389,7 @@ async fn a_message_before_its_joined_is_a_hole_and_left_to_the_history() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn what_cannot_be_recovered_is_told_before_what_is_there() {
+async fn not_recovered_precedes_the_current_entries() {
     let mut fixture = StateFixture::joined();
     fixture.state.on_disconnected();
     fixture.connect();
@@ -408,11 +408,11 @@ async fn what_cannot_be_recovered_is_told_before_what_is_there() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_reset_goes_on_behind_its_position_and_lets_messages_go() {
+async fn a_reset_ends_the_recovery_and_releases_sends() {
     let mut fixture = StateFixture::joined();
     fixture.state.on_disconnected();
     fixture.connect();
-    let _answer = fixture.send(NewMessage::json("1"));
+    let _reply = fixture.send(NewMessage::json("1"));
     let join = fixture.take_written().remove(0);
     fixture.feed(joined(&join["ref"], 9, true, &[]));
     assert!(fixture.take_written().is_empty());
@@ -426,7 +426,7 @@ async fn a_reset_goes_on_behind_its_position_and_lets_messages_go() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_room_that_removes_the_client_answers_what_is_on_its_way_and_takes_no_more() {
+async fn a_removed_client_gets_pending_acks_and_cannot_send() {
     let mut fixture = StateFixture::joined();
     let mut one = fixture.send(NewMessage::json("1"));
     let mut two = fixture.send(NewMessage::json("2"));
@@ -452,7 +452,7 @@ async fn a_room_that_is_closed_is_left() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn leaving_forgets_the_position_so_that_a_room_can_be_rewound() {
+async fn leaving_forgets_the_position() {
     let mut fixture = StateFixture::joined();
     let id = MessageId::random();
     fixture.feed(entry(6, "you", id));
@@ -473,7 +473,7 @@ async fn leaving_forgets_the_position_so_that_a_room_can_be_rewound() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_leave_refused_for_the_time_being_is_asked_again() {
+async fn a_leave_with_a_temporary_error_is_retried() {
     let mut fixture = StateFixture::joined();
     let mut left = fixture.leave("r");
     let first = fixture.take_written().remove(0);
@@ -486,7 +486,7 @@ async fn a_leave_refused_for_the_time_being_is_asked_again() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_connection_lost_while_leaving_has_left() {
+async fn a_connection_lost_while_leaving_completes_the_leave() {
     let mut fixture = StateFixture::joined();
     let mut unanswered = fixture.send(NewMessage::json("1"));
     let mut left = fixture.leave("r");
@@ -498,7 +498,7 @@ async fn a_connection_lost_while_leaving_has_left() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_room_that_cannot_be_joined_again_is_told_as_left() {
+async fn a_room_that_cannot_be_rejoined_is_left() {
     let mut fixture = StateFixture::joined();
     let mut sent = fixture.send(NewMessage::json("1"));
     fixture.take_written();
@@ -511,19 +511,19 @@ async fn a_room_that_cannot_be_joined_again_is_told_as_left() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn what_is_larger_than_the_server_takes_never_leaves() {
+async fn a_message_larger_than_the_limit_is_never_sent() {
     let mut fixture = StateFixture::joined();
     let mut large = fixture.send(NewMessage::json("x".repeat(1_001)));
     let mut small = fixture.send(NewMessage::json("1"));
     assert_eq!(large.try_recv().unwrap(), Err(SendError::TooLarge));
     assert_eq!(fixture.summary(), ["1"]);
-    // Where the server thinks otherwise it closes with 1009 and names nothing.
+    // If the server rejects the size, it closes with 1009 and does not name the message.
     fixture.state.fail_largest_send();
     assert_eq!(small.try_recv().unwrap(), Err(SendError::TooLarge));
 }
 
 #[tokio::test(start_paused = true)]
-async fn an_id_on_its_way_is_not_taken_twice() {
+async fn an_id_in_flight_cannot_be_sent_again() {
     let mut fixture = StateFixture::joined();
     let send = NewMessage::json("1");
     let _first = fixture.send(send.clone());
@@ -531,7 +531,7 @@ async fn an_id_on_its_way_is_not_taken_twice() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn history_is_asked_for_while_the_room_is_joined() {
+async fn history_requires_a_joined_room() {
     let mut fixture = StateFixture::joined();
     let mut page = fixture.history(HistoryRange::Before(5));
     let frame = fixture.take_written().remove(0);
@@ -547,12 +547,12 @@ async fn history_is_asked_for_while_the_room_is_joined() {
     let mut lost = fixture.history(HistoryRange::Newest);
     fixture.state.on_disconnected();
     assert!(matches!(lost.try_recv().unwrap(), Err(HistoryError::NotJoined)));
-    let mut away = fixture.history(HistoryRange::After(1));
-    assert!(matches!(away.try_recv().unwrap(), Err(HistoryError::NotJoined)));
+    let mut unjoined = fixture.history(HistoryRange::After(1));
+    assert!(matches!(unjoined.try_recv().unwrap(), Err(HistoryError::NotJoined)));
 }
 
 #[tokio::test(start_paused = true)]
-async fn binary_messages_are_the_same_live_and_from_the_log() {
+async fn binary_messages_are_equal_live_and_from_the_log() {
     let mut fixture = StateFixture::joined();
     let _sent = fixture.send(NewMessage::binary(vec![1, 2]));
     assert!(fixture.take_written()[0]["bytes"].is_array());
@@ -568,7 +568,7 @@ async fn binary_messages_are_the_same_live_and_from_the_log() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn frames_that_are_not_modelled_are_passed_on_and_pings_answered() {
+async fn other_frames_are_events_and_pings_are_answered() {
     let mut fixture = StateFixture::new();
     fixture.feed(json!({"type": "system", "code": "welcome", "content": "hi"}));
     assert!(matches!(fixture.events().as_slice(), [ClientEvent::OtherFrame(_)]));
@@ -579,7 +579,7 @@ async fn frames_that_are_not_modelled_are_passed_on_and_pings_answered() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn at_the_end_everybody_who_waits_is_told() {
+async fn ending_the_client_completes_all_calls() {
     let mut fixture = StateFixture::joined();
     let mut sent = fixture.send(NewMessage::json("1"));
     let mut unsent = fixture.send(NewMessage::json("2"));
