@@ -1,16 +1,16 @@
-//! The queue between everything that has something for a client, and the client's socket.
+//! The queue of frames in front of one client's socket.
 //!
-//! A message leaves the gateway here and nowhere else. FrameQueue are shared bytes, header included,
-//! so that a push costs a reference count. [`Outbox::flush`] writes everything queued in one
-//! vectored write, from whichever task pushed last; where the socket takes no more, the
-//! connection's own task waits for it and goes on.
+//! Every message to a client leaves the gateway here. Frames are shared bytes, header included, so
+//! that a push costs a reference count. [`Outbox::flush`] writes everything queued in one vectored
+//! write, from the task that pushed last. If the socket takes no more, the connection's own task
+//! waits for it and continues.
 //!
 //! The queue is bounded in bytes. When it is full:
-//! - an entry of a log is refused ([`Outbox::offer`]): its reader lags, and is given the entry from
-//!   the ring or the log once the socket has drained. Nothing is lost, and memory is bounded.
-//! - an answer to the client's own frame is taken ([`Outbox::push`]), but the connection's task
-//!   reads no further frame until there is room, so that answers are bounded by what one read
-//!   brought.
+//! - An entry of a log is not taken ([`Outbox::offer`]): its reader is a slow consumer, and
+//!   receives the entry from the ring or the log once the socket has drained. Nothing is lost, and
+//!   memory is bounded.
+//! - A reply to the client's own frame is taken ([`Outbox::push`]), but the connection's task reads
+//!   no further frame until there is space, so that replies are bounded by the input of one read.
 
 use std::{io, sync::Arc, time::Duration};
 
@@ -32,47 +32,48 @@ use frame_queue::FrameQueue;
 use link::PeerLink;
 pub use link::limit_unsent_bytes;
 
-/// What a queued frame takes beside its own bytes: its place in the queue and its allocation. An
+/// The memory of a queued frame besides its own bytes: its slot in the queue and its allocation. An
 /// empty pong would otherwise count two bytes and take a hundred.
 pub const FRAME_OVERHEAD_BYTES: usize = 96;
 
-/// How much waits where a client catches up, and not where messages gather.
+/// The queue length in bytes above which a client is catching up, instead of messages merely
+/// gathering.
 const BULK_BYTES: usize = 64 * 1024;
 
-/// How many frames are put ahead of what waits before a further pong replaces the one before it
-/// (RFC 6455, section 5.5.3, allows to answer the latest ping only).
+/// The number of frames put ahead of the queue from which a further pong replaces the one before it
+/// (RFC 6455, section 5.5.3, allows to answer only the latest ping).
 const AHEAD_MAX: u32 = 16;
 
-/// Where the frames of an outbox go.
+/// The destination of an outbox's frames.
 #[derive(Debug)]
 enum Sink {
     Socket(TcpStream),
-    /// Nowhere by themselves: the owner takes them ([`Outbox::take`]).
+    /// None: the owner takes the frames ([`Outbox::take`]).
     Owner,
 }
 
-/// How a connection is to end.
+/// The close that ends a connection.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Close {
     /// The close code.
     pub code: u16,
-    /// The reason: one word, or nothing.
+    /// The reason: one word, or empty.
     pub reason: String,
 }
 
-/// What became of an entry that was offered.
+/// The outcome of offering an entry.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[must_use]
 pub enum OfferResult {
-    /// It is alone in the queue: who offered it sees to it that it is flushed.
+    /// The frame is alone in the queue, and the caller must see to its flush.
     First,
-    /// It is behind others, and whoever flushes those writes it too.
+    /// The frame is behind others, and the flush of those writes it too.
     Queued,
-    /// The queue is full.
+    /// The queue is full, and the frame was not taken.
     Full,
 }
 
-/// The queue of one connection.
+/// The outbox of one connection.
 #[derive(Debug)]
 pub struct Outbox {
     sink: Sink,
@@ -80,7 +81,7 @@ pub struct Outbox {
     deflate: Option<DeflateOptions>,
     metrics: Arc<Metrics>,
     queue: Mutex<OutboxState>,
-    /// Wakes the connection's task: the socket is to be waited for, someone lags, or it is over.
+    /// Wakes the connection's task: to wait for the socket, to catch up, or to close.
     wake: Notify,
 }
 
@@ -88,31 +89,32 @@ pub struct Outbox {
 struct OutboxState {
     frames: FrameQueue,
     bytes: usize,
-    /// Of `bytes`, what the owner of an outbox without a socket has taken and still holds.
+    /// The part of `bytes` that the owner of an outbox without a socket has taken and still holds.
     held: usize,
-    /// Since when the socket has taken nothing. While it is set only the connection's task writes.
+    /// The time since which the socket has taken nothing. While it is set, only the connection's
+    /// task writes.
     blocked_since: Option<Instant>,
-    /// The peer's link, as far as it is known once the socket was full.
+    /// The rate of the peer's link, known once the socket was full.
     link: Option<Box<PeerLink>>,
-    /// The latest pong, while too much is ahead of the others already.
+    /// The latest pong, while too many frames are ahead of the others.
     pong: Option<Box<Bytes>>,
-    /// Rooms in which this connection has to be given more once there is room; and those in which
-    /// the status of users is told with whom it has just begun to talk.
+    /// Rooms in which this connection must be caught up once there is space; and status rooms of
+    /// users whom it must auto-watch.
     lagging: SmallVec<[RoomId; 1]>,
     close: Option<Close>,
-    /// What became of a publish is queued; the copy, if there is one, is on its way.
+    /// The reply to a publish is queued; the copy, if there is one, is on its way.
     acked: bool,
-    /// The socket is gone or the close frame is queued: nothing more is taken.
+    /// The socket is closed or the close frame is queued: nothing more is taken.
     closed: bool,
 }
 
 impl Outbox {
-    /// An outbox that writes to `socket` and refuses entries above `bytes_max`.
+    /// An outbox that writes to `socket` and takes entries up to `bytes_max`.
     pub fn to_socket(socket: TcpStream, bytes_max: usize, metrics: Arc<Metrics>) -> Self {
         Self::new(Sink::Socket(socket), bytes_max, metrics)
     }
 
-    /// An outbox whose frames are taken by its owner.
+    /// An outbox whose owner takes the frames.
     pub fn to_owner(bytes_max: usize, metrics: Arc<Metrics>) -> Self {
         Self::new(Sink::Owner, bytes_max, metrics)
     }
@@ -122,31 +124,31 @@ impl Outbox {
         Self { sink, bytes_max, deflate: None, metrics, queue, wake }
     }
 
-    /// The same, to a client that takes compressed messages.
+    /// Sets the compression of messages to this client.
     pub fn with_deflate(mut self, deflate: Option<DeflateOptions>) -> Self {
         self.deflate = deflate;
         self
     }
 
-    /// How messages to this client are compressed, if they are.
+    /// The compression of messages to this client.
     pub fn deflate_options(&self) -> Option<DeflateOptions> {
         self.deflate
     }
 
-    /// Queues an answer to the client's own frame, whatever the queue holds.
+    /// Queues a reply to the client's own frame, however full the queue is.
     pub fn push(&self, frame: Bytes) {
         let frame = self.deflated(frame);
         self.queue.lock().add(frame);
     }
 
-    /// Queues an answer that has no order with anything else, as [`Outbox::push`]: where the socket
-    /// takes less than there is, it goes ahead of the rest.
+    /// Queues a reply that has no order relative to other frames; it overtakes them if the socket
+    /// takes no more.
     pub fn push_ahead(&self, frame: Bytes) {
         let frame = self.deflated(frame);
         self.queue.lock().add_ahead(frame);
     }
 
-    /// Queues a pong. A client that does not read gets no more than a few and the latest.
+    /// Queues a pong. A client that does not read receives a few pongs and the latest one.
     pub fn push_pong(&self, frame: Bytes) {
         let mut queue = self.queue.lock();
         if queue.frames.ahead() < AHEAD_MAX {
@@ -163,10 +165,10 @@ impl Outbox {
         }
     }
 
-    /// Queues an entry of a log, as it is, unless the queue is full.
+    /// Queues an entry of a log, unless the queue is full.
     pub fn offer(&self, frame: &Bytes) -> OfferResult {
         let mut queue = self.queue.lock();
-        // A frame larger than the whole bound must still pass when nothing else waits.
+        // A frame larger than the whole bound must pass if nothing else is queued.
         let bytes = frame.len() + FRAME_OVERHEAD_BYTES;
         if queue.bytes > 0 && queue.bytes + bytes > self.bytes_max {
             return OfferResult::Full;
@@ -176,7 +178,7 @@ impl Outbox {
         if first { OfferResult::First } else { OfferResult::Queued }
     }
 
-    /// Whether so much waits that no further frame of the client should be read.
+    /// Whether the queue is so long that no further frame of the client should be read.
     pub fn is_full(&self) -> bool {
         self.queue.lock().bytes >= self.bytes_max
     }
@@ -186,12 +188,12 @@ impl Outbox {
         self.queue.lock().has_room(self.bytes_max)
     }
 
-    /// Bytes that wait, [`FRAME_OVERHEAD_BYTES`] for each frame included.
+    /// The size of the queue in bytes, including [`FRAME_OVERHEAD_BYTES`] per frame.
     pub fn bytes(&self) -> usize {
         self.queue.lock().bytes
     }
 
-    /// Writes what waits, as far as the socket takes it without waiting. Never blocks.
+    /// Writes as much of the queue as the socket takes. Never blocks.
     pub fn flush(&self) {
         let mut queue = self.queue.lock();
         if queue.blocked_since.is_none() {
@@ -202,45 +204,45 @@ impl Outbox {
         }
     }
 
-    /// As [`Outbox::flush`], by the connection's task, which has seen that the socket takes more.
+    /// As [`Outbox::flush`], for the connection's task once the socket is writable.
     pub fn flush_writable(&self) {
         self.write(&mut self.queue.lock());
     }
 
-    /// As [`Outbox::wake`], with what became of a publish queued. An `ack` may leave with the copy,
-    /// which is on its way.
+    /// As [`Outbox::wake`], with the reply to a publish queued. An `ack` may leave together with
+    /// the copy that is on its way.
     pub fn wake_for_ack(&self) {
         self.queue.lock().acked = true;
         self.wake.notify_one();
     }
 
-    /// Whether [`Outbox::wake_for_ack`] was called since this was last asked.
+    /// Whether [`Outbox::wake_for_ack`] was called since the last call of this.
     pub fn take_acked(&self) -> bool {
         std::mem::take(&mut self.queue.lock().acked)
     }
 
-    /// Has the connection's task flush and look at the time.
+    /// Wakes the connection's task to flush and to check its deadlines.
     pub fn wake(&self) {
         self.wake.notify_one();
     }
 
-    /// Waits until something is to be done for this outbox. Cancel-safe.
+    /// Waits until the outbox needs the connection's task. Cancel-safe.
     pub async fn woken(&self) {
         self.wake.notified().await;
     }
 
-    /// Since when the socket has taken nothing although something waits.
+    /// The time since which the socket has taken nothing of a non-empty queue.
     pub fn blocked_since(&self) -> Option<Instant> {
         self.queue.lock().blocked_since
     }
 
-    /// When the peer was last seen to acknowledge bytes: the socket took something after it had taken
-    /// nothing. `None` where it never was full.
+    /// The last time at which the peer was seen to acknowledge bytes: the socket took some after it
+    /// had taken none. `None` if it never was full.
     pub fn last_progress(&self) -> Option<Instant> {
         self.queue.lock().link.as_ref()?.last_progress()
     }
 
-    /// Notes that the connection has to be given more of `room` once there is room.
+    /// Marks a room in which the connection must be caught up.
     pub fn mark_lagging(&self, room: RoomId) {
         let mut queue = self.queue.lock();
         if !queue.lagging.contains(&room) {
@@ -249,12 +251,12 @@ impl Outbox {
         }
     }
 
-    /// Whether there are rooms to be continued.
+    /// Whether rooms wait for catch-up.
     pub fn is_lagging(&self) -> bool {
         self.queue.lock().lagging.iter().any(|room| room.kind() != RoomKind::Status)
     }
 
-    /// The rooms to be continued, once half of the bound is free.
+    /// Takes the rooms that wait for catch-up, once half of the bound is free.
     pub fn take_lagging(&self) -> SmallVec<[RoomId; 1]> {
         let mut queue = self.queue.lock();
         if queue.lagging.is_empty() || !queue.has_room(self.bytes_max) {
@@ -263,7 +265,7 @@ impl Outbox {
         std::mem::take(&mut queue.lagging)
     }
 
-    /// Ends the connection from anywhere: what waits is sent, then a close frame.
+    /// Closes the connection from any task: the queue is sent, then a close frame.
     pub fn close(&self, close: Close) {
         let mut queue = self.queue.lock();
         if queue.close.is_none() && !queue.closed {
@@ -272,13 +274,13 @@ impl Outbox {
         }
     }
 
-    /// Whether a close was asked for, or nothing is taken any more.
+    /// Whether a close was requested, or the outbox is closed.
     pub fn is_closing(&self) -> bool {
         let queue = self.queue.lock();
         queue.closed || queue.close.is_some()
     }
 
-    /// The close that was asked for, once: its frame is queued, and nothing is taken after it.
+    /// Takes the requested close, once: its frame is queued, and nothing is taken after it.
     pub fn begin_close(&self) -> Option<Close> {
         let mut queue = self.queue.lock();
         let close = queue.close.take()?;
@@ -291,7 +293,7 @@ impl Outbox {
         Some(close)
     }
 
-    /// Takes nothing any more and forgets what waits: the socket is gone.
+    /// Closes the outbox and drops the queue: the socket is gone.
     pub fn discard(&self) {
         *self.queue.lock() = OutboxState { closed: true, ..OutboxState::default() };
         if let Sink::Socket(socket) = &self.sink {
@@ -300,9 +302,9 @@ impl Outbox {
         }
     }
 
-    /// The socket, for the connection's task to read from.
+    /// The socket, from which the connection's task reads.
     ///
-    /// `None` for an outbox without one.
+    /// `None` for an outbox without a socket.
     pub fn socket(&self) -> Option<&TcpStream> {
         match &self.sink {
             Sink::Socket(socket) => Some(socket),
@@ -310,15 +312,15 @@ impl Outbox {
         }
     }
 
-    /// Everything that waits, for the owner of an outbox without a socket.
+    /// Takes the whole queue, for the owner of an outbox without a socket.
     pub fn take(&self) -> Vec<Bytes> {
         let mut queue = self.queue.lock();
         queue.bytes = queue.held;
         queue.frames.take()
     }
 
-    /// Takes as many frames as `bytes_max` holds, and at least one, for the owner of an outbox without
-    /// a socket. The owner counts what it makes of them with [`Outbox::count_held`].
+    /// Takes frames of at most `bytes_max` bytes, and at least one, for the owner of an outbox
+    /// without a socket. The owner counts the bytes derived from them with [`Outbox::count_held`].
     pub fn take_up_to(&self, bytes_max: usize) -> Vec<Bytes> {
         let mut queue = self.queue.lock();
         let (mut taken, mut bytes) = (Vec::new(), 0);
@@ -333,37 +335,37 @@ impl Outbox {
         taken
     }
 
-    /// Counts bytes that an owner holds until its client has taken them, so that the bound of the
-    /// queue is that of both.
+    /// Counts bytes that an owner holds until its client has taken them, so that one bound covers
+    /// the queue and the owner.
     pub fn count_held(&self, bytes: usize) {
         let mut queue = self.queue.lock();
         queue.held += bytes;
         queue.bytes += bytes;
     }
 
-    /// Counts bytes no more that were [held](Outbox::count_held), and wakes the owner.
+    /// Releases bytes that were [counted](Outbox::count_held), and wakes the owner.
     pub fn release_held(&self, bytes: usize) {
         let mut queue = self.queue.lock();
-        // All is forgotten once the outbox is discarded.
+        // A discarded outbox has forgotten all counts.
         let bytes = bytes.min(queue.held);
         queue.held -= bytes;
         queue.bytes -= bytes;
         self.wake.notify_one();
     }
 
-    /// Whether the owner holds something that its client has not taken.
+    /// Whether the owner holds bytes that its client has not taken.
     pub fn has_held(&self) -> bool {
         self.queue.lock().held > 0
     }
 
-    /// How long the socket has taken nothing.
+    /// The time for which the socket has taken nothing.
     pub fn stalled(&self, now: Instant) -> Duration {
         self.blocked_since().map_or(Duration::ZERO, |since| now.saturating_duration_since(since))
     }
 
     fn write(&self, queue: &mut OutboxState) {
         let Sink::Socket(socket) = &self.sink else {
-            // There is something to take.
+            // Tell the owner that frames are queued.
             self.wake.notify_one();
             return;
         };
@@ -383,7 +385,7 @@ impl Outbox {
                         && link.is_measured()
                         && let Some(buffer) = link.socket_took(written, was_full, Instant::now())
                     {
-                        // It only makes answers faster.
+                        // A failure only delays replies.
                         let _ = socket2::SockRef::from(socket).set_send_buffer_size(buffer);
                     }
                     self.metrics.frames_sent.inc_by(frames);
@@ -394,7 +396,7 @@ impl Outbox {
                     queue.link.get_or_insert_default().socket_filled(since);
                     return;
                 }
-                // The reading side meets the same end and tells why.
+                // The reading side meets the same end and reports the reason.
                 Err(_) => {
                     *queue = OutboxState { closed: true, ..OutboxState::default() };
                     self.wake.notify_one();
@@ -407,15 +409,15 @@ impl Outbox {
             link.queue_emptied();
         }
         if !queue.lagging.is_empty() {
-            // Whoever wrote, the connection's task is the one to ask for more.
+            // Whichever task wrote, the connection's task asks for the catch-up.
             self.wake.notify_one();
         }
     }
 }
 
 impl OutboxState {
-    /// Whether little is to be in the kernel: so much waits that an answer would come late on a slow
-    /// link, or the socket was full.
+    /// Whether the kernel should hold little: the queue is so long that a reply would be late on a
+    /// slow link, or the socket was full.
     fn writes_portions(&self) -> bool {
         self.bytes > BULK_BYTES || self.link.as_ref().is_some_and(|link| link.is_measured())
     }
@@ -431,7 +433,7 @@ impl OutboxState {
         }
     }
 
-    /// As [`OutboxState::add`], ahead of what waits for a socket that takes nothing.
+    /// As [`OutboxState::add`], ahead of the queue if the socket is blocked.
     fn add_ahead(&mut self, frame: Bytes) {
         if self.blocked_since.is_none() {
             self.add(frame);
@@ -441,7 +443,7 @@ impl OutboxState {
         }
     }
 
-    /// Forgets the first `written` bytes. Returns how many frames are done with.
+    /// Removes the first `written` bytes. Returns the number of completed frames.
     fn remove(&mut self, written: usize) -> u64 {
         let done = self.frames.remove(written);
         self.bytes -= written + done as usize * FRAME_OVERHEAD_BYTES;
@@ -464,7 +466,7 @@ mod tests {
     }
 
     #[test]
-    fn entries_are_refused_when_full_and_answers_are_not() {
+    fn full_outbox_rejects_entries_and_takes_replies() {
         let outbox = outbox(2 * FRAME_OVERHEAD_BYTES + 10);
         assert_eq!(outbox.offer(&Bytes::from_static(b"1234")), OfferResult::First);
         assert_eq!(outbox.offer(&Bytes::from_static(b"1234")), OfferResult::Queued);
@@ -476,7 +478,7 @@ mod tests {
     }
 
     #[test]
-    fn small_frames_count_what_they_take() {
+    fn small_frames_count_their_overhead() {
         let outbox = outbox(100 * FRAME_OVERHEAD_BYTES);
         let mut pongs = 0;
         while !outbox.is_full() {
@@ -487,14 +489,14 @@ mod tests {
     }
 
     #[test]
-    fn a_frame_above_the_bound_passes_alone() {
+    fn frame_above_the_bound_passes_alone() {
         let outbox = outbox(4);
         assert_eq!(outbox.offer(&Bytes::from_static(b"12345678")), OfferResult::First);
         assert_eq!(outbox.offer(&Bytes::from_static(b"1")), OfferResult::Full);
     }
 
     #[test]
-    fn laggards_are_given_more_when_half_is_free() {
+    fn lagging_rooms_are_taken_once_half_is_free() {
         let outbox = outbox(FRAME_OVERHEAD_BYTES + 10);
         let room: RoomId = "r".parse().unwrap();
         assert_eq!(outbox.offer(&Bytes::from_static(b"1234567890")), OfferResult::First);
@@ -507,7 +509,7 @@ mod tests {
     }
 
     #[test]
-    fn what_an_owner_holds_counts_until_it_is_released() {
+    fn held_bytes_count_until_the_owner_releases_them() {
         let outbox = outbox(4 * FRAME_OVERHEAD_BYTES);
         for frame in ["1", "2", "3"] {
             assert_ne!(outbox.offer(&Bytes::from_static(frame.as_bytes())), OfferResult::Full);
@@ -526,7 +528,7 @@ mod tests {
     }
 
     #[test]
-    fn after_the_close_frame_nothing_is_taken() {
+    fn outbox_takes_nothing_after_the_close_frame() {
         let outbox = outbox(100);
         outbox.push(Bytes::from_static(b"before"));
         outbox.close(Close { code: 1008, reason: "forbidden".into() });
@@ -539,12 +541,12 @@ mod tests {
     }
 
     #[test]
-    fn answers_overtake_entries_that_the_socket_does_not_take() {
+    fn replies_overtake_entries_of_a_blocked_socket() {
         let outbox = outbox(1 << 20);
         let frame = |text: &'static str| Bytes::from_static(text.as_bytes());
         assert_eq!(outbox.offer(&frame("1")), OfferResult::First);
         outbox.push_ahead(frame("2"));
-        assert_eq!(outbox.take(), ["1", "2"], "the socket takes all of it anyway");
+        assert_eq!(outbox.take(), ["1", "2"], "the socket takes everything anyway");
         outbox.queue.lock().blocked_since = Some(Instant::now());
         assert_eq!(outbox.offer(&frame("entry")), OfferResult::First);
         outbox.push(frame("joined"));
@@ -556,7 +558,7 @@ mod tests {
     }
 
     #[test]
-    fn pongs_that_are_not_read_take_little_and_the_latest_is_sent() {
+    fn unread_pongs_are_bounded_and_the_latest_is_sent() {
         let outbox = outbox(1 << 20);
         outbox.queue.lock().blocked_since = Some(Instant::now());
         outbox.push(Bytes::from_static(b"bulk"));
@@ -564,7 +566,7 @@ mod tests {
             outbox.push_pong(skein_websocket::encode(Opcode::Pong, &[&i.to_be_bytes()]));
         }
         assert!(outbox.bytes() < 2000, "{} bytes", outbox.bytes());
-        // The socket takes what is ahead.
+        // The socket takes the frames put ahead.
         let mut queue = outbox.queue.lock();
         queue.remove(4 * AHEAD_MAX as usize);
         drop(queue);
@@ -573,7 +575,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn what_the_socket_does_not_take_is_written_later_and_in_order() {
+    async fn blocked_frames_are_written_later_in_order() {
         let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
         let client = TcpStream::connect(listener.local_addr().unwrap()).await.unwrap();
         let (socket, _) = listener.accept().await.unwrap();
@@ -585,7 +587,7 @@ mod tests {
             outbox.push(frame.into());
         }
         outbox.flush();
-        assert!(outbox.blocked_since().is_some(), "20 MB do not fit a socket's buffer");
+        assert!(outbox.blocked_since().is_some(), "20 MB exceed the socket buffer");
         let mut received = Vec::new();
         let mut buffer = vec![0; 1 << 16];
         while received.len() < expected.len() {

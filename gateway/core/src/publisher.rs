@@ -1,4 +1,5 @@
-//! The only way in for a message: it is given an id and a time, packed, and handed to the bus.
+//! Publishing: the single entry point for messages, which get an id and a timestamp, are packed,
+//! and go to the bus.
 
 use std::{
     sync::Arc,
@@ -33,55 +34,55 @@ use crate::{
     },
 };
 
-/// Hands messages to the bus.
+/// Publishes messages through the bus.
 pub struct Publisher {
-    /// What clients may have kept.
+    /// The quotas of stored state.
     quotas: Arc<Quotas>,
     bus: Arc<dyn Bus>,
     store: Arc<dyn PresenceStore>,
     rules: Arc<RoomRules>,
     metrics: Arc<Metrics>,
     trails: Arc<MessageTrails>,
-    /// How long a publish may wait for the bus.
+    /// The most time that a publish may wait for the bus.
     timeout: Duration,
-    /// The largest message a client may send.
+    /// The largest message of a client, in bytes.
     message_bytes_max: usize,
 }
 
-/// Who sends.
+/// The sender of a message.
 #[derive(Clone, Copy, Debug)]
 pub struct MessageSender<'a> {
     /// The connection.
     pub connection: ConnectionId,
-    /// The user, as entries name it.
+    /// The hash of the user id that entries carry.
     pub author: AuthorHash,
     /// The user.
     pub user: &'a UserInfo,
-    /// Whose quotas it uses up; nobody's, where the application sends.
+    /// The client whose quotas are charged; `None` if the application sends.
     pub writer: Option<&'a Writer>,
 }
 
-/// A message on its way: what its `ack` will say of it.
+/// The id and the time of a message, as its `ack` reports them.
 #[derive(Clone, Debug)]
 pub struct Receipt {
-    /// Its id, the client's or a new one.
+    /// The client's id, or a new one.
     pub id: MessageId,
-    /// When it was taken, as its readers see it.
+    /// The time at which the message was accepted, as its readers see it.
     pub timestamp: String,
 }
 
-/// Why a message was not handed to the bus.
+/// The reason why a message was not passed to the bus.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum PublishError {
-    /// Its readers could not be sent it in JSON, where a binary payload grows by a third.
-    #[error("a binary payload is at most {0} bytes here")]
+    /// The message would exceed the frame limit in JSON, where a binary payload grows by a third.
+    #[error("the binary payload exceeds {0} bytes")]
     BinaryTooLarge(usize),
-    /// The sender, or its address, has had too many bytes kept; and how long to wait.
-    #[error("too many bytes to be kept in too short a time; this message was not taken")]
+    /// The sender or its address has stored too many bytes; with the time to wait.
+    #[error("storage quota exceeded: message rejected")]
     Quota(Duration),
 }
 
-/// The members of a `message` or `direct` frame that do not change on its way.
+/// The fields of a `message` or `direct` frame that do not change on the way.
 #[derive(Serialize)]
 struct MessageFields<'a> {
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -100,7 +101,7 @@ struct MessageFields<'a> {
     timestamp: &'a str,
 }
 
-/// The members of a `notification` frame that do not change on its way.
+/// The fields of a `notification` frame that do not change on the way.
 #[derive(Serialize)]
 struct NotificationFields<'a> {
     id: MessageId,
@@ -109,11 +110,11 @@ struct NotificationFields<'a> {
     timestamp: &'a str,
 }
 
-/// Who sends where the application does, and names nobody else.
+/// The sender of messages that the application publishes without naming a user.
 pub const API_USER: &str = "_api";
 
 impl Publisher {
-    /// A publisher into `bus`.
+    /// Creates a publisher on `bus`.
     pub fn new(
         bus: Arc<dyn Bus>,
         store: Arc<dyn PresenceStore>,
@@ -126,7 +127,8 @@ impl Publisher {
         Self { quotas, bus, store, rules, metrics, trails, timeout, message_bytes_max }
     }
 
-    /// Takes from the sender's quota what a message takes in logs: a direct is in two of them.
+    /// Charges the sender's quota with the bytes that a message takes in logs; a direct is in two
+    /// logs.
     fn charge_quota(
         &self,
         writer: &Writer,
@@ -147,8 +149,8 @@ impl Publisher {
         })
     }
 
-    /// What is done with a direct to somebody who was never connected, and what hears that it has opened
-    /// an inbox.
+    /// The treatment of a direct to a user who was never connected, and a callback that counts the
+    /// opening of an inbox.
     fn unseen(
         &self,
         writer: Option<&Writer>,
@@ -169,14 +171,14 @@ impl Publisher {
         (unseen, done)
     }
 
-    /// Hands `message` to the bus and returns at once. `done` hears what became of it; calls of
-    /// one connection for one room are numbered in their order. In a room without a log it is passed
-    /// on and not kept, and its position is none. A direct goes to the receiver's inbox, and then to the
-    /// sender's, where its position is.
+    /// Publishes `message` and returns at once; `done` receives the outcome. Messages of one
+    /// connection to one room are numbered in the order of the calls. In a room without a log the
+    /// message is delivered and not stored, and has no position. A direct goes to the receiver's
+    /// inbox and then to the sender's, whose position is reported.
     ///
     /// # Errors
     ///
-    /// [`PublishError`], and `done` is not called.
+    /// [`PublishError`]; `done` is then not called.
     pub fn publish(
         &self,
         sender: MessageSender<'_>,
@@ -203,8 +205,8 @@ impl Publisher {
             meta: message.meta,
             timestamp: &receipt.timestamp,
         };
-        let members = serde_json::to_string(&members).expect("names and raw JSON are JSON");
-        // Without the braces: the numbers come in front.
+        let members = serde_json::to_string(&members).expect("the fields are JSON");
+        // Without the braces, since `seq` and `epoch` are prepended.
         let members = &members[1..members.len() - 1];
         let binary_max =
             binary_payload_bytes_max(server_frame_bytes_max(self.message_bytes_max), members.len());
@@ -238,7 +240,7 @@ impl Publisher {
                     self.bus.append(self.append(to, envelope, done));
                     return Ok(());
                 }
-                // A repeat may have been appended to one of them only.
+                // An earlier attempt may have been appended to only one of the two.
                 let done = self.then_append(self.append(own, envelope.clone(), done));
                 let (unseen, done) = self.unseen(sender.writer, done);
                 self.bus.append(Append { unseen, ..self.append(to, envelope, done) });
@@ -247,7 +249,7 @@ impl Publisher {
         Ok(())
     }
 
-    /// Counts what becomes of a publish, and how long that takes.
+    /// Counts the outcome of a publish and its duration.
     fn with_metrics(&self, done: AppendCallback) -> AppendCallback {
         let (begun, metrics) = (Instant::now(), self.metrics.clone());
         Box::new(move |result| {
@@ -260,7 +262,7 @@ impl Publisher {
         })
     }
 
-    /// An append that is tried from now on, and leaves a trail.
+    /// An append whose deadline starts now, and which is recorded in the message trail.
     fn append(&self, room: RoomId, envelope: Envelope, done: AppendCallback) -> Append {
         let deadline = Instant::now() + self.timeout;
         let (trails, log, id) = (self.trails.clone(), room.clone(), envelope.id());
@@ -284,7 +286,7 @@ impl Publisher {
     ) {
         let timestamp = skein_protocol::timestamp(SystemTime::now());
         let notification = NotificationFields { id, payload, require_ack, timestamp: &timestamp };
-        let members = serde_json::to_string(&notification).expect("raw JSON is JSON");
+        let members = serde_json::to_string(&notification).expect("the fields are JSON");
         let envelope = Envelope::pack(EnvelopeParts {
             frame: FrameType::Notification,
             author: AuthorHash::of(&API_USER.parse().expect("an id")),
@@ -298,7 +300,7 @@ impl Publisher {
         self.bus.append(self.append(RoomId::inbox_of(user), envelope, done));
     }
 
-    /// Appends something once another append was done, unless that failed.
+    /// Appends `next` once another append has succeeded, or passes on its error.
     fn then_append(&self, next: Append) -> AppendCallback {
         let bus = self.bus.clone();
         Box::new(move |result| match result {
@@ -309,7 +311,7 @@ impl Publisher {
 }
 
 impl Receipt {
-    /// The receipt of a message that is taken now.
+    /// The receipt of a message accepted now.
     pub fn of(message: &SendFrame<'_>) -> Self {
         Self {
             id: message.id.unwrap_or_else(MessageId::random),
@@ -331,7 +333,7 @@ fn outcome(result: &Result<Appended, BusError>) -> PublishResult {
     }
 }
 
-/// The bound that was reached, if one was.
+/// The storage limit that an error stands for.
 pub fn storage_bound(error: BusError) -> Option<StorageLimit> {
     match error {
         BusError::MemoryFull => Some(StorageLimit::Memory),

@@ -1,4 +1,4 @@
-//! Which frames go to a client compressed.
+//! Compression of messages to a client.
 
 use bytes::Bytes;
 use skein_websocket::{
@@ -8,17 +8,19 @@ use skein_websocket::{
 
 use crate::telemetry::metrics::Metrics;
 
-/// How the messages to one client are compressed. Clients with the same get the same frames.
+/// The compression of messages to one client. Clients with equal options share the compressed
+/// frames.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct DeflateOptions {
-    /// The window that the client asked for.
+    /// The window that the client negotiated.
     pub window: WindowBits,
-    /// Smaller messages stay as they are.
+    /// The least size of a compressed message, in bytes.
     pub bytes_min: usize,
 }
 
 impl DeflateOptions {
-    /// `frame` compressed; as it is where that is not worth it, and where it is a control frame.
+    /// Compresses a frame. Control frames, small messages and messages that would not shrink are
+    /// returned unchanged.
     pub fn frame(self, frame: &Bytes, metrics: &Metrics) -> Bytes {
         let is_control = frame.first().is_none_or(|first| first & 0x08 != 0);
         if is_control || frame_payload(frame).len() < self.bytes_min {

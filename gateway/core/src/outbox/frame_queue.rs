@@ -1,4 +1,4 @@
-//! FrameQueue that wait for a socket.
+//! The frames that wait for a socket.
 
 use std::{collections::VecDeque, io::IoSlice};
 
@@ -8,17 +8,17 @@ use smallvec::SmallVec;
 /// The most frames in one vectored write.
 const SLICES_MAX: usize = 64;
 
-/// A queue of frames that takes no memory of its own for one frame, which is most of them: in small
+/// A queue of frames that allocates nothing for a single frame, which is the usual case: in small
 /// rooms each delivery is one write.
 #[derive(Debug, Default)]
 pub(super) struct FrameQueue {
     first: Option<Bytes>,
-    /// Empty while there is no first one.
+    /// Empty if there is no first frame.
     others: VecDeque<Bytes>,
-    /// How many of the next whole frames were put ahead of the others.
+    /// The number of unstarted frames that were put ahead of the others.
     ahead: u32,
-    /// A part of the first frame is written already.
-    is_begun: bool,
+    /// Whether a part of the first frame is already written.
+    is_started: bool,
 }
 
 impl FrameQueue {
@@ -34,32 +34,32 @@ impl FrameQueue {
         }
     }
 
-    /// Puts a frame ahead of all that waits, behind the frame that is being written and behind those
-    /// that were put ahead before.
+    /// Puts a frame ahead of the queue: after the frame that is being written, and after frames put
+    /// ahead before.
     pub(super) fn push_ahead(&mut self, frame: Bytes) {
-        let place = self.ahead as usize + usize::from(self.is_begun);
+        let index = self.ahead as usize + usize::from(self.is_started);
         self.ahead += 1;
-        match place {
+        match index {
             0 => {
                 if let Some(first) = self.first.replace(frame) {
                     self.others.push_front(first);
                 }
             }
-            place => self.others.insert(place - 1, frame),
+            index => self.others.insert(index - 1, frame),
         }
     }
 
-    /// How many frames wait that were put ahead of others.
+    /// The number of frames that were put ahead.
     pub(super) fn ahead(&self) -> u32 {
         self.ahead
     }
 
-    /// The only frame, if there is one.
+    /// The only frame, if there is exactly one.
     pub(super) fn only(&self) -> Option<&Bytes> {
         self.first.as_ref().filter(|_| self.others.is_empty())
     }
 
-    /// The next frames for one write, as far as `bytes_max` reaches.
+    /// The next frames for one write, up to `bytes_max`.
     pub(super) fn slices(&self, bytes_max: usize) -> SmallVec<[IoSlice<'_>; SLICES_MAX]> {
         let (mut slices, mut left) = (SmallVec::new(), bytes_max);
         for frame in self.first.iter().chain(&self.others).take(SLICES_MAX) {
@@ -73,21 +73,21 @@ impl FrameQueue {
         slices
     }
 
-    /// Forgets the first `written` bytes. Returns how many frames are done with.
+    /// Removes the first `written` bytes. Returns the number of completed frames.
     pub(super) fn remove(&mut self, mut written: usize) -> u64 {
         let mut done = 0;
         while let Some(frame) = &mut self.first {
-            if written > 0 && !std::mem::replace(&mut self.is_begun, true) {
+            if written > 0 && !std::mem::replace(&mut self.is_started, true) {
                 self.ahead = self.ahead.saturating_sub(1);
             }
             if written < frame.len() {
-                // The rest of a frame is again shared bytes.
+                // The remainder shares the frame's bytes.
                 let _ = frame.split_to(written);
                 break;
             }
             written -= frame.len();
             self.first = self.others.pop_front();
-            self.is_begun = false;
+            self.is_started = false;
             done += 1;
         }
         if self.others.is_empty() {
@@ -97,7 +97,7 @@ impl FrameQueue {
         done
     }
 
-    /// The next frame, to be taken.
+    /// The next frame.
     pub(super) fn first(&self) -> Option<&Bytes> {
         self.first.as_ref()
     }
@@ -107,7 +107,7 @@ impl FrameQueue {
         std::mem::replace(&mut self.first, self.others.pop_front())
     }
 
-    /// Takes all of them.
+    /// Takes all frames.
     pub(super) fn take(&mut self) -> Vec<Bytes> {
         let Self { first, others, .. } = std::mem::take(self);
         first.into_iter().chain(others).collect()
@@ -141,7 +141,7 @@ mod tests {
     }
 
     #[test]
-    fn a_frame_put_ahead_leaves_at_the_next_border_of_a_frame() {
+    fn frame_put_ahead_leaves_after_the_started_frame() {
         let text = Bytes::from_static;
         let mut frames = FrameQueue::default();
         frames.push_ahead(text(b"0"));
@@ -149,7 +149,7 @@ mod tests {
         frames.push(text(b"bulk1"));
         frames.push(text(b"bulk2"));
         frames.push_ahead(text(b"a"));
-        assert_eq!((frames.remove(1), frames.ahead()), (1, 0), "nothing was begun");
+        assert_eq!((frames.remove(1), frames.ahead()), (1, 0), "no frame was started");
         assert_eq!(frames.remove(2), 0);
         frames.push_ahead(text(b"bb"));
         frames.push_ahead(text(b"c"));

@@ -1,9 +1,9 @@
-//! How much the kernel holds of a connection.
+//! Bounds of the bytes that the kernel holds for a connection.
 //!
-//! No answer overtakes bytes that are in the kernel, so they are kept short in time: every connection
-//! has a bound of the bytes that are not sent yet ([`limit_unsent_bytes`]), and a slow one a bound of those in
-//! flight as well, from the rate at which its peer takes them ([`PeerLink`]). Without it a link of 96 kbit/s
-//! has up to 60 KB before an answer, which is 5 s.
+//! No reply overtakes bytes in the kernel, so their transmission time is kept short. Every
+//! connection has a bound of unsent bytes ([`limit_unsent_bytes`]); a slow one also has a bound of
+//! bytes in flight, derived from the rate at which its peer takes them ([`PeerLink`]). Without it,
+//! a link of 96 kbit/s has up to 60 KB ahead of a reply, which is 5 s.
 
 use std::{
     io::{self, IoSlice, Write as _},
@@ -13,37 +13,37 @@ use std::{
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use tokio::{io::Interest, net::TcpStream, time::Instant};
 
-/// How many bytes the kernel takes that it cannot send yet (`TCP_NOTSENT_LOWAT`, tcp(7)).
+/// The most unsent bytes that the kernel takes (`TCP_NOTSENT_LOWAT`, tcp(7)).
 const UNSENT_BYTES_MAX: u32 = 8 * 1024;
 
-/// How many bytes one write has where little is to be in the kernel.
+/// The size of one write while the kernel should hold little, in bytes.
 pub(super) const PORTION_BYTES: usize = 8 * 1024;
 
-/// For how long a socket has to be full until its rate is known.
+/// The time for which a socket must be full until its rate is known.
 const MEASURED_FOR: Duration = Duration::from_secs(1);
 
 /// The bounds of `SO_SNDBUF` (socket(7)) for a slow connection, in bytes. The kernel holds twice as
-/// much, its own overhead included. Above the upper one a connection is not slow: 1 s of it is more
-/// than 1 Mbit.
+/// much, including its own overhead. A connection above the upper bound is not slow: one second of
+/// it is more than 1 Mbit.
 const BUFFER_BYTES_MIN: u64 = 4 * 1024;
 const BUFFER_BYTES_MAX: u64 = 64 * 1024;
 
-/// The same of a connection that was slow and is not any more. The kernel takes as much of it as
-/// `net.core.wmem_max` allows.
+/// The `SO_SNDBUF` of a connection that was slow and is fast again, in bytes; the kernel caps it at
+/// `net.core.wmem_max`.
 const BUFFER_BYTES_FAST: u64 = 4 << 20;
 
-/// Has the kernel hold little of a connection that it cannot send.
+/// Bounds the unsent bytes that the kernel holds for a connection.
 pub fn limit_unsent_bytes(socket: &TcpStream) {
-    // Where the system has no such option answers come later, and nothing else changes.
+    // On a system without this option replies are later, and nothing else changes.
     let _ = socket2::SockRef::from(socket).set_tcp_notsent_lowat(UNSENT_BYTES_MAX);
 }
 
-/// Writes where the kernel holds little. A plain write looks at that bound only when it begins a new
-/// segment, and puts up to 64 KiB into one.
+/// Writes if the kernel holds little. A plain write checks the bound of unsent bytes only when it
+/// begins a new segment, and puts up to 64 KiB into one.
 ///
 /// # Errors
 ///
-/// Those of `poll(2)` and `sendmsg(2)`; `WouldBlock` where the kernel holds enough.
+/// The errors of `poll(2)` and `sendmsg(2)`; `WouldBlock` if the kernel holds enough.
 pub(super) fn write_portion(socket: &TcpStream, portion: &[IoSlice<'_>]) -> io::Result<usize> {
     socket.try_io(Interest::WRITABLE, || {
         let mut asked = [PollFd::new(socket, PollFlags::OUT)];
@@ -55,30 +55,29 @@ pub(super) fn write_portion(socket: &TcpStream, portion: &[IoSlice<'_>]) -> io::
     })
 }
 
-/// A peer's link, as far as it is known since its socket was full for the first time. Pure.
+/// The rate of a peer's link, measured from the first time its socket is full. Pure.
 #[derive(Debug, Default)]
 pub(super) struct PeerLink {
-    /// When the socket last took something after it had taken nothing: the peer had acknowledged
-    /// bytes until then.
+    /// The last time at which a full socket took bytes: the peer had acknowledged bytes until then.
     last_progress: Option<Instant>,
-    /// Since when the socket has been full again and again, and what it has taken since.
+    /// The start of the present measurement, and the bytes taken since.
     measured: Option<(Instant, u64)>,
     is_slow: bool,
 }
 
 impl PeerLink {
-    /// The socket takes no more.
+    /// The socket is full.
     pub(super) fn socket_filled(&mut self, now: Instant) {
         self.measured.get_or_insert((now, 0));
     }
 
-    /// Whether the socket was full, and something has waited for it since.
+    /// Whether a measurement is under way: the socket was full, and frames have waited since.
     pub(super) fn is_measured(&self) -> bool {
         self.measured.is_some()
     }
 
-    /// The socket has taken so many bytes, after it had taken nothing if it `was_full`. Returns what
-    /// its send buffer is to be, where that may be another than before.
+    /// Counts bytes that the socket took; `was_full` if it had taken none before. Returns a new
+    /// size of the send buffer, if it must change.
     pub(super) fn socket_took(
         &mut self,
         bytes: usize,
@@ -95,7 +94,7 @@ impl PeerLink {
             return None;
         }
         self.measured = Some((now, 0));
-        // Half a second of it, since the kernel doubles it.
+        // Half a second of the rate, since the kernel doubles it.
         let buffer = taken * 500 / u64::try_from(took.as_millis()).unwrap_or(u64::MAX);
         let was_slow = std::mem::replace(&mut self.is_slow, buffer < BUFFER_BYTES_MAX);
         match (self.is_slow, was_slow) {
@@ -105,12 +104,12 @@ impl PeerLink {
         }
     }
 
-    /// Nothing waits for the socket: its writes say nothing of the link from here on.
+    /// Ends the measurement: with an empty queue, writes say nothing about the link.
     pub(super) fn queue_emptied(&mut self) {
         self.measured = None;
     }
 
-    /// When the peer was last seen to acknowledge bytes.
+    /// The last time at which the peer was seen to acknowledge bytes.
     pub(super) fn last_progress(&self) -> Option<Instant> {
         self.last_progress
     }
@@ -120,7 +119,7 @@ impl PeerLink {
 mod tests {
     use super::*;
 
-    /// The buffers that are set for a peer that takes `bytes` each `every`, for `rounds`.
+    /// The buffer sizes set for a peer that takes `bytes` once per `every`, for `rounds`.
     fn buffers(link: &mut PeerLink, bytes: usize, every: Duration, rounds: u32) -> Vec<usize> {
         let begun = Instant::now();
         link.socket_filled(begun);
@@ -130,9 +129,9 @@ mod tests {
     }
 
     #[test]
-    fn the_kernel_holds_a_second_of_a_slow_link() {
+    fn kernel_holds_one_second_of_a_slow_link() {
         let mut link = PeerLink::default();
-        // 96 kbit/s; the kernel doubles what is set.
+        // 96 kbit/s; the kernel doubles the value.
         let set = buffers(&mut link, 1_200, Duration::from_millis(100), 25);
         assert_eq!(set, [6_000, 6_000]);
         link.queue_emptied();
@@ -141,14 +140,14 @@ mod tests {
     }
 
     #[test]
-    fn a_fast_link_is_left_alone() {
+    fn fast_link_keeps_its_buffer() {
         let mut link = PeerLink::default();
         let set = buffers(&mut link, 60_000, Duration::from_millis(100), 100);
         assert!(set.is_empty(), "{set:?}");
     }
 
     #[test]
-    fn a_link_that_was_slow_gets_a_large_buffer_once_it_is_fast() {
+    fn link_gets_a_large_buffer_once_it_is_fast_again() {
         let mut link = PeerLink::default();
         buffers(&mut link, 1_200, Duration::from_millis(100), 10);
         link.queue_emptied();
@@ -157,7 +156,7 @@ mod tests {
     }
 
     #[test]
-    fn a_socket_that_takes_all_says_nothing_of_its_link() {
+    fn socket_that_takes_everything_is_not_measured() {
         let (mut link, now) = (PeerLink::default(), Instant::now());
         link.socket_filled(now);
         link.queue_emptied();

@@ -1,8 +1,10 @@
-//! Who is where on this node, and for how long after the last connection has gone.
+//! The presence of this node's connections, and the grace period after a user's last connection has
+//! gone.
 //!
-//! A connection in a room holds a [`PresenceGuard`]. The first one of a user takes a seat in the
-//! [store](crate::bus::registry), and when the last one is dropped the seat is grace_id for a moment,
-//! so that who reloads a page does not leave and come back for everybody else.
+//! A connection in a room holds a [`PresenceGuard`]. The first guard of a user makes the user
+//! present in the [store](crate::bus::registry). After the last guard is dropped the user stays
+//! present for a moment, so that reloading a page is not a departure and a return for everyone
+//! else.
 
 use std::{
     borrow::Borrow,
@@ -38,22 +40,22 @@ use crate::{
 
 pub mod roster;
 
-/// How often it is told when users did something last.
+/// The interval at which the users' last activity is reported.
 const REPORT_ACTIVE_INTERVAL: Duration = Duration::from_secs(5);
 
-/// No user's id comes before it.
+/// The lowest user id.
 static LOWEST_USER: LazyLock<UserId> = LazyLock::new(|| "+".parse().expect("a user id"));
 
-/// How presence is grace_id and told.
+/// Options of presence.
 #[derive(Clone, Debug)]
 pub struct PresenceOptions {
-    /// How long a user stays present whose last connection has gone.
+    /// The time for which a user stays present after the last connection has gone.
     pub grace: Duration,
-    /// Up to how many members who comes and goes is told one by one.
+    /// The most members of a room up to which each join and leave is sent as its own frame.
     pub individual_max: usize,
-    /// Up to how many members it is told by name; above it, how many there are.
+    /// The most members up to which `presence_diff` names users; above it, only the count.
     pub named_max: usize,
-    /// Whether clients are told who is connected to the cluster.
+    /// Whether clients may list the users connected to the cluster.
     pub public: bool,
 }
 
@@ -63,59 +65,60 @@ impl Default for PresenceOptions {
     }
 }
 
-/// The locals of this node.
+/// The presence of this node's connections.
 pub struct PresenceTracker {
     store: Arc<dyn PresenceStore>,
     options: PresenceOptions,
-    /// The store is told while it is locked, so that a later change of a seat is told later. Never
-    /// the other way round.
-    locals: Mutex<LocalPresences>,
-    /// Somebody leaves.
+    /// The store is called while this is locked, so that reports keep the order of changes. The
+    /// store never calls back under its own lock.
+    entries: Mutex<LocalPresences>,
+    /// Notifies the task that an entry was added to `expiring`.
     expiry_added: Notify,
 }
 
 #[derive(Default)]
 struct LocalPresences {
     /// Ordered by scope and user.
-    local: BTreeSet<ByScopeAndUser>,
-    /// LocalPresences whose last connection has gone, in that order, with what they were grace_id under.
+    by_scope: BTreeSet<ByScopeAndUser>,
+    /// Entries whose last connection has gone, by time, with the grace id of each.
     expiring: VecDeque<(Instant, Arc<LocalPresence>, u32)>,
-    /// How often a seat was grace_id.
+    /// The last grace id given out.
     grace_id: u32,
-    /// How many of the locals are the cluster's.
+    /// The number of entries with the scope `Cluster`.
     connected: u64,
 }
 
-/// A user at one scope of this node. There is one for each connection and room, so that its size
-/// counts. What may change does so while the locals are locked, but for `active` and `typed`.
+/// A user at one scope of this node. There is one for each connection and room, so its size counts.
+/// Its fields change only while the entries are locked, except `active` and `typed`.
 #[derive(Debug)]
 struct LocalPresence {
     scope: PresenceScope,
     user: UserInfo,
     since: UnixMillis,
     connections: AtomicU32,
-    /// Under which number the seat is grace_id without a connection; 0: it is not.
+    /// The id of the present grace period; 0: none.
     grace_id: AtomicU32,
-    /// When the user did something last.
+    /// The time of the user's last activity.
     active: AtomicU64,
-    /// When it was passed on last that the user types, and whether: ms, shifted by one.
+    /// The last published typing state and its time: milliseconds, shifted left by one bit.
     typed: AtomicU64,
-    /// Whether the user was let in.
+    /// Whether the user was admitted.
     admitted: AtomicBool,
-    /// Whether the store has not been told of `active` yet.
+    /// Whether the store does not know `active` yet.
     active_is_unreported: AtomicBool,
-    /// The room is no more.
+    /// Whether the room was closed.
     closed: AtomicBool,
 }
 
-/// One connection's part in a scope. The user leaves some time after the last is dropped.
+/// One connection's part in a presence scope. The user leaves the grace period after the last guard
+/// is dropped.
 pub struct PresenceGuard {
-    /// `None`: it has left on purpose.
+    /// `None` once the guard has left explicitly.
     presence: Option<Arc<PresenceTracker>>,
-    local: Arc<LocalPresence>,
+    entry: Arc<LocalPresence>,
 }
 
-/// Whether a guard is one still.
+/// Tells whether the room of a guard was closed since, without keeping the user present.
 #[derive(Clone, Debug)]
 pub struct RoomAlive(Arc<LocalPresence>);
 
@@ -126,7 +129,7 @@ impl RoomAlive {
     }
 }
 
-/// What locals are ordered by.
+/// The sort key of the entries.
 trait ScopeAndUser {
     fn key(&self) -> (&PresenceScope, &UserId);
 }
@@ -194,27 +197,27 @@ impl<'a> Borrow<dyn ScopeAndUser + 'a> for ByScopeAndUser {
 impl LocalPresences {
     fn get(&self, scope: &PresenceScope, user: &UserId) -> Option<&Arc<LocalPresence>> {
         let key: &dyn ScopeAndUser = &(scope, user);
-        self.local.get(key).map(|seat| &seat.0)
+        self.by_scope.get(key).map(|entry| &entry.0)
     }
 
-    fn insert(&mut self, local: &Arc<LocalPresence>) {
-        self.connected += u64::from(local.scope == PresenceScope::Cluster);
-        self.local.insert(ByScopeAndUser(local.clone()));
+    fn insert(&mut self, entry: &Arc<LocalPresence>) {
+        self.connected += u64::from(entry.scope == PresenceScope::Cluster);
+        self.by_scope.insert(ByScopeAndUser(entry.clone()));
     }
 
-    fn remove(&mut self, local: &LocalPresence) {
-        let key: &dyn ScopeAndUser = &(&local.scope, &local.user.id);
-        if self.local.remove(key) {
-            self.connected -= u64::from(local.scope == PresenceScope::Cluster);
+    fn remove(&mut self, entry: &LocalPresence) {
+        let key: &dyn ScopeAndUser = &(&entry.scope, &entry.user.id);
+        if self.by_scope.remove(key) {
+            self.connected -= u64::from(entry.scope == PresenceScope::Cluster);
         }
     }
 
-    /// The locals at a scope.
+    /// The entries of a scope.
     fn at<'a>(&'a self, scope: &'a PresenceScope) -> impl Iterator<Item = &'a Arc<LocalPresence>> {
         let first = (scope, &*LOWEST_USER);
         let first: &dyn ScopeAndUser = &first;
-        let here = self.local.range::<dyn ScopeAndUser, _>((Included(first), Unbounded));
-        here.map(|seat| &seat.0).take_while(move |seat| seat.scope == *scope)
+        let here = self.by_scope.range::<dyn ScopeAndUser, _>((Included(first), Unbounded));
+        here.map(|entry| &entry.0).take_while(move |entry| entry.scope == *scope)
     }
 }
 
@@ -235,7 +238,7 @@ impl LocalPresence {
 }
 
 impl PresenceTracker {
-    /// Starts the task that has users leave.
+    /// Starts the task that ends grace periods.
     pub fn start(
         store: Arc<dyn PresenceStore>,
         options: PresenceOptions,
@@ -244,7 +247,7 @@ impl PresenceTracker {
         let presence = Arc::new(Self {
             store,
             options,
-            locals: Mutex::default(),
+            entries: Mutex::default(),
             expiry_added: Notify::new(),
         });
         let (tracker, stopped) = (presence.clone(), tasks.stopped().clone());
@@ -259,21 +262,22 @@ impl PresenceTracker {
         presence
     }
 
-    /// What was configured.
+    /// The configuration.
     pub fn options(&self) -> &PresenceOptions {
         &self.options
     }
 
-    /// The store.
+    /// The presence store.
     pub fn store(&self) -> &Arc<dyn PresenceStore> {
         &self.store
     }
 
-    /// Has a user enter by one more connection. Dropped before it resolves, the user leaves again.
+    /// Admits a user with one more connection. If the future is dropped before it resolves, the
+    /// user leaves again.
     ///
     /// # Errors
     ///
-    /// [`AdmitError`], and nothing has changed.
+    /// [`AdmitError`]; nothing has changed then.
     pub async fn admit(
         self: &Arc<Self>,
         scope: PresenceScope,
@@ -283,7 +287,7 @@ impl PresenceTracker {
         let (guard, admitting, was_here) = self.track(scope, person, rules);
         match admitting.await {
             Ok(snapshot) => {
-                guard.local.admitted.store(true, Relaxed);
+                guard.entry.admitted.store(true, Relaxed);
                 Ok((guard, snapshot))
             }
             Err(error) => {
@@ -295,8 +299,8 @@ impl PresenceTracker {
         }
     }
 
-    /// Has a user be connected by one more connection, and waits until that can be seen, but not
-    /// longer than `wait`: then it will be.
+    /// Tracks one more connection of a user to the cluster, and waits until the store shows it, at
+    /// most `wait`; the store will show it in any case.
     pub async fn track_online(
         self: &Arc<Self>,
         person: &UserInfo,
@@ -319,16 +323,16 @@ impl PresenceTracker {
         rules: Option<JoinConditions>,
     ) -> (PresenceGuard, Admitting, bool) {
         let now = unix_millis_now();
-        let mut locals = self.locals.lock();
-        let known = locals.get(&scope, &person.id).cloned();
+        let mut entries = self.entries.lock();
+        let known = entries.get(&scope, &person.id).cloned();
         let was_here = known.is_some();
-        let local = known.unwrap_or_else(|| {
-            // The names of a room are one in memory.
-            let one = locals.at(&scope).next().map(|other| other.scope.clone());
+        let entry = known.unwrap_or_else(|| {
+            // Entries of a room share its name in memory.
+            let one = entries.at(&scope).next().map(|other| other.scope.clone());
             let scope = one.unwrap_or(scope);
-            // Who is connected keeps to no rules.
+            // The cluster scope has no admission.
             let admitted = scope == PresenceScope::Cluster;
-            let local = Arc::new(LocalPresence {
+            let entry = Arc::new(LocalPresence {
                 scope,
                 user: person.clone(),
                 since: now,
@@ -340,48 +344,48 @@ impl PresenceTracker {
                 active_is_unreported: false.into(),
                 closed: false.into(),
             });
-            locals.insert(&local);
-            local
+            entries.insert(&entry);
+            entry
         });
-        local.connections.fetch_add(1, Relaxed);
-        local.grace_id.store(0, Relaxed);
-        local.active.store(now, Relaxed);
-        let admitting = self.store.admit(local.report(), rules);
-        drop(locals);
-        (PresenceGuard { presence: Some(self.clone()), local }, admitting, was_here)
+        entry.connections.fetch_add(1, Relaxed);
+        entry.grace_id.store(0, Relaxed);
+        entry.active.store(now, Relaxed);
+        let admitting = self.store.admit(entry.report(), rules);
+        drop(entries);
+        (PresenceGuard { presence: Some(self.clone()), entry }, admitting, was_here)
     }
 
-    /// Who is connected to any node: at most `limit` whose ids follow `after`.
+    /// A page of the users connected to any node: at most `limit` whose ids follow `after`.
     ///
     /// # Errors
     ///
-    /// [`BusError`], where the other nodes cannot be asked.
+    /// [`BusError`] if the store is unavailable.
     pub async fn online(&self, after: String, limit: usize) -> Result<OnlinePage, BusError> {
         if let Some(online) = self.store.online(after.clone(), limit).await? {
             return Ok(online);
         }
-        let locals = self.locals.lock();
+        let entries = self.entries.lock();
         let mut here =
-            locals.at(&PresenceScope::Cluster).filter(|local| local.user.id.as_str() > &*after);
-        let detail = |local: &Arc<LocalPresence>| {
-            let NodePresence { user, connections, since, active, .. } = local.report();
+            entries.at(&PresenceScope::Cluster).filter(|entry| entry.user.id.as_str() > &*after);
+        let detail = |entry: &Arc<LocalPresence>| {
+            let NodePresence { user, connections, since, active, .. } = entry.report();
             UserPresence { user, connections: connections.into(), since, active, read: 0 }
         };
         let users = here.by_ref().take(limit).map(detail).collect();
-        Ok(OnlinePage { users, count: locals.connected, more: here.next().is_some() })
+        Ok(OnlinePage { users, count: entries.connected, more: here.next().is_some() })
     }
 
-    /// Whether users are connected to any node, and when each did something last.
+    /// Whether users are connected to any node, and the time of each user's last activity.
     ///
     /// # Errors
     ///
-    /// [`BusError`], where the other nodes cannot be asked.
+    /// [`BusError`] if the store is unavailable.
     pub async fn statuses(&self, users: Vec<UserId>) -> Result<Vec<OnlineStatus>, BusError> {
         let mut statuses = self.store.statuses(users.clone()).await?;
-        let locals = self.locals.lock();
+        let entries = self.entries.lock();
         for (user, status) in users.iter().zip(&mut statuses) {
-            if let Some(local) = locals.get(&PresenceScope::Cluster, user) {
-                let active = local.active.load(Relaxed);
+            if let Some(entry) = entries.get(&PresenceScope::Cluster, user) {
+                let active = entry.active.load(Relaxed);
                 let active = status.active.max(Some(active));
                 *status = OnlineStatus { online: true, active, complete: true };
             }
@@ -389,68 +393,70 @@ impl PresenceTracker {
         Ok(statuses)
     }
 
-    /// When a user did something last at a scope of this node.
+    /// The time of a user's last activity at a scope of this node.
     pub fn active(&self, scope: &PresenceScope, user: &UserId) -> Option<UnixMillis> {
-        Some(self.locals.lock().get(scope, user)?.active.load(Relaxed))
+        Some(self.entries.lock().get(scope, user)?.active.load(Relaxed))
     }
 
-    /// Ends all stays in a room, which is no more.
+    /// Closes all guards of a room that was closed or deleted.
     pub fn close(&self, room: &RoomId) {
         let scope = PresenceScope::Room(room.clone());
-        let locals = &mut *self.locals.lock();
-        for local in locals.at(&scope).cloned().collect::<Vec<_>>() {
-            self.close_entry(locals, &local);
+        let entries = &mut *self.entries.lock();
+        for entry in entries.at(&scope).cloned().collect::<Vec<_>>() {
+            self.close_entry(entries, &entry);
         }
     }
 
-    fn close_entry(&self, locals: &mut LocalPresences, local: &Arc<LocalPresence>) {
-        local.closed.store(true, Release);
-        local.connections.store(0, Relaxed);
-        local.grace_id.store(0, Relaxed);
-        self.store.track(local.report());
-        locals.remove(local);
+    fn close_entry(&self, entries: &mut LocalPresences, entry: &Arc<LocalPresence>) {
+        entry.closed.store(true, Release);
+        entry.connections.store(0, Relaxed);
+        entry.grace_id.store(0, Relaxed);
+        self.store.track(entry.report());
+        entries.remove(entry);
     }
 
-    /// The rooms that a user is in on this node.
+    /// The rooms in which a user is present on this node. Scans all entries.
     pub fn rooms_of(&self, user: &UserId) -> Vec<RoomId> {
-        let locals = self.locals.lock();
-        let of_user = locals.local.iter().map(|seat| &seat.0).filter(|seat| seat.user.id == *user);
+        let entries = self.entries.lock();
+        let of_user =
+            entries.by_scope.iter().map(|entry| &entry.0).filter(|entry| entry.user.id == *user);
         of_user
-            .filter_map(|local| match &local.scope {
+            .filter_map(|entry| match &entry.scope {
                 PresenceScope::Room(room) => Some(room.clone()),
                 PresenceScope::Cluster => None,
             })
             .collect()
     }
 
-    /// One connection less. The last one keeps the seat for a while where `grace` says so.
-    fn untrack(&self, local: &Arc<LocalPresence>, grace: bool) {
-        let mut guard = self.locals.lock();
-        let locals = &mut *guard;
-        // Its room was closed; the user may have come back to another one of its name.
-        if local.closed.load(Acquire) {
+    /// Removes one connection. After the last one the entry stays for the grace period if `grace`
+    /// is set.
+    fn untrack(&self, entry: &Arc<LocalPresence>, grace: bool) {
+        let mut guard = self.entries.lock();
+        let entries = &mut *guard;
+        // The room was closed; the user may have joined another room of the same name since.
+        if entry.closed.load(Acquire) {
             return;
         }
-        let before = local.connections.fetch_sub(1, Relaxed);
+        let before = entry.connections.fetch_sub(1, Relaxed);
         if before == 1 && grace && !self.options.grace.is_zero() {
-            locals.grace_id = locals.grace_id.wrapping_add(1).max(1);
-            local.grace_id.store(locals.grace_id, Relaxed);
+            entries.grace_id = entries.grace_id.wrapping_add(1).max(1);
+            entry.grace_id.store(entries.grace_id, Relaxed);
             let until = Instant::now() + self.options.grace;
-            locals.expiring.push_back((until, local.clone(), locals.grace_id));
+            entries.expiring.push_back((until, entry.clone(), entries.grace_id));
             self.expiry_added.notify_one();
             return;
         }
         if before == 1 {
-            locals.remove(local);
+            entries.remove(entry);
         }
-        self.store.track(local.report());
+        self.store.track(entry.report());
     }
 
-    /// Has users leave whose time has come, and tells now and then when users did something.
+    /// Ends grace periods, and reports the users' last activity periodically.
     async fn run(&self) {
         let mut report_active = tokio::time::interval(REPORT_ACTIVE_INTERVAL);
         loop {
-            let next = self.locals.lock().expiring.front().map(|(until, ..)| *until);
+            let next = self.entries.lock().expiring.front().map(|(until, ..)| *until);
             let due = async {
                 match next {
                     Some(until) => tokio::time::sleep_until(until).await,
@@ -467,81 +473,81 @@ impl PresenceTracker {
     }
 
     fn remove_expired(&self, now: Instant) {
-        let mut guard = self.locals.lock();
-        let locals = &mut *guard;
-        while let Some((_, local, grace_id)) =
-            locals.expiring.pop_front_if(|(until, ..)| *until <= now)
+        let mut guard = self.entries.lock();
+        let entries = &mut *guard;
+        while let Some((_, entry, grace_id)) =
+            entries.expiring.pop_front_if(|(until, ..)| *until <= now)
         {
-            // Who came back and left once more is grace_id under another number.
-            if local.grace_id.compare_exchange(grace_id, 0, Relaxed, Relaxed).is_ok() {
-                self.store.track(local.report());
-                locals.remove(&local);
+            // A user who returned and left again has a later grace id.
+            if entry.grace_id.compare_exchange(grace_id, 0, Relaxed, Relaxed).is_ok() {
+                self.store.track(entry.report());
+                entries.remove(&entry);
             }
         }
     }
 
     fn report_active(&self) {
-        for ByScopeAndUser(local) in &self.locals.lock().local {
-            if local.active_is_unreported.swap(false, Relaxed) {
-                self.store.track(local.report());
+        for ByScopeAndUser(entry) in &self.entries.lock().by_scope {
+            if entry.active_is_unreported.swap(false, Relaxed) {
+                self.store.track(entry.report());
             }
         }
     }
 }
 
 impl PresenceGuard {
-    /// Asks what the user would be told on admitting now.
+    /// Reads the state of the room as if the user joined now.
     pub fn rejoin_snapshot(&self) -> BoxFuture<Result<JoinSnapshot, AdmitError>> {
         let not_found = || Box::pin(std::future::ready(Err(AdmitError::NotFound)));
         let Some(presence) = &self.presence else { return not_found() };
-        let _seats = presence.locals.lock();
+        let _entries = presence.entries.lock();
         if self.is_closed() {
             return not_found();
         }
-        presence.store.admit(self.local.report(), None)
+        presence.store.admit(self.entry.report(), None)
     }
 
-    /// The user did something.
+    /// Records an activity of the user.
     pub fn touch(&self) {
-        self.local.active.store(unix_millis_now(), Relaxed);
-        self.local.active_is_unreported.store(true, Relaxed);
+        self.entry.active.store(unix_millis_now(), Relaxed);
+        self.entry.active_is_unreported.store(true, Relaxed);
     }
 
-    /// Whether it is to be passed on that the user types, or has stopped: when that has changed, and
-    /// again after `every`.
+    /// Whether a typing event must be published: when the state has changed, and again after
+    /// `every`.
     pub fn should_publish_typing(&self, is_typing: bool, every: Duration) -> bool {
-        let (now, typed) = (unix_millis_now(), self.local.typed.load(Relaxed));
+        let (now, typed) = (unix_millis_now(), self.entry.typed.load(Relaxed));
         let same = typed & 1 == u64::from(is_typing);
         let rests = now.saturating_sub(typed >> 1) >= every.as_millis() as u64;
         if same && !rests {
             return false;
         }
-        self.local.typed.store(now << 1 | u64::from(is_typing), Relaxed);
+        self.entry.typed.store(now << 1 | u64::from(is_typing), Relaxed);
         true
     }
 
     /// Whether the room was closed since.
     pub fn is_closed(&self) -> bool {
-        self.local.closed.load(Acquire)
+        self.entry.closed.load(Acquire)
     }
 
-    /// Tells later whether the room was closed since, without keeping the user there.
+    /// Tells later whether the room was closed, without keeping the user present.
     pub fn room_alive(&self) -> RoomAlive {
-        RoomAlive(self.local.clone())
+        RoomAlive(self.entry.clone())
     }
 
     /// The room; `None` for the cluster.
     pub fn room(&self) -> Option<&RoomId> {
-        match &self.local.scope {
+        match &self.entry.scope {
             PresenceScope::Room(room) => Some(room),
             PresenceScope::Cluster => None,
         }
     }
 
-    /// Leaves, on purpose: the user's last connection does so at once.
+    /// Leaves explicitly, without a grace period.
     pub fn leave(mut self) {
         if let Some(presence) = self.presence.take() {
-            presence.untrack(&self.local, false);
+            presence.untrack(&self.entry, false);
         }
     }
 }
@@ -549,7 +555,7 @@ impl PresenceGuard {
 impl Drop for PresenceGuard {
     fn drop(&mut self) {
         if let Some(presence) = self.presence.take() {
-            presence.untrack(&self.local, true);
+            presence.untrack(&self.entry, true);
         }
     }
 }

@@ -1,7 +1,8 @@
-//! Who is present in a room, as the members of this node were told. Pure.
+//! The users present in a room, as the members on this node were told. Pure.
 //!
-//! Changes are numbered. One that does not continue what is known has the roster read anew, and what
-//! differs is told: members never see a state that their notices do not lead to.
+//! Changes are numbered. A change that does not continue the known version causes a read of the
+//! roster, and the members receive the differences: they never see a state that their events do not
+//! lead to.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -12,86 +13,86 @@ use skein_protocol::{
 
 use crate::bus::registry::{PresenceChange, PresenceSnapshot, PresenceVersion};
 
-/// How many changes are buffered while the roster is read; above it, it is read once more.
+/// The most changes buffered during a read; above it, the roster is read again.
 const BUFFERED_MAX: usize = 1024;
 
-/// Who is present.
+/// The users present in a room.
 #[derive(Debug, Default)]
 pub struct Roster {
     users: BTreeMap<UserId, DisplayName>,
     version: PresenceVersion,
     reading: RosterRead,
     buffered: Vec<PresenceChange>,
-    /// Whether every node has told who it has.
+    /// Whether every node has reported its users.
     complete: bool,
 }
 
-/// Whether the roster is being read.
+/// The state of the read of the roster.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 enum RosterRead {
-    /// Not yet, ever.
+    /// Never read.
     #[default]
     Never,
     InProgress,
-    /// And once more, since what is being read is too old.
+    /// A read is under way and must be repeated, since its result will be too old.
     Again,
     Idle,
 }
 
-/// A user who came or left.
+/// A user who joined or left.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct RosterChange {
-    /// Who.
+    /// The user.
     pub user: UserInfo,
-    /// Whether the user came.
+    /// Whether the user joined.
     pub joined: bool,
-    /// How many are present after it.
+    /// The number of users afterwards.
     pub count: u64,
-    /// The state that it belongs to.
+    /// The version of the change.
     pub version: PresenceVersion,
 }
 
 impl Roster {
-    /// How many users are present.
+    /// The number of users.
     pub fn len(&self) -> usize {
         self.users.len()
     }
 
-    /// Whether nobody is.
+    /// Whether the roster is empty.
     pub fn is_empty(&self) -> bool {
         self.users.is_empty()
     }
 
-    /// The state that is known.
+    /// The known version.
     pub fn version(&self) -> PresenceVersion {
         self.version
     }
 
-    /// Whether the roster has been read, and every node has told who it has.
+    /// Whether the roster was read and every node had reported its users.
     pub fn is_complete(&self) -> bool {
         self.complete
     }
 
-    /// Whether it was read at all.
+    /// Whether the roster was read.
     pub fn is_known(&self) -> bool {
         !matches!(self.reading, RosterRead::Never) && self.version != PresenceVersion::default()
             || self.complete
     }
 
-    /// Who is present and comes behind `after`.
+    /// The users whose ids follow `after`.
     pub fn after<'a>(&'a self, after: &str) -> impl Iterator<Item = (&'a UserId, &'a DisplayName)> {
         use std::ops::Bound::{Excluded, Unbounded};
         self.users.range::<str, _>((Excluded(after), Unbounded))
     }
 
-    /// Whether this state has come to pass here.
+    /// Whether the roster has reached `version`.
     pub fn has_reached(&self, version: PresenceVersion) -> bool {
         self.is_known()
             && (self.version.epoch == version.epoch && self.version.number >= version.number
                 || version == PresenceVersion::default())
     }
 
-    /// The roster is to be read. `false`: it is being read, and will be once more.
+    /// Begins a read. `false`: a read is under way, and will be repeated.
     #[must_use]
     pub fn begin_read(&mut self) -> bool {
         let begins = matches!(self.reading, RosterRead::Never | RosterRead::Idle);
@@ -99,8 +100,8 @@ impl Roster {
         begins
     }
 
-    /// Takes a change that was passed on. Returns what to tell, and whether the roster is to be
-    /// read.
+    /// Applies a published change. Returns the changes to send to members, and whether the roster
+    /// must be read.
     pub fn apply(&mut self, change: PresenceChange) -> (Vec<RosterChange>, bool) {
         let mut changes = Vec::new();
         if !matches!(self.reading, RosterRead::Idle) {
@@ -121,7 +122,8 @@ impl Roster {
         (changes, true)
     }
 
-    /// Takes what was read. Returns what to tell, and whether it is to be read again.
+    /// Applies a read. Returns the changes to send to members, and whether the roster must be read
+    /// again.
     pub fn apply_snapshot(&mut self, snapshot: PresenceSnapshot) -> (Vec<RosterChange>, bool) {
         let mut changes = Vec::new();
         let again = self.reading == RosterRead::Again;
@@ -144,7 +146,7 @@ impl Roster {
             changes.extend(more);
             missed |= read;
         }
-        // What is still ahead, or of another epoch, is in the next read.
+        // Changes still ahead, or of another epoch, are part of the next read.
         self.buffered.clear();
         (changes, again || missed)
     }
@@ -215,7 +217,7 @@ mod tests {
         changes.iter().map(|change| format!("{}{}", sign(change), change.user.id)).collect()
     }
 
-    /// A roster that was read.
+    /// A roster after one read.
     fn roster(ids: &[&str]) -> Roster {
         let mut roster = Roster::default();
         assert!(roster.begin_read());
@@ -225,7 +227,7 @@ mod tests {
     }
 
     #[test]
-    fn changes_are_told_once_and_in_their_order() {
+    fn changes_are_reported_once_and_in_order() {
         let mut roster = roster(&["ann"]);
         let (changes, read) = roster.apply(joined(1, 6, "bob"));
         assert_eq!((names(&changes), changes[0].count, read), (vec!["+bob".into()], 2, false));
@@ -235,7 +237,7 @@ mod tests {
     }
 
     #[test]
-    fn a_missed_change_has_the_roster_read_and_the_difference_told() {
+    fn missed_change_causes_a_read_and_reports_the_difference() {
         let mut roster = roster(&["ann", "bob"]);
         let (changes, read) = roster.apply(joined(1, 8, "dan"));
         assert!(changes.is_empty() && read && roster.begin_read());
@@ -249,7 +251,7 @@ mod tests {
     }
 
     #[test]
-    fn what_comes_while_it_is_read_first_is_told_behind_it() {
+    fn changes_during_the_first_read_are_reported_after_it() {
         let mut roster = Roster::default();
         assert!(!roster.is_known() && roster.begin_read() && !roster.begin_read());
         assert_eq!(roster.apply(joined(1, 6, "bob")), (vec![], false));
@@ -258,7 +260,7 @@ mod tests {
     }
 
     #[test]
-    fn until_every_node_has_told_nobody_is_taken_for_gone() {
+    fn incomplete_read_removes_no_user() {
         let mut roster = roster(&["ann", "bob"]);
         assert!(roster.begin_read());
         let partial = PresenceSnapshot { complete: false, ..snapshot(2, 1, &["ann", "cat"]) };
@@ -270,12 +272,12 @@ mod tests {
     }
 
     #[test]
-    fn an_empty_room_begins_anew_without_being_read() {
+    fn empty_room_restarts_without_a_read() {
         let mut roster = roster(&["ann"]);
         assert_eq!(names(&roster.apply(left(1, 6, "ann")).0), ["-ann"]);
         let (changes, read) = roster.apply(joined(2, 1, "bob"));
         assert_eq!((names(&changes), read), (vec!["+bob".into()], false));
         let (_, read) = roster.apply(joined(3, 1, "cat"));
-        assert!(read, "another epoch, and somebody is there");
+        assert!(read, "another epoch, and the room is not empty");
     }
 }
