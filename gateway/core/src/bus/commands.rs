@@ -1,131 +1,134 @@
-//! Orders: what the application wants done on every node, at least once; and questions to all nodes.
+//! Control commands: instructions of the application to every node, applied at least once; and
+//! queries to all nodes.
 //!
-//! An order stands in one list that every node takes from, each from where it was, and tells up to
-//! where it has applied it. So who gives one can say on how many of how many nodes it was, and a node
-//! that was cut off applies it when it is back. An order concerns connections that are older than
-//! itself: who has come back meanwhile stays.
+//! A command is appended to one queue that every node polls from its own position, and each node
+//! records up to where it has applied commands. The sender can therefore report how many of how
+//! many nodes have applied it, and a node that was disconnected applies it when it is back. A
+//! command concerns connections that are older than itself: a client that has reconnected meanwhile
+//! stays.
 //!
-//! A question goes the same way, but is answered only by those who take it at once.
+//! A query takes the same way, but only nodes that poll it at once reply.
 //!
-//! Two implementations, as of the [bus](super): in memory and in Redis.
+//! There are two implementations, as of the [bus](super): in memory and in Redis.
 
 use serde::{Deserialize, Serialize};
 use skein_protocol::ids::{MessageId, NodeId, RoomId, UserId};
 
 use super::{BoxFuture, BusError, sessions::SessionSelector, sessions::UnixMicros};
 
-/// Where an order stands: later ones are greater.
+/// The position of a command in the queue: later ones are greater.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct CommandId(pub u64, pub u64);
 
-/// What is to be done.
+/// An instruction to every node.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "do", rename_all = "snake_case")]
 pub enum ControlCommand {
-    /// Close connections of a user.
+    /// Closes connections of a user.
     Close {
-        /// Whose.
+        /// The user.
         user: UserId,
-        /// Those of which sessions.
+        /// The sessions whose connections are closed.
         which: SessionSelector,
         /// The close code.
         code: u16,
         /// The reason.
         reason: String,
     },
-    /// Take a user out of a room.
+    /// Removes a user from a room.
     Remove {
         /// The room.
         room: RoomId,
         /// The user.
         user: UserId,
     },
-    /// Have a node take no client any more, and send those it has to others.
+    /// Lets a node accept no more clients and send its clients to other nodes.
     Drain {
-        /// Which.
+        /// The node.
         node: NodeId,
     },
-    /// Send something to every connection. At most once: who takes it late does not.
+    /// Sends a message to every connection. At most once: a node that polls it late skips it.
     Broadcast {
-        /// Its id.
+        /// The id of the message.
         id: MessageId,
-        /// What it says, JSON.
+        /// The payload, JSON.
         payload: String,
-        /// When it was taken.
+        /// When the gateway accepted it.
         timestamp: String,
     },
-    /// Answer something. Who takes it late does not.
+    /// Asks for a reply. A node that polls it late skips it.
     Ask(NodeQuery),
 }
 
-/// What nodes are asked. The answer of each is JSON.
+/// A query to all nodes. Each reply is JSON.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "ask", rename_all = "snake_case")]
 pub enum NodeQuery {
-    /// Which connections a user has there, and in which rooms.
+    /// Connections and rooms of a user on the node.
     User {
         /// The user.
         user: UserId,
     },
-    /// How the node is.
+    /// State of the node.
     Node,
-    /// What became of a message there.
+    /// Where the node has delivered a message.
     Trail {
-        /// Its id.
+        /// The id of the message.
         id: MessageId,
-        /// Of whom it is asked in particular.
+        /// The user whose deliveries are reported in detail.
         user: Option<UserId>,
     },
 }
 
-/// An order that was given.
+/// A command of the queue.
 #[derive(Clone, Debug)]
 pub struct QueuedCommand {
-    /// Where it stands.
+    /// Its position in the queue.
     pub id: CommandId,
-    /// When it was given, by the clock of the store.
+    /// When it was enqueued, by the clock of the store.
     pub at: UnixMicros,
-    /// Whether it was given just now.
+    /// Whether it was enqueued within the last seconds.
     pub is_fresh: bool,
-    /// What is to be done.
+    /// The command.
     pub command: ControlCommand,
 }
 
-/// How many nodes have done what was ordered.
+/// How many nodes have applied a command.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
 pub struct CommandProgress {
-    /// These.
+    /// Nodes that have applied it.
     pub applied: usize,
-    /// Of so many that live, or were heard of within the last minute.
+    /// Nodes that are alive, or were within the last minute.
     pub nodes: usize,
 }
 
-/// What a node finds to be done.
+/// The commands that one poll returns.
 #[derive(Clone, Debug, Default)]
 pub struct CommandBatch {
-    /// Oldest first.
+    /// The commands, oldest first.
     pub commands: Vec<QueuedCommand>,
-    /// Whether some were forgotten before this node has taken them: it was away for too long.
+    /// Whether the queue has dropped commands that this node has not polled: it was disconnected
+    /// for too long.
     pub missed: bool,
 }
 
-/// Where orders are kept. See the module.
+/// The queue of control commands. The module documents its guarantees.
 pub trait ControlQueue: Send + Sync {
-    /// Gives an order.
-    fn enqueue(&self, order: ControlCommand) -> BoxFuture<Result<CommandId, BusError>>;
+    /// Appends a command to the queue.
+    fn enqueue(&self, command: ControlCommand) -> BoxFuture<Result<CommandId, BusError>>;
 
-    /// Waits for orders that this node has not taken. One task calls this.
+    /// Waits for commands that this node has not polled yet. Called by a single task.
     fn poll(&self) -> BoxFuture<CommandBatch>;
 
-    /// This node has applied everything up to `id`.
+    /// Records that this node has applied every command up to `id`.
     fn mark_applied(&self, id: CommandId) -> BoxFuture<Result<(), BusError>>;
 
-    /// This node's answer to a question.
-    fn reply(&self, id: CommandId, answer: String) -> BoxFuture<Result<(), BusError>>;
+    /// Replies to a query.
+    fn reply(&self, id: CommandId, reply: String) -> BoxFuture<Result<(), BusError>>;
 
-    /// How many have applied an order by now.
+    /// How many nodes have applied a command so far.
     fn progress(&self, id: CommandId) -> BoxFuture<Result<CommandProgress, BusError>>;
 
-    /// What was answered to a question by now.
+    /// The replies to a query so far.
     fn replies(&self, id: CommandId) -> BoxFuture<Result<Vec<String>, BusError>>;
 }

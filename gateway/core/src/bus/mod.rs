@@ -1,18 +1,19 @@
-//! The bus: where a room's log lives, and how its entries reach every node that follows it.
+//! The bus: keeps the log of each room and delivers its new entries to every subscribed node.
 //!
-//! A [`Bus`] keeps one log per room and passes each new entry to the nodes that follow the room.
-//! Two implementations: [`memory`], the reference, for one node without anything else; and
-//! [`redis`], for a cluster. Both pass the same conformance suite (`tests/it/bus.rs`).
+//! A [`Bus`] keeps one log per room and publishes each new entry to the nodes that are subscribed
+//! to the room. There are two implementations: [`memory`], the reference, for a single node without
+//! other services; and [`redis`], for a cluster. Both pass the same conformance suite
+//! (`tests/it/bus.rs`).
 //!
-//! What every implementation promises:
+//! Guarantees of every implementation:
 //! - **Append** is atomic per room: an id known within the dedup window gets the position it has,
-//!   any other the next number; appended and passed on in one step. Appends of one caller to one
-//!   room get their numbers in the order of the calls.
-//! - **Passing on** is best effort: entries may be skipped or repeated, and a follower finds that
-//!   out by their numbers. Nothing is skipped silently at the end: where arrivals were lost, the
-//!   mailbox is told that everything is [doubtful](Mailboxes::doubt).
-//! - **Read** shows the log as it is at one moment.
-//! - Nothing here waits for a follower.
+//!   any other id the next number. Appending and publishing are one step. Appends of one caller to
+//!   one room get their numbers in the order of the calls.
+//! - **Publishing** is best effort: a node may miss entries or receive them twice, and detects both
+//!   by their numbers. A loss at the end of a log is not silent: where entries may have been lost,
+//!   the bus [requests a resync](Mailboxes::mark_all_stale) of every room.
+//! - **Read** returns the log as it is at one moment.
+//! - The bus never waits for a subscriber.
 
 use std::{
     future::Future,
@@ -51,150 +52,153 @@ pub mod unconfirmed;
 use node_state::NodeState;
 use registry::EphemeralEvent;
 
-/// A future that can be named, since a trait with `async fn` cannot be an object.
+/// A boxed future. A trait with `async fn` could not be used as an object.
 pub type BoxFuture<T> = Pin<Box<dyn Future<Output = T> + Send>>;
 
-/// The output of a future that may be under way; never, where none is. Cancel-safe: the future is
-/// kept, so that it can be an arm of a `select!`.
-pub async fn output_of<T>(under_way: &mut Option<BoxFuture<T>>) -> T {
-    match under_way {
+/// Returns the output of a future that may be in progress; never resolves if there is none.
+/// Cancel-safe: the future is kept, so that it can be an arm of a `select!`.
+pub async fn output_of<T>(in_progress: &mut Option<BoxFuture<T>>) -> T {
+    match in_progress {
         Some(future) => future.await,
         None => std::future::pending().await,
     }
 }
 
-/// Where logs live. See the module for what is promised.
+/// Stores logs and publishes their entries. The module documents the guarantees.
 pub trait Bus: Send + Sync {
-    /// Appends to a room's log. Never waits: the answer goes to `append.done`, which is called
-    /// exactly once, not later than shortly after `append.deadline`.
+    /// Appends to a room's log. Never waits: calls `append.done` exactly once with the result, not
+    /// later than shortly after `append.deadline`.
     fn append(&self, append: Append);
 
-    /// Has the room's entries passed to this node's mailboxes from here on. What is appended
-    /// after the future has resolved arrives, or is told to be doubtful.
+    /// Subscribes this node's mailboxes to the room's entries. An entry appended after the future
+    /// has resolved arrives, or the bus requests a resync.
     fn subscribe(&self, room: RoomId) -> BoxFuture<Result<(), BusError>>;
 
-    /// Ends what [`Bus::subscribe`] began. Calls for one room take effect in their order.
+    /// Ends a subscription. Calls for one room take effect in their order.
     fn unsubscribe(&self, room: RoomId);
 
-    /// Reads part of a room's log. A room without a log gets one, empty, so that its epoch is
-    /// known before its first entry.
+    /// Reads a range of a room's log. Creates an empty log for a room without one, so that its
+    /// epoch is known before its first entry.
     fn read(&self, room: RoomId, range: ReadRange) -> BoxFuture<Result<LogPage, BusError>>;
 
-    /// The newest position of each room's log, in the order of `rooms`; `None` where there is no
-    /// log. One request for all, so that a node finds out cheaply which rooms it misses entries
-    /// of. Positions asked for are kept for another week.
+    /// The newest position of each room's log, in the order of `rooms`; `None` for a room without a
+    /// log. One request covers all rooms, so that a node finds out cheaply which rooms it misses
+    /// entries of. Extends the retention of the positions by another week.
     fn heads(&self, rooms: Vec<RoomId>) -> BoxFuture<Result<Vec<Option<Position>>, BusError>>;
 
-    /// Deletes a room's log. The room begins anew in a later epoch, and what nodes hold of the old
-    /// one is not brought back: neither by those who were cut off meanwhile.
+    /// Deletes a room's log. The room continues in a later epoch, and no node restores entries of
+    /// the former one, not even a node that was disconnected meanwhile.
     fn delete(&self, room: RoomId) -> BoxFuture<Result<(), BusError>>;
 
-    /// Has the log compared with what this node holds of it. What the log lacks is given back; where
-    /// two histories share numbers the log goes on in a new epoch, which a read then shows.
+    /// Compares the log with this node's replica and appends the entries that the log lacks. If two
+    /// histories share numbers, the log continues in a new epoch, which a read then returns.
     fn restore(&self, held: ReplicaSnapshot) -> BoxFuture<Result<(), BusError>>;
 
-    /// What keeps this node from publishing and hearing, if anything: names for `ready`.
+    /// The name, as `/ready` reports it, of the condition that keeps this node from publishing and
+    /// receiving; `None` if there is none.
     fn failed_check(&self) -> Option<&'static str>;
 }
 
-/// An entry to be appended.
+/// An entry to append.
 pub struct Append {
     /// The room.
     pub room: RoomId,
-    /// What is appended.
+    /// The content of the entry.
     pub envelope: Envelope,
-    /// Whether it goes ahead of what waits: it was in the log once, and is brought back.
+    /// Sent ahead of other appends: the entry was in the log before and is restored.
     pub urgent: bool,
-    /// What is done with it where it is for the inbox of a user who was never connected.
+    /// How an inbox of an unseen user takes the entry.
     pub unseen: UnseenPolicy,
-    /// When to stop trying.
+    /// When the bus stops trying.
     pub deadline: Instant,
-    /// Hears what became of it.
+    /// Called with the result.
     pub done: AppendCallback,
 }
 
-/// What is done with an entry for the inbox of a user who was never connected, as far as is remembered.
+/// How an entry for the inbox of an unseen user is stored. A user is unseen if it has never
+/// connected, as far as the bus remembers.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum UnseenPolicy {
-    /// [`BusError::UnseenQuota`], unless the inbox has entries: its author has opened too many.
+    /// Rejects the entry with [`BusError::UnseenQuota`] if the inbox is empty: its author has
+    /// opened too many.
     Reject,
-    /// The inbox is kept small and short ([`UnseenInboxLimits`]).
+    /// Keeps the inbox small and for a short time ([`UnseenInboxLimits`]).
     Limited,
-    /// The inbox is kept as any: the application writes, or the inbox is the author's own.
+    /// Keeps the inbox like any other: the application writes, or the inbox is the author's own.
     #[default]
     Unlimited,
 }
 
-/// Called once with what became of an append.
+/// Called once with the result of an append.
 pub type AppendCallback = Box<dyn FnOnce(Result<Appended, BusError>) + Send>;
 
-/// Where an appended entry stands.
+/// Where an append put the entry.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Appended {
-    /// Its position.
+    /// The entry's position.
     pub position: Position,
-    /// Whether it was there before.
+    /// The log had an entry with this id already.
     pub duplicate: bool,
-    /// Whether it has opened the inbox of a user who was never connected.
+    /// The entry is the first one in the inbox of an unseen user.
     pub opened_inbox: bool,
 }
 
-/// Why the bus did not do what it was asked.
+/// Why the bus did not carry out a request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum BusError {
-    /// It is away. An append may or may not have happened: repeat it with the same id.
-    #[error("the bus is away")]
+    /// The bus is down. An append may or may not have happened: repeat it with the same id.
+    #[error("the bus is down")]
     Unavailable,
-    /// More waits for it than it may. Nothing was done.
+    /// Too many requests are waiting. Nothing was done.
     #[error("the queue towards the bus is full")]
     Overloaded,
-    /// It answered with an error; the log has more.
-    #[error("the bus refused it")]
+    /// The bus answered with an error, which is logged.
+    #[error("the bus rejected the request")]
     Rejected,
-    /// Memory is above the watermark, and this would take more of it. Nothing was done.
-    #[error("memory is above the watermark: nothing is kept that needs more of it")]
+    /// Memory is above the watermark, and this request would take more of it. Nothing was done.
+    #[error("memory is above the watermark: the bus stores nothing that needs more of it")]
     MemoryFull,
-    /// The author has opened the inboxes of too many users who were never connected. Nothing was done.
-    #[error("too many messages to users who were never connected")]
+    /// The author has opened the inboxes of too many unseen users. Nothing was done.
+    #[error("too many messages to users that have never connected")]
     UnseenQuota,
-    /// Larger than the inbox of a user who was never connected may be. Nothing was done.
-    #[error("larger than the inbox of a user who was never connected may be")]
+    /// The entry is larger than the inbox of an unseen user may be. Nothing was done.
+    #[error("the message is larger than the inbox of a user that has never connected")]
     UnseenBytes,
 }
 
 impl BusError {
-    /// Whether a bound was reached: nothing was done, and the bus is well.
+    /// Whether a limit was reached: nothing was done, and the bus is healthy.
     pub fn is_limit(self) -> bool {
         matches!(self, Self::MemoryFull | Self::UnseenQuota | Self::UnseenBytes)
     }
 }
 
-/// Which part of a log.
+/// A range of a log.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ReadRange {
     /// The newest `limit` entries.
     Newest {
-        /// How many at most.
+        /// The most entries.
         limit: u32,
     },
     /// The oldest `limit` entries above `seq`.
     After {
-        /// The entry before the first.
+        /// The number before the first entry.
         seq: Seq,
-        /// How many at most.
+        /// The most entries.
         limit: u32,
     },
     /// The newest `limit` entries below `seq`.
     Before {
-        /// The entry behind the last.
+        /// The number behind the last entry.
         seq: Seq,
-        /// How many at most.
+        /// The most entries.
         limit: u32,
     },
 }
 
 impl ReadRange {
-    /// How many entries at most.
+    /// The most entries.
     pub fn limit(self) -> u32 {
         match self {
             Self::Newest { limit } | Self::After { limit, .. } | Self::Before { limit, .. } => {
@@ -203,64 +207,65 @@ impl ReadRange {
         }
     }
 
-    /// Whether a cut for size keeps the newest entries instead of the oldest.
+    /// Whether a result that is cut for its size keeps the newest entries instead of the oldest.
     pub fn keeps_newest(self) -> bool {
         !matches!(self, Self::After { .. })
     }
 }
 
-/// The most bytes of entries that one read answers, unless one entry alone is larger.
+/// The most bytes of entries that one read returns. A single larger entry is returned nevertheless.
 pub const READ_BYTES_MAX: usize = 256 * 1024;
 
-/// How long logs are kept, in every implementation.
+/// The retention of logs, in every implementation.
 #[derive(Clone, Debug)]
 pub struct Retention {
-    /// Entries kept however old they are, within `ttl` and `bytes_max`.
+    /// Entries kept regardless of their age, within `ttl` and `bytes_max`.
     pub entries_min: u32,
-    /// How long a log without new entries is kept.
+    /// Retention of an idle log.
     pub ttl: Duration,
-    /// The same two of inboxes.
+    /// Retention of inboxes.
     pub inboxes: LogRetention,
-    /// How long further entries are kept: a reader that stalls or reconnects comes back within.
+    /// Retention of entries beyond `entries_min`: longer than readers stall or take to reconnect.
     pub window: Duration,
-    /// The most bytes of a log; the oldest entries go first.
+    /// The most bytes of a log; the oldest entries are dropped first.
     pub bytes_max: u64,
-    /// The most that all logs take where they are in a node's own memory.
+    /// The most bytes of all logs that a node keeps in its own memory.
     pub memory_bytes_max: u64,
-    /// How long the id of a message is known.
+    /// How long the id of a message is remembered.
     pub dedup_window: Duration,
-    /// Bounds of what clients have kept beside entries of rooms.
+    /// Limits of other state that clients make the bus keep.
     pub limits: StorageLimits,
 }
 
-/// Bounds of what clients have kept, in every implementation. `docs/limits.md` lists them.
+/// Limits of state that clients make the bus keep, in every implementation. `docs/limits.md` lists
+/// them.
 #[derive(Clone, Debug)]
 pub struct StorageLimits {
-    /// Inboxes of users who were never connected.
+    /// Inboxes of unseen users.
     pub unseen: UnseenInboxLimits,
-    /// How many users' read marks a room has.
+    /// The most read marks of a room, one per user.
     pub marks_max: u32,
-    /// The most that the data of all sessions of a user take.
+    /// The most bytes of the data of all sessions of a user.
     pub session_data_max: u64,
-    /// How much memory Redis may take where it has no `maxmemory`; 0: not known.
+    /// The memory that Redis may use where it has no `maxmemory`, bytes; 0 if not known.
     pub memory_max: u64,
-    /// Above how many percent of its memory nothing new is kept.
+    /// The share of that memory, in percent, above which no new state is kept.
     pub watermark_percent: u8,
 }
 
-/// What is kept of the inbox of a user who was never connected: nobody may ever read it.
+/// Limits of the inbox of an unseen user, which may never be read.
 #[derive(Clone, Copy, Debug)]
 pub struct UnseenInboxLimits {
-    /// The most entries; the oldest go first.
+    /// The most entries; the oldest are dropped first.
     pub entries_max: u32,
-    /// The most bytes of them.
+    /// The most bytes of entries.
     pub bytes_max: u64,
-    /// How long it is kept after the last entry.
+    /// Retention after the last entry.
     pub ttl: Duration,
 }
 
 impl Default for StorageLimits {
-    /// What holds where nothing else is configured.
+    /// The limits where none are configured.
     fn default() -> Self {
         let day = Duration::from_secs(24 * 60 * 60);
         Self {
@@ -273,33 +278,33 @@ impl Default for StorageLimits {
     }
 }
 
-/// How long logs of a kind are kept.
+/// The retention of one kind of logs.
 #[derive(Clone, Copy, Debug)]
 pub struct LogRetention {
-    /// Entries kept however old they are, within `ttl` and `bytes_max`.
+    /// Entries kept regardless of their age, within `ttl` and `bytes_max`.
     pub entries_min: u32,
-    /// How long a log without new entries is kept.
+    /// Retention of an idle log.
     pub ttl: Duration,
-    /// The most bytes of a log; the oldest entries go first.
+    /// The most bytes of a log; the oldest entries are dropped first.
     pub bytes_max: u64,
 }
 
 impl Default for LogRetention {
-    /// What holds for inboxes where nothing else is configured.
+    /// The retention of inboxes where none is configured.
     fn default() -> Self {
         Self { entries_min: 1000, ttl: Duration::from_secs(30 * 24 * 60 * 60), bytes_max: 4 << 20 }
     }
 }
 
 impl LogRetention {
-    /// How long epoch and number are kept after the last entry.
+    /// How long the head of a log, its epoch and newest number, is kept after the last entry.
     pub fn head_ttl(self) -> Duration {
         HEAD_TTL.max(self.ttl)
     }
 }
 
 impl Retention {
-    /// What holds for a room's log.
+    /// The retention of a room's log.
     pub fn of(&self, room: &RoomId) -> LogRetention {
         match room.kind() {
             RoomKind::Inbox => self.inboxes,
@@ -312,11 +317,11 @@ impl Retention {
     }
 }
 
-/// How long epoch and number of a log are kept after its entries have gone, so that numbers are
-/// not given twice: 7 days.
+/// How long the head of a log is kept after its entries have expired, so that no number is given
+/// twice: 7 days.
 pub const HEAD_TTL: Duration = Duration::from_secs(7 * 24 * 60 * 60);
-/// How long the epoch of a log is kept that has no entry: nothing has a number in it. Nodes that follow the
-/// room renew it every few seconds.
+/// How long the epoch of an empty log is kept, which has given no number yet. Nodes that are
+/// subscribed to the room renew it every few seconds.
 pub const EMPTY_HEAD_TTL: Duration = Duration::from_secs(5 * 60);
 
 /// A new random part of an epoch: 60 bits in letters and digits.
@@ -327,8 +332,8 @@ pub fn random_epoch() -> String {
 
 /// The mailboxes of a node's hub: one per shard, so that the entries of a room stay in order.
 ///
-/// Nobody waits to put something in: where a mailbox is full its entries are dropped, the shard is
-/// told, and it reads what it missed.
+/// Sending never waits. A full mailbox drops the entry and requests a resync, with which the shard
+/// reads the entries that it missed.
 #[derive(Clone, Debug)]
 pub struct Mailboxes {
     shards: Arc<[Mailbox]>,
@@ -343,29 +348,30 @@ struct Mailbox {
     resync: Arc<ResyncRequest>,
 }
 
-/// Tells a shard that entries may have been lost on the way to it, and hears when it has made sure
-/// that it has them all.
+/// Asks a shard to compare its rooms with their logs, because entries may have been lost on the
+/// way, and records when the shard has done so.
 #[derive(Debug, Default)]
 pub struct ResyncRequest {
-    /// How often doubt was raised.
+    /// How many resyncs were requested.
     requested_count: AtomicU64,
     notify: Notify,
-    /// Up to which of those everything was compared and read since.
+    /// How many of those requests are complete: the shard has compared its rooms and read the
+    /// entries that they missed.
     synced_count: AtomicU64,
 }
 
 impl ResyncRequest {
-    /// How often doubt was raised.
+    /// How many resyncs were requested.
     pub fn count(&self) -> u64 {
         self.requested_count.load(Ordering::Acquire)
     }
 
-    /// Waits until doubt is raised. Cancel-safe.
+    /// Waits for a request. Cancel-safe.
     pub async fn requested(&self) {
         self.notify.notified().await;
     }
 
-    /// All rooms were proven whole since doubt was raised for the `count`th time.
+    /// Records that all rooms were verified after the first `count` requests.
     pub fn mark_synced(&self, count: u64) {
         self.synced_count.store(count, Ordering::Release);
     }
@@ -380,30 +386,30 @@ impl ResyncRequest {
     }
 }
 
-/// What a shard finds in its mailbox, in the order it was put there.
+/// An item of a shard's mailbox, in the order of arrival.
 #[derive(Debug)]
 pub enum ShardMessage {
     /// An entry of a room has arrived.
     Entry(RoomId, Entry),
-    /// Something else has that was said in a room.
+    /// An ephemeral event of a room has arrived.
     Ephemeral(RoomId, EphemeralEvent),
-    /// The bus asks what this shard holds: everything that arrived before is part of the answer.
+    /// The bus asks for the replicas of this shard, including every entry that arrived before.
     Snapshots(oneshot::Sender<Vec<ReplicaSnapshot>>),
 }
 
-/// The shard's end of a mailbox.
+/// The receiving end of a shard's mailbox.
 #[derive(Debug)]
 pub struct ShardReceiver {
-    /// What arrived, in order per room.
+    /// Arrived items, in order per room.
     pub messages: mpsc::Receiver<ShardMessage>,
-    /// Raised when entries were lost.
+    /// Requested when entries were lost.
     pub resync: Arc<ResyncRequest>,
-    /// Whether the node may pass anything on.
+    /// Whether the node may deliver entries.
     pub node_state: Arc<NodeState>,
 }
 
 impl Mailboxes {
-    /// `shards` mailboxes of `capacity` entries each, and the ends to read them by.
+    /// `shards` mailboxes of `capacity` entries each, and their receiving ends.
     pub fn new(
         shards: usize,
         capacity: usize,
@@ -422,18 +428,18 @@ impl Mailboxes {
         (Self { shards, hasher: RandomState::new(), node_state, metrics }, ends)
     }
 
-    /// What bus and hub know of this node's own state.
+    /// The node's own state, which bus and hub share.
     pub fn node_state(&self) -> &Arc<NodeState> {
         &self.node_state
     }
 
-    /// Everything that the hub holds of the rooms followed, after all that was put in before.
-    /// Waits for room in the mailboxes.
+    /// The hub's replicas of all subscribed rooms, with every entry that was sent before this call.
+    /// Waits for capacity in the mailboxes.
     pub async fn replica_snapshots(&self) -> Vec<ReplicaSnapshot> {
         let mut answers = Vec::with_capacity(self.shards.len());
         for mailbox in &*self.shards {
             let (answer, answered) = oneshot::channel();
-            // A shard that is gone holds nothing.
+            // A shard that has ended holds nothing.
             let _ = mailbox.sender.send(ShardMessage::Snapshots(answer)).await;
             answers.push(answered);
         }
@@ -444,23 +450,23 @@ impl Mailboxes {
         holdings
     }
 
-    /// What is counted.
+    /// The metrics of the node.
     pub fn metrics(&self) -> &Metrics {
         &self.metrics
     }
 
-    /// Which shard a room belongs to.
+    /// The index of a room's shard.
     pub fn shard_of(&self, room: &RoomId) -> usize {
         (self.hasher.hash_one(room) % self.shards.len() as u64) as usize
     }
 
-    /// Passes an entry on, or drops it and raises doubt where the mailbox is full.
+    /// Sends an entry to the room's shard. Drops it and requests a resync if the mailbox is full.
     pub fn send_entry(&self, room: RoomId, entry: Entry) {
         self.send(self.shard_of(&room), ShardMessage::Entry(room, entry));
     }
 
-    /// As [`Mailboxes::send_entry`], what is no entry. Where the mailbox is nearly full what may be lost is, so
-    /// that entries need not be read from their logs.
+    /// Sends an ephemeral event to the room's shard. Drops an event that may be lost if the mailbox
+    /// is nearly full, so that entries need not be read from their logs.
     pub fn send_ephemeral(&self, room: RoomId, notice: EphemeralEvent) {
         let shard = self.shard_of(&room);
         let letters = &self.shards[shard].sender;
@@ -485,15 +491,15 @@ impl Mailboxes {
         }
     }
 
-    /// Tells every shard that entries of any room may have been lost.
+    /// Requests a resync of every room of every shard.
     pub fn mark_all_stale(&self) {
         for mailbox in &*self.shards {
             mailbox.resync.mark_stale();
         }
     }
 
-    /// Whether every room followed was proven whole since doubt was raised last: its log was
-    /// compared, and what that had more was read.
+    /// Whether every subscribed room was verified since the last resync request: its log was
+    /// compared, and missing entries were read.
     pub fn all_synced(&self) -> bool {
         self.shards.iter().all(|mailbox| mailbox.resync.is_synced())
     }

@@ -1,5 +1,5 @@
-//! What bus and hub know of this node's own state, one telling the other: whether it may pass
-//! entries on and answer joins, and which of its own publishes it has seen come back.
+//! This node's own state, which bus and hub share: its lease, the placement groups with an agreed
+//! Redis server, its unconfirmed publishes, and the bus status of clients.
 
 use std::{collections::BTreeSet, time::SystemTime};
 
@@ -10,8 +10,8 @@ use tokio::{sync::watch, time::Instant};
 use super::{placement::partition_of, unconfirmed::UnconfirmedPublishes};
 use crate::delivery::Entry;
 
-/// The state of one node. The bus writes it, the hub asks; a bus without others to agree with
-/// leaves it as it is.
+/// The state of one node. The bus writes it and the hub reads it. The bus of a single node leaves
+/// it as it is: the node always holds the lease.
 #[derive(Debug, Default)]
 pub struct NodeState {
     lease: Mutex<Lease>,
@@ -20,7 +20,7 @@ pub struct NodeState {
     lease_reacquired: watch::Sender<()>,
 }
 
-/// What clients are told of the bus.
+/// The status of the bus, as clients are notified of it.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct BusStatus {
     /// Up or down.
@@ -32,13 +32,13 @@ pub struct BusStatus {
 #[derive(Debug, Default)]
 struct Lease {
     expiry: LeaseExpiry,
-    /// How many groups there are.
+    /// The number of placement groups.
     groups: u16,
-    /// Those for which the nodes have to agree on a server first.
+    /// The groups without an agreed server.
     unagreed: BTreeSet<u16>,
 }
 
-/// Until when the others count on this node.
+/// When the lease of this node expires: until then the other nodes count on it.
 #[derive(Debug, Default)]
 enum LeaseExpiry {
     #[default]
@@ -48,58 +48,58 @@ enum LeaseExpiry {
 }
 
 impl NodeState {
-    /// Whether entries may be passed on now. A node that was frozen finds here that the others may
-    /// have gone on without it.
+    /// Whether this node may deliver entries now. A node that was frozen finds here that its lease
+    /// has expired, and that the others may have continued without it.
     pub fn holds_lease(&self, now: Instant) -> bool {
         self.lease.lock().holds(now)
     }
 
-    /// Whether joins of a room may be answered and messages published now.
+    /// Whether the node may answer joins of a room and publish messages to it now.
     pub fn can_serve(&self, now: Instant, room: &RoomId) -> bool {
-        let state = self.lease.lock();
-        state.holds(now) && !state.unagreed.contains(&partition_of(room, state.groups))
+        let lease = self.lease.lock();
+        lease.holds(now) && !lease.unagreed.contains(&partition_of(room, lease.groups))
     }
 
-    /// Lets this node stand until `expiry`.
+    /// Extends the lease until `until`.
     pub fn extend_lease(&self, until: Instant) {
         self.lease.lock().expiry = LeaseExpiry::Instant(until);
     }
 
-    /// Tells that this node stands again.
+    /// Notifies the receivers of [`NodeState::lease_reacquired`].
     pub fn notify_lease_reacquired(&self) {
         self.lease_reacquired.send_replace(());
     }
 
-    /// Changes whenever this node stands again.
+    /// Changes whenever this node has reacquired its lease.
     pub fn lease_reacquired(&self) -> watch::Receiver<()> {
         self.lease_reacquired.subscribe()
     }
 
-    /// Takes this node's standing away, until it is extended.
+    /// Gives up the lease until it is extended.
     pub fn drop_lease(&self) {
         self.lease.lock().expiry = LeaseExpiry::Never;
     }
 
-    /// There are so many groups, and the nodes have to agree on a server for each.
+    /// Sets the number of placement groups, none of which has an agreed server yet.
     pub fn begin_agreement(&self, groups: u16) {
-        let state = &mut *self.lease.lock();
-        state.groups = groups;
-        state.unagreed = (0..groups).collect();
+        let lease = &mut *self.lease.lock();
+        lease.groups = groups;
+        lease.unagreed = (0..groups).collect();
     }
 
-    /// Notes whether the nodes have agreed on a server for some groups.
-    pub fn set_agreed(&self, groups: impl IntoIterator<Item = u16>, settled: bool) {
-        let unsettled = &mut self.lease.lock().unagreed;
+    /// Records whether the nodes have agreed on a server for some groups.
+    pub fn set_agreed(&self, groups: impl IntoIterator<Item = u16>, agreed: bool) {
+        let unagreed = &mut self.lease.lock().unagreed;
         for group in groups {
-            if settled {
-                unsettled.remove(&group);
+            if agreed {
+                unagreed.remove(&group);
             } else {
-                unsettled.insert(group);
+                unagreed.insert(group);
             }
         }
     }
 
-    /// An entry was passed on here.
+    /// Confirms this node's publish with the id of an entry that was delivered here.
     pub fn confirm(&self, entry: &Entry) {
         #[cfg(debug_assertions)]
         if crate::fault_injection::is_injected(
@@ -110,17 +110,17 @@ impl NodeState {
         self.unconfirmed.confirm(&entry.envelope.dedup_key());
     }
 
-    /// Tells clients of the bus.
-    pub fn set_status(&self, told: BusStatus) {
-        self.status.send_replace(told);
+    /// Sets the bus status that clients are notified of.
+    pub fn set_status(&self, status: BusStatus) {
+        self.status.send_replace(status);
     }
 
-    /// What clients are told of the bus.
+    /// The bus status that clients are notified of.
     pub fn status(&self) -> watch::Receiver<BusStatus> {
         self.status.subscribe()
     }
 
-    /// This node's publishes that have not come by yet.
+    /// This node's publishes that it has not received yet.
     pub fn unconfirmed(&self) -> &UnconfirmedPublishes {
         &self.unconfirmed
     }

@@ -1,16 +1,17 @@
-//! Homes: into how many parts the rooms fall that servers are agreed on apart from each other.
+//! Placement groups: the rooms that always share a Redis server, and for which the nodes agree on
+//! one together.
 //!
-//! A bus with one server behind it has one home. In a Redis Cluster each partition is one, since it
-//! may move from one server to another by itself.
+//! A bus with a single server has one group. In a Redis Cluster each partition is a group, since
+//! its slot can move to another server.
 
 use skein_protocol::ids::RoomId;
 
-/// The home of a room, where there are `homes`. All that is of one user has the same.
-pub fn partition_of(room: &RoomId, homes: u16) -> u16 {
-    crc16(room.without_prefix().as_bytes()) % homes.max(1)
+/// The partition of a room, one of `count`. Rooms, inbox and status of one user share a partition.
+pub fn partition_of(room: &RoomId, count: u16) -> u16 {
+    crc16(room.without_prefix().as_bytes()) % count.max(1)
 }
 
-/// The CRC that Redis Cluster hashes keys with: CRC-16/XMODEM (Redis Cluster specification,
+/// The checksum that Redis Cluster hashes keys with: CRC-16/XMODEM (Redis Cluster specification,
 /// appendix A).
 pub fn crc16(bytes: &[u8]) -> u16 {
     bytes.iter().fold(0, |crc, byte| {

@@ -1,12 +1,14 @@
-//! The registry: who is in which room on which node, how rooms are managed, and how far each user
-//! has read. What of it changes is passed to the nodes that follow the room, as a [`EphemeralEvent`].
+//! Presence and rooms: which users are in which rooms, the settings of managed rooms, and read
+//! marks. Changes are published to the nodes that are subscribed to the room, as
+//! [`EphemeralEvent`]s.
 //!
-//! A [`PresenceStore`] is told by each node how many connections a user has in a room *there*, as a
-//! number and not as a step, so that telling it again changes nothing. A user is present while any
-//! node has one. What is passed on is best effort: changes of who is present are numbered
-//! ([`PresenceVersion`]), so that a follower finds out that it missed one and reads all of it.
+//! Each node reports to the [`PresenceStore`] how many connections a user has in a room *on that
+//! node*, as a number and not as a difference, so that a repeated report changes nothing. A user is
+//! present while any node reports connections. Events are delivered at most once: changes of
+//! presence are numbered ([`PresenceVersion`]), so that a subscriber that misses one detects it and
+//! reads the whole presence.
 //!
-//! Two implementations, as of the [bus](super): in memory and in Redis.
+//! There are two implementations, as of the [bus](super): in memory and in Redis.
 
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
@@ -24,271 +26,274 @@ use super::{AppendCallback, BoxFuture, BusError};
 pub enum PresenceScope {
     /// A room.
     Room(RoomId),
-    /// The cluster: whoever is connected.
+    /// The cluster: users with any connection.
     Cluster,
 }
 
-/// Milliseconds since 1970, by the clock of who wrote it.
+/// Milliseconds since 1970, by the clock of the writer.
 pub type UnixMillis = u64;
 
-/// A user as one node has it at one place.
+/// The presence of one user in one scope on one node.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct NodePresence {
-    /// Where.
+    /// The scope.
     pub scope: PresenceScope,
-    /// Who.
+    /// The user.
     pub user: UserInfo,
-    /// How many connections the user has there on this node; 0 has the user leave.
+    /// How many connections the user has in the scope on this node; 0 when the user leaves.
     pub connections: u32,
-    /// Since when.
+    /// When the first of them began.
     pub since: UnixMillis,
-    /// When the user did something last.
+    /// When the user was last active.
     pub active: UnixMillis,
-    /// Whether the user was let in. Until then telling this makes nobody present who is not.
+    /// Whether the user was admitted. A report of a user that was not makes nobody present that is
+    /// not present already.
     pub admitted: bool,
 }
 
-/// What a join has to keep to.
+/// The conditions of a join.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct JoinConditions {
-    /// The hash that the password was found to fit. The room's is compared with it, so that a room
-    /// that was made anew meanwhile is not entered with the old password.
+    /// The password hash that the given password matches. It is compared with the room's hash, so
+    /// that a room that was recreated meanwhile is not joined with the old password.
     pub password_hash: Option<String>,
-    /// Whether a room that is not there is made.
+    /// Whether the join creates a room that does not exist.
     pub create: bool,
-    /// Whether that is within the user's quota, and nobody is refused by it whose room is there.
+    /// Whether creating the room is within the user's quota. A room that exists is joined
+    /// regardless.
     pub within_quota: bool,
 }
 
-/// Tells one state of who is present from another.
+/// Identifies one state of the presence in a scope.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct PresenceVersion {
-    /// Begins anew, by chance, where a place was empty or its state was lost.
+    /// Chosen at random when the scope was empty or its state was lost.
     pub epoch: u64,
     /// Counts changes.
     pub number: u64,
 }
 
-/// What who enters is told.
+/// The state of a room when a user was admitted.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct JoinSnapshot {
-    /// The state with this user in it.
+    /// The presence that includes this user.
     pub version: PresenceVersion,
     /// How many users are present.
     pub count: u64,
-    /// How far the user has read.
+    /// The user's read mark.
     pub read: Seq,
-    /// The [`ordinal`](crate::delivery::ordinal) of the epoch that the room's last deletion began: one
-    /// that is deleted after that is another room.
+    /// The [`ordinal`](crate::delivery::ordinal) of the epoch that the room's last deletion began.
+    /// A room that is deleted after that is another room.
     pub deleted: u64,
-    /// Whether the room has come to be by this.
+    /// Whether this join has created the room.
     pub created: bool,
 }
 
-/// Why a user does not enter.
+/// Why a user is not admitted.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum AdmitError {
-    /// The room has another password, or one was given too few.
-    #[error("the room has another password")]
+    /// The room has another password, or requires one.
+    #[error("wrong room password")]
     WrongPassword,
-    /// As many users are there as may be.
-    #[error("the room has as many members as it may have")]
+    /// The room has reached its capacity.
+    #[error("the room is full")]
     Full,
-    /// There is no such room, and none is made by being joined.
-    #[error("there is no such room")]
+    /// The room does not exist, and a join does not create it.
+    #[error("the room does not exist")]
     NotFound,
-    /// The room would come to be by this, and the user's quota of such rooms is used up.
-    #[error("too many rooms have come to be in too short a time")]
+    /// The join would create the room, and the user's quota of such rooms is used up.
+    #[error("too many rooms were created in too short a time")]
     Quota,
-    /// The registry did not do it.
+    /// The store failed.
     #[error(transparent)]
     Bus(#[from] BusError),
 }
 
-/// A user who is present, as a listing has it.
+/// A present user, as listings have it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct UserPresence {
-    /// Who.
+    /// The user.
     pub user: UserInfo,
-    /// Over how many connections, on all nodes.
+    /// How many connections the user has, on all nodes.
     pub connections: u64,
-    /// Since when.
+    /// When the user became present.
     pub since: UnixMillis,
-    /// When the user did something last.
+    /// When the user was last active.
     pub active: UnixMillis,
-    /// How far the user has read.
+    /// The user's read mark.
     pub read: Seq,
 }
 
-/// Who is present, at one moment.
+/// The users that are present, at one moment.
 #[derive(Clone, Debug, Default)]
 pub struct PresenceSnapshot {
-    /// Which state.
+    /// The version of the presence.
     pub version: PresenceVersion,
-    /// All of them.
+    /// All present users.
     pub users: Vec<UserInfo>,
-    /// Whether every node has told who it has. Until then somebody may be missing who is there.
+    /// Whether every node has reported its users. Until then present users may be missing.
     pub complete: bool,
 }
 
-/// Some who are present.
+/// Details of some present users.
 #[derive(Clone, Debug, Default)]
 pub struct PresenceDetails {
-    /// Which state.
+    /// The version of the presence.
     pub version: PresenceVersion,
-    /// Those asked for that are there.
+    /// The requested users that are present.
     pub users: Vec<UserPresence>,
 }
 
-/// Who is connected to any node.
+/// A page of the users that are connected to any node.
 #[derive(Clone, Debug, Default)]
 pub struct OnlinePage {
-    /// A page, by id.
+    /// The users, by id.
     pub users: Vec<UserPresence>,
-    /// How many there are in all.
+    /// How many are connected in total.
     pub count: u64,
     /// Whether more follow.
     pub more: bool,
 }
 
-/// A change of who is present.
+/// A change of presence.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct PresenceChange {
-    /// The state after it.
+    /// The version after the change.
     pub version: PresenceVersion,
-    /// Who is present now and was not.
+    /// Users that have become present.
     pub joined: Vec<UserInfo>,
-    /// Who was and is not.
+    /// Users that are no longer present.
     pub left: Vec<UserId>,
 }
 
-/// Whether a user is connected.
+/// Whether a user is online.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct OnlineStatus {
-    /// To any node.
+    /// Whether the user is connected to any node.
     pub online: bool,
-    /// When the user did something last, where that is known.
+    /// When the user was last active, if known.
     pub active: Option<UnixMillis>,
-    /// Whether every node has told who it has. Until then somebody may be online who seems not to be.
+    /// Whether every node has reported its users. Until then an online user may appear offline.
     pub complete: bool,
 }
 
-/// What is passed on in a room beside entries of its log; at most once.
+/// An event of a room that is not kept in a log. Delivered at most once.
 #[derive(Clone, Debug)]
 pub enum EphemeralEvent {
-    /// Somebody came or left.
+    /// Users have joined or left.
     Presence(PresenceChange),
-    /// Somebody types, or has stopped.
+    /// A user has started or stopped typing.
     Typing {
-        /// Who.
+        /// The user.
         user: UserId,
-        /// Whether.
+        /// Started or stopped.
         is_typing: bool,
     },
-    /// Somebody has read on.
+    /// A user's read mark has advanced.
     Read {
-        /// Who.
+        /// The user.
         user: UserId,
-        /// Up to where.
+        /// The new read mark.
         seq: Seq,
-        /// The connection that said so.
+        /// The connection that set it.
         by: ConnectionId,
     },
-    /// A connection has taken a session over, and the one before is to end. In an inbox.
+    /// Another connection has taken over a session; the former connection closes. Published to an
+    /// inbox.
     Replaced {
         /// The session.
         session: SessionId,
-        /// The connection that has it now.
+        /// The connection that holds the session now.
         by: ConnectionId,
     },
-    /// Whether the user is connected has changed. In the user's status.
+    /// The user has come online or gone offline. Published to the user's status room.
     Status,
-    /// The log was emptied, and begins anew. In an inbox.
+    /// The log was deleted and continues in a new epoch. Published to an inbox.
     Emptied,
-    /// A message of a room without a log.
+    /// A message of an ephemeral room.
     Message(Envelope),
-    /// The room is no more.
+    /// The room was closed.
     Closed {
-        /// Why.
+        /// The reason.
         reason: RoomClosedReason,
-        /// The connection that asked for it, which is told by an answer.
+        /// The connection that requested it, which receives a reply instead.
         by: Option<ConnectionId>,
     },
 }
 
-/// How a room is managed.
+/// The settings of a managed room.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct RoomConfig {
-    /// What people read.
+    /// The display name.
     pub name: DisplayName,
-    /// Who made it.
+    /// The user that created it.
     pub owner: UserId,
-    /// Whether it is listed.
+    /// Whether listings show it.
     pub public: bool,
     /// The hash of its password (PHC string).
     pub password: Option<String>,
-    /// The most users.
+    /// Its capacity.
     pub max_members: Option<u32>,
-    /// When it was made.
+    /// When it was created.
     pub created: UnixMillis,
-    /// A JSON object.
+    /// Metadata of the application, a JSON object.
     pub meta: String,
 }
 
-/// A room that is there: it is managed, or somebody is in it.
+/// An existing room: it is managed, or has members.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct RoomSummary {
     /// The room.
     pub room: RoomId,
-    /// How it is managed, if it is.
+    /// Its settings, if it is managed.
     pub config: Option<RoomConfig>,
     /// How many users are present.
     pub members: u64,
-    /// When somebody came, where it was empty.
+    /// When the first of the present members joined.
     pub since: UnixMillis,
 }
 
 /// A page of rooms.
 #[derive(Clone, Debug, Default)]
 pub struct RoomPage {
-    /// By id.
+    /// The rooms, by id.
     pub rooms: Vec<RoomSummary>,
-    /// Behind which name to go on, where more may follow.
+    /// The id after which the next page begins, if more may follow.
     pub next: Option<String>,
 }
 
-/// What became of the making of a managed room.
+/// The result of creating a managed room.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum CreateOutcome {
-    /// It is there now.
+    /// The room was created.
     Created,
-    /// It was there, with members or a log.
+    /// The room existed, with members or a log.
     Exists,
-    /// Its owner has as many as may be.
+    /// The owner has the most rooms already.
     QuotaExceeded,
 }
 
-/// What became of a deletion.
+/// The result of a deletion.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum DeleteOutcome {
-    /// The room and its log are no more.
+    /// The room and its log were deleted.
     Deleted,
-    /// Somebody else made it, or nobody.
+    /// Another user owns the room, or it has no owner.
     NotOwner,
-    /// There is none.
+    /// The room does not exist.
     NotFound,
 }
 
-/// This moment, as the registry writes it.
+/// The current time, as the store writes it.
 pub fn unix_millis_now() -> UnixMillis {
     let since_1970 = SystemTime::now().duration_since(UNIX_EPOCH);
     since_1970.unwrap_or_default().as_millis() as UnixMillis
 }
 
-/// How long what the registry has is kept.
+/// Options of the room store.
 #[derive(Clone, Debug)]
 pub struct RoomStoreOptions {
-    /// How long a managed room stays that nobody is in.
+    /// How long a managed room without members is kept.
     pub empty_ttl: Duration,
 }
 
@@ -298,60 +303,60 @@ impl Default for RoomStoreOptions {
     }
 }
 
-/// Where it is known who is where. See the module.
+/// Stores presence, read marks and rooms. The module documents its guarantees.
 pub trait PresenceStore: Send + Sync {
-    /// Tells how many connections a user has at a place on this node, without waiting.
-    fn track(&self, seat: NodePresence);
+    /// Reports how many connections a user has in a scope on this node. Does not wait.
+    fn track(&self, presence: NodePresence);
 
-    /// As [`PresenceStore::track`], for who enters: `rules` are checked in the same step, and nothing is
-    /// changed where they are not kept to. Without rules nothing is checked.
+    /// Reports a user that joins. The store checks `conditions` in the same step and changes
+    /// nothing if one is not met; it checks nothing without conditions.
     fn admit(
         &self,
-        seat: NodePresence,
-        rules: Option<JoinConditions>,
+        presence: NodePresence,
+        conditions: Option<JoinConditions>,
     ) -> BoxFuture<Result<JoinSnapshot, AdmitError>>;
 
-    /// Who is present in each of some rooms, in their order.
+    /// The presence of each room, in the order of `rooms`.
     fn snapshots(&self, rooms: Vec<RoomId>) -> BoxFuture<Result<Vec<PresenceSnapshot>, BusError>>;
 
-    /// What is known of some who are present in a room.
+    /// Details of those `users` that are present in a room.
     fn details(
         &self,
         room: RoomId,
         users: Vec<UserId>,
     ) -> BoxFuture<Result<PresenceDetails, BusError>>;
 
-    /// Who is connected to any node: at most `limit` whose ids follow `after`. `None` where this node is
-    /// the only one, and knows best itself.
+    /// Users that are connected to any node: at most `limit` whose ids follow `after`. `None` if
+    /// this node is the only one, since it knows its own users best.
     fn online(
         &self,
         after: String,
         limit: usize,
     ) -> BoxFuture<Result<Option<OnlinePage>, BusError>>;
 
-    /// Whether users are connected to any node; of a single node, when they were, since it knows best
-    /// itself whether they are.
+    /// Whether users are online. A single node only returns when they were last active, since it
+    /// knows best who is connected to it.
     fn statuses(&self, users: Vec<UserId>) -> BoxFuture<Result<Vec<OnlineStatus>, BusError>>;
 
-    /// Notes how far a user has read, and passes it on where that is further than before.
+    /// Sets a user's read mark, and publishes it if it has advanced.
     fn set_read_mark(&self, room: RoomId, user: UserId, seq: Seq, by: ConnectionId);
 
-    /// Passes something on, without keeping it. The answer goes to `done`, with no position.
-    fn publish_ephemeral(&self, room: RoomId, notice: EphemeralEvent, done: AppendCallback);
+    /// Publishes an event without keeping it. Calls `done` with the result, without a position.
+    fn publish_ephemeral(&self, room: RoomId, event: EphemeralEvent, done: AppendCallback);
 
-    /// Makes a room managed, unless its owner has `owned_max` managed rooms.
+    /// Creates a managed room, unless its owner has `owned_max` of them already.
     fn create(
         &self,
         room: RoomId,
-        record: RoomConfig,
+        config: RoomConfig,
         owned_max: Option<usize>,
     ) -> BoxFuture<Result<CreateOutcome, BusError>>;
 
-    /// What is known of a room; `None` where nobody is in it and nobody manages it.
+    /// The summary of a room; `None` if it has no members and is not managed.
     fn find(&self, room: RoomId) -> BoxFuture<Result<Option<RoomSummary>, BusError>>;
 
-    /// At most `limit` rooms whose ids begin with `prefix` and follow `after`; private ones only where
-    /// `all` says so.
+    /// At most `limit` rooms whose ids begin with `prefix` and follow `after`; private rooms only
+    /// with `all`.
     fn list(
         &self,
         prefix: String,
@@ -360,8 +365,8 @@ pub trait PresenceStore: Send + Sync {
         all: bool,
     ) -> BoxFuture<Result<RoomPage, BusError>>;
 
-    /// Deletes a room with its log, has its members leave, and passes that on; by its owner, or
-    /// with `None` by the server.
+    /// Deletes a room with its log, removes its members, and publishes that. Only the `owner` may
+    /// delete the room; `None` is the server.
     fn delete_room(
         &self,
         room: RoomId,

@@ -1,11 +1,11 @@
-//! Sessions: what outlives a user's connections, and how far the inbox is acknowledged.
+//! Sessions: the state that outlives a user's connections, and how far the inbox is acknowledged.
 //!
-//! A client gets a secret with its first connection. Presenting it on a later one, on any node, gives
-//! it back its session: its user and data. A session has one connection at a time: who presents it
-//! takes it over, and the connection before is [told](super::registry::Notice::Replaced). Only a digest
-//! of the secret is kept.
+//! A client gets a secret with its first connection. Presenting it on a later connection, on any
+//! node, resumes the session: its user and data. One connection holds a session at a time: a
+//! connection that presents the secret takes the session over, and the former one is
+//! [notified](super::registry::EphemeralEvent::Replaced). Only a digest of the secret is stored.
 //!
-//! Two implementations, as of the [bus](super): in memory and in Redis.
+//! There are two implementations, as of the [bus](super): in memory and in Redis.
 
 use std::{fmt::Write as _, net::IpAddr, sync::Arc, time::Duration};
 
@@ -21,14 +21,14 @@ use skein_protocol::{
 
 use super::{BoxFuture, BusError, registry::UnixMillis};
 
-/// The most sessions of a user; above it the one used longest ago goes. More than
+/// The most sessions of a user; beyond that the least recently used one is removed. More than
 /// `limits.connections_per_user` by default.
 pub const SESSIONS_MAX: usize = 100;
 
-/// How long sessions are kept.
+/// Options of the session store.
 #[derive(Clone, Debug)]
 pub struct SessionOptions {
-    /// After the last use.
+    /// Retention after the last use.
     pub ttl: Duration,
 }
 
@@ -38,8 +38,8 @@ impl Default for SessionOptions {
     }
 }
 
-/// What is kept of a secret: its SHA-1. The secret has 128 random bits, so that nothing is to be found
-/// by guessing.
+/// The SHA-1 of a session's secret, which is all that is stored of it. The secret has 128 random
+/// bits, so that it cannot be guessed.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub struct SecretDigest([u8; 20]);
 
@@ -49,7 +49,7 @@ impl SecretDigest {
         Self(Sha1::digest(token.secret).into())
     }
 
-    /// In hexadecimal.
+    /// The digest in hexadecimal.
     pub fn to_text(self) -> String {
         self.0.iter().fold(String::with_capacity(40), |mut text, byte| {
             // Writing to a string does not fail.
@@ -59,92 +59,92 @@ impl SecretDigest {
     }
 }
 
-/// What is told of the connection that has a session.
+/// Describes the connection that holds a session.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ConnectionInfo {
-    /// What the user is called.
+    /// The user's display name.
     pub name: DisplayName,
     /// The node.
     pub node: NodeId,
     /// The client's address.
     pub address: IpAddr,
-    /// The client, as it says.
+    /// The user agent that the client states.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub user_agent: Option<Box<str>>,
 }
 
-/// A connection that wants a session.
+/// A connection's request for a session.
 #[derive(Clone)]
 pub struct SessionRequest {
-    /// Whose.
+    /// The user.
     pub user: UserId,
     /// The connection.
     pub connection: ConnectionId,
-    /// The session presented, and what its secret has to fit.
+    /// The session to resume and the digest of the presented secret.
     pub resume: Option<(SessionId, SecretDigest)>,
-    /// The session that is made where that is not to be had.
+    /// The session to create if that one cannot be resumed.
     pub new_session: (SessionId, SecretDigest),
-    /// What is told of the connection.
+    /// Describes the connection.
     pub about: Arc<ConnectionInfo>,
 }
 
-/// A connection with its session.
+/// A session that was opened for a connection.
 #[derive(Clone, Debug)]
 pub struct OpenedSession {
     /// The session.
     pub session: SessionId,
-    /// What was known of the connection before, where the session was there.
+    /// The former connection of a resumed session.
     pub resumed: Option<Arc<ConnectionInfo>>,
-    /// When, by the clock of the store, in microseconds: what was ordered before does not concern
-    /// this connection.
+    /// When it was opened, by the clock of the store. Commands enqueued before do not concern this
+    /// connection.
     pub at: UnixMicros,
-    /// The user's inbox at this moment.
+    /// The state of the user's inbox at this moment.
     pub inbox: InboxState,
 }
 
-/// Microseconds since 1970, by the clock of the store: it orders connections and what is ordered.
+/// Microseconds since 1970, by the clock of the store. Orders connections and control commands.
 pub type UnixMicros = u64;
 
-/// A session, as a listing has it.
+/// A session, as listings have it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct StoredSession {
-    /// Which.
+    /// The session.
     pub session: SessionId,
-    /// When it was made.
+    /// When it was created.
     pub created: UnixMillis,
-    /// When it was used last.
+    /// When it was last used.
     pub used: UnixMillis,
-    /// The connection that has it.
+    /// The connection that holds it.
     pub connection: Option<ConnectionId>,
-    /// What is told of the last one that had it.
+    /// Describes its last connection.
     pub about: Arc<ConnectionInfo>,
 }
 
-/// Which connection has a session.
+/// Which connection holds a session.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum SessionHolder {
-    /// The one that asks.
+    /// The connection that asks.
     This,
-    /// Another, which has presented it since.
+    /// Another connection, which has taken it over.
     Another,
-    /// None: it was revoked, or lost.
+    /// None: the session was revoked or lost.
     Gone,
 }
 
-/// Which sessions of a user.
+/// Selects sessions of a user.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum SessionSelector {
-    /// All.
+    /// All sessions.
     All,
-    /// One.
+    /// One session.
     One(SessionId),
-    /// All but one.
+    /// All sessions but one.
     AllBut(SessionId),
 }
 
 impl SessionSelector {
-    /// Whether `session` is among them.
+    /// Whether `session` is selected.
     pub fn selects(self, session: SessionId) -> bool {
         match self {
             Self::All => true,
@@ -158,28 +158,28 @@ impl SessionSelector {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum SessionDataError {
     /// The session was revoked.
-    #[error("the session is no more")]
+    #[error("the session was revoked")]
     NoSession,
-    /// With this it would be larger than it may be.
+    /// The change would make the data of the session too large.
     #[error(
         "the data of a session is at most {} bytes",
         skein_protocol::protocol::SESSION_BYTES_MAX
     )]
     TooLarge,
-    /// With this all sessions of the user would have more than they may.
+    /// The change would make the data of all sessions of the user too large.
     #[error("the data of all sessions of a user is at most {0} bytes")]
     TooMuch(u64),
-    /// The store did not do it.
+    /// The store failed.
     #[error(transparent)]
     Bus(#[from] BusError),
 }
 
-/// Where sessions are kept. See the module.
+/// Stores sessions. The module documents its guarantees.
 pub trait SessionStore: Send + Sync {
-    /// Has a connection take its session, or makes one; and looks at the inbox.
-    fn open(&self, opening: SessionRequest) -> BoxFuture<Result<OpenedSession, BusError>>;
+    /// Resumes or creates the session of a connection, and reads the state of the inbox.
+    fn open(&self, request: SessionRequest) -> BoxFuture<Result<OpenedSession, BusError>>;
 
-    /// What is told of the connection that a session was for last, where the secret fits.
+    /// Describes the last connection of a session, if the digest matches.
     fn find(
         &self,
         user: UserId,
@@ -187,7 +187,7 @@ pub trait SessionStore: Send + Sync {
         digest: SecretDigest,
     ) -> BoxFuture<Result<Option<Arc<ConnectionInfo>>, BusError>>;
 
-    /// Whose a session is. Where it is this connection's it is in use.
+    /// Returns which connection holds a session. Extends its retention if `connection` does.
     fn holder(
         &self,
         user: UserId,
@@ -198,10 +198,10 @@ pub trait SessionStore: Send + Sync {
     /// How long a session is kept after its last use.
     fn ttl(&self) -> Duration;
 
-    /// The connection has ended: its session, if it still has it, was used until now.
+    /// Releases a session whose connection has ended, if that connection still holds it.
     fn close(&self, user: UserId, session: SessionId, connection: ConnectionId);
 
-    /// The session's data, after `change` was merged into it: what is `null` is removed.
+    /// The session's data, after merging `change` into it; members that are `null` are removed.
     fn data(
         &self,
         user: UserId,
@@ -209,17 +209,17 @@ pub trait SessionStore: Send + Sync {
         change: Option<Map<String, Value>>,
     ) -> BoxFuture<Result<Map<String, Value>, SessionDataError>>;
 
-    /// The sessions of a user, those used last first.
+    /// The sessions of a user, the most recently used first.
     fn list(&self, user: UserId) -> BoxFuture<Result<Vec<StoredSession>, BusError>>;
 
-    /// Forgets sessions. Their connections are not closed by this. Returns how many there were.
+    /// Removes sessions without closing their connections. Returns how many were removed.
     fn revoke(&self, user: UserId, which: SessionSelector) -> BoxFuture<Result<usize, BusError>>;
 
-    /// Notes up to where a user has received the inbox; of another epoch than `epoch` it is not.
+    /// Acknowledges the inbox up to `seq`; ignored if the inbox is in another epoch than `epoch`.
     fn acknowledge(&self, user: UserId, epoch: Option<Epoch>, seq: Seq);
 }
 
-/// Merges a change into data. `None`: it would be too large.
+/// Merges a change into session data. `None` if the result would be too large.
 pub fn merge_data(
     mut data: Map<String, Value>,
     change: Map<String, Value>,
@@ -250,7 +250,7 @@ mod tests {
     }
 
     #[test]
-    fn sessions_are_picked_by_what_is_asked() {
+    fn a_selector_selects_all_one_or_all_but_one() {
         let (one, two) = (SessionId::random(), SessionId::random());
         assert!(
             SessionSelector::All.selects(one)

@@ -1,12 +1,15 @@
-//! The tail: publishes of this node that were acknowledged and that it has not heard of since.
+//! Unconfirmed publishes: publishes of this node that it has not received from the bus yet.
 //!
-//! An answer can reach this node although nobody was passed the entry: Redis dies between the two,
-//! or the link of a subscriber does. If Redis then comes back without the entry, nobody has it any
-//! more but its publisher. So each publish is kept from when it is sent until its *id* was passed
-//! on here, or for `KEEP_MAX` after its answer, as long as logs answer; when the nodes have agreed on another server, what
-//! is kept is appended once more, with the same id and a hint of where it stood. A number would not
-//! do: another message may have got it. Before they agree, what is kept is given back, so that what
-//! was acknowledged keeps its number where that can be.
+//! Redis can acknowledge a publish without any node having received the entry: the server dies
+//! between the two, or a subscriber's connection does. If Redis then returns without the entry,
+//! only its publisher still has it. A node therefore keeps each publish from when it is sent until
+//! an entry with its *id* was delivered here, or for `KEEP_MAX` after the acknowledgement, as long
+//! as logs answer. A number would not do: another message may have got it.
+//!
+//! Before the nodes agree on another server, they [restore](super::redis) what they keep, so that
+//! an acknowledged message keeps its number where that is possible. After the agreement they
+//! republish what is still unconfirmed, with the same id and the position that was acknowledged as
+//! a hint.
 
 use std::{
     collections::{BTreeMap, HashMap, VecDeque},
@@ -20,15 +23,15 @@ use tokio::time::Instant;
 
 use crate::delivery::{Entry, ServerId, ordinal};
 
-/// How long an acknowledged publish is kept that does not come by: above that it is in the logs of
-/// replicas and files, as far as it ever will be.
+/// How long an acknowledged publish is kept that stays unconfirmed. After that it is in the logs of
+/// replicas and in files, as far as it ever will be.
 const KEEP_MAX: Duration = Duration::from_secs(30);
-/// The most that all of them take; the oldest go first.
+/// The most bytes of all unconfirmed publishes; the oldest are dropped first.
 const BYTES_MAX: usize = 64 << 20;
-/// What each takes beside its envelope, roughly.
+/// Memory of each publish beside its envelope, bytes, roughly.
 const OVERHEAD_BYTES: usize = 256;
 
-/// The tail of one node.
+/// The unconfirmed publishes of one node.
 #[derive(Debug, Default)]
 pub struct UnconfirmedPublishes {
     unconfirmed: Mutex<Unconfirmed>,
@@ -37,10 +40,10 @@ pub struct UnconfirmedPublishes {
 #[derive(Debug, Default)]
 struct Unconfirmed {
     publishes: HashMap<DedupKey, UnconfirmedPublish>,
-    /// Those that were acknowledged, in the order of their answers; some have come by since.
+    /// Acknowledged publishes, in the order of their acknowledgements; some were confirmed since.
     acknowledged: VecDeque<(Instant, DedupKey)>,
     bytes: usize,
-    /// Counts publishes, so that they can be repeated in their order.
+    /// Numbers publishes, so that they can be republished in their order.
     tracked: u64,
 }
 
@@ -54,51 +57,53 @@ struct UnconfirmedPublish {
 
 #[derive(Debug)]
 struct Acknowledged {
-    /// Where the log answered it stands.
+    /// The acknowledged position.
     at: Position,
-    /// The server that answered so first.
+    /// The server that acknowledged this position first.
     origin: ServerId,
-    /// When it answered, or when it was repeated last.
+    /// When it was acknowledged, or republished last.
     since: Instant,
 }
 
-/// A publish that is to be repeated.
+/// A publish to be sent to another server.
 #[derive(Debug)]
 pub struct Republish {
     /// The room.
     pub room: RoomId,
-    /// What was published.
+    /// The published message.
     pub envelope: Envelope,
-    /// Where it stood.
+    /// The acknowledged position.
     pub at: Position,
-    /// Its place in the order in which publishes were sent first.
+    /// Its number in the order in which publishes were first sent.
     pub number: u64,
 }
 
-/// What this node has published in a room and not heard since.
+/// Unconfirmed publishes of this node in one room.
 #[derive(Debug)]
 pub struct UnconfirmedInRoom {
     /// The room.
     pub room: RoomId,
-    /// What was acknowledged, as the log had it, in the order of the numbers.
+    /// Acknowledged publishes, as entries in the order of their numbers.
     pub acknowledged: Vec<Entry>,
-    /// What has no answer, in the order in which it was sent first, each with its place in that.
+    /// Publishes without an answer, in the order in which they were first sent, each with its
+    /// number in that order.
     pub unanswered: Vec<(u64, Envelope)>,
 }
 
 impl UnconfirmedPublishes {
-    /// A publish leaves for the log: again, where it has a number. Returns its place in the order in
-    /// which publishes were sent first.
+    /// Tracks a publish that is sent to the log; a `number` marks one that is sent again. Returns
+    /// its number in the order in which publishes were first sent.
     pub fn track(&self, room: &RoomId, envelope: &Envelope, number: Option<u64>) -> u64 {
-        let kept = &mut *self.unconfirmed.lock();
-        let known = kept.publishes.get(&envelope.dedup_key());
+        let unconfirmed = &mut *self.unconfirmed.lock();
+        let known = unconfirmed.publishes.get(&envelope.dedup_key());
         if let Some(publish) = known.filter(|publish| publish.acknowledged.is_some()) {
-            // Its sender repeats what was acknowledged: that must not be lost if the repeat fails.
+            // The sender repeats an acknowledged publish. It must not be lost if the repetition
+            // fails.
             return publish.number;
         }
         let number = number.unwrap_or_else(|| {
-            kept.tracked += 1;
-            kept.tracked
+            unconfirmed.tracked += 1;
+            unconfirmed.tracked
         });
         #[cfg(debug_assertions)]
         if crate::fault_injection::is_injected(
@@ -109,104 +114,116 @@ impl UnconfirmedPublishes {
         let (room, envelope) = (room.clone(), envelope.clone());
         let publish = UnconfirmedPublish { room, envelope, number, acknowledged: None };
         let bytes = publish.bytes();
-        let before = kept.publishes.insert(publish.envelope.dedup_key(), publish);
-        kept.bytes += bytes;
-        kept.bytes -= before.map_or(0, |publish| publish.bytes());
+        let before = unconfirmed.publishes.insert(publish.envelope.dedup_key(), publish);
+        unconfirmed.bytes += bytes;
+        unconfirmed.bytes -= before.map_or(0, |publish| publish.bytes());
         number
     }
 
-    /// The log of the server `origin` has answered. Returns how many others were forgotten to keep
-    /// this one.
-    pub fn acknowledged(&self, id: &DedupKey, at: &Position, stamp: ServerId, now: Instant) -> u64 {
-        let kept = &mut *self.unconfirmed.lock();
-        if let Some(publish) = kept.publishes.get_mut(id) {
+    /// Records that the log of the server `origin` has acknowledged a publish. Returns how many
+    /// others were dropped to keep this one.
+    pub fn acknowledged(
+        &self,
+        id: &DedupKey,
+        at: &Position,
+        origin: ServerId,
+        now: Instant,
+    ) -> u64 {
+        let unconfirmed = &mut *self.unconfirmed.lock();
+        if let Some(publish) = unconfirmed.publishes.get_mut(id) {
             let before = publish.acknowledged.take().filter(|before| before.at == *at);
-            let stamp = before.map_or(stamp, |before| before.origin);
-            publish.acknowledged = Some(Acknowledged { at: at.clone(), origin: stamp, since: now });
-            kept.acknowledged.push_back((now, *id));
+            let origin = before.map_or(origin, |before| before.origin);
+            publish.acknowledged = Some(Acknowledged { at: at.clone(), origin, since: now });
+            unconfirmed.acknowledged.push_back((now, *id));
         }
-        kept.drop_expired(now)
+        unconfirmed.drop_expired(now)
     }
 
-    /// The log has refused it, or it was given up: nobody was told that it is there.
+    /// Forgets a publish that the log rejected or that was given up, unless it was acknowledged
+    /// before.
     pub fn discard(&self, id: &DedupKey) {
-        let kept = &mut *self.unconfirmed.lock();
-        if kept.publishes.get(id).is_some_and(|publish| publish.acknowledged.is_none()) {
-            kept.remove(id);
+        let unconfirmed = &mut *self.unconfirmed.lock();
+        if unconfirmed.publishes.get(id).is_some_and(|publish| publish.acknowledged.is_none()) {
+            unconfirmed.remove(id);
         }
     }
 
-    /// An entry with this id was passed on here, and is in the room's ring from now on.
+    /// Forgets a publish whose entry was delivered here: the room's ring holds it from now on.
     pub fn confirm(&self, id: &DedupKey) {
-        let kept = &mut *self.unconfirmed.lock();
-        if !kept.publishes.is_empty() {
-            kept.remove(id);
+        let unconfirmed = &mut *self.unconfirmed.lock();
+        if !unconfirmed.publishes.is_empty() {
+            unconfirmed.remove(id);
         }
     }
 
-    /// As [`UnconfirmedPublishes::confirm`], but by the number.
+    /// Confirms as [`UnconfirmedPublishes::confirm`] does, but by the number.
     #[cfg(debug_assertions)]
     pub fn confirm_seq(&self, seq: skein_protocol::position::Seq) {
-        let kept = &mut *self.unconfirmed.lock();
+        let unconfirmed = &mut *self.unconfirmed.lock();
         let at = |publish: &UnconfirmedPublish| {
             publish.acknowledged.as_ref().is_some_and(|acknowledged| acknowledged.at.seq == seq)
         };
-        let ids: Vec<DedupKey> =
-            kept.publishes.iter().filter(|(_, publish)| at(publish)).map(|(id, _)| *id).collect();
+        let ids: Vec<DedupKey> = unconfirmed
+            .publishes
+            .iter()
+            .filter(|(_, publish)| at(publish))
+            .map(|(id, _)| *id)
+            .collect();
         for id in ids {
-            kept.remove(&id);
+            unconfirmed.remove(&id);
         }
     }
 
-    /// What was published in some of the rooms and has not come by.
+    /// The unconfirmed publishes of the rooms that `of` selects, by room.
     pub fn by_room(&self, of: impl Fn(&RoomId) -> bool) -> Vec<UnconfirmedInRoom> {
-        let kept = self.unconfirmed.lock();
+        let unconfirmed = self.unconfirmed.lock();
         let mut publishes: Vec<&UnconfirmedPublish> =
-            kept.publishes.values().filter(|publish| of(&publish.room)).collect();
+            unconfirmed.publishes.values().filter(|publish| of(&publish.room)).collect();
         publishes.sort_unstable_by_key(|publish| publish.number);
         let mut rooms: BTreeMap<&RoomId, UnconfirmedInRoom> = BTreeMap::new();
         for publish in publishes {
-            let unheard = rooms.entry(&publish.room).or_insert_with(|| UnconfirmedInRoom {
+            let of_room = rooms.entry(&publish.room).or_insert_with(|| UnconfirmedInRoom {
                 room: publish.room.clone(),
                 acknowledged: Vec::new(),
                 unanswered: Vec::new(),
             });
             let envelope = publish.envelope.clone();
             match &publish.acknowledged {
-                Some(Acknowledged { at, origin: stamp, .. }) => {
-                    let (position, stamp) = (at.clone(), *stamp);
-                    unheard.acknowledged.push(Entry { position, origin: stamp, envelope });
+                Some(Acknowledged { at, origin, .. }) => {
+                    let (position, origin) = (at.clone(), *origin);
+                    of_room.acknowledged.push(Entry { position, origin, envelope });
                 }
-                None => unheard.unanswered.push((publish.number, envelope)),
+                None => of_room.unanswered.push((publish.number, envelope)),
             }
         }
         let mut rooms: Vec<UnconfirmedInRoom> = rooms.into_values().collect();
-        for unheard in &mut rooms {
-            unheard
+        for of_room in &mut rooms {
+            of_room
                 .acknowledged
                 .sort_by_key(|entry| (ordinal(&entry.position.epoch), entry.position.seq));
         }
         rooms
     }
 
-    /// Whether all that was acknowledged and has not come by was acknowledged by one server.
+    /// Whether every acknowledged and unconfirmed publish was acknowledged by `server`.
     pub fn is_all_from(&self, server: ServerId) -> bool {
-        let kept = self.unconfirmed.lock();
-        let mut acknowledged = kept.publishes.values().filter_map(|of| of.acknowledged.as_ref());
+        let unconfirmed = self.unconfirmed.lock();
+        let mut acknowledged =
+            unconfirmed.publishes.values().filter_map(|of| of.acknowledged.as_ref());
         acknowledged.all(|acknowledged| acknowledged.origin == server)
     }
 
-    /// What was acknowledged and has not come by in some of the rooms, to be repeated, in the order
-    /// it was sent. None is too old for that: time in which no log answers does not count.
+    /// The acknowledged and unconfirmed publishes of the rooms that `of` selects, in the order in
+    /// which they were sent. None is too old: the time in which no log answers does not count.
     pub fn to_republish(&self, of: impl Fn(&RoomId) -> bool, now: Instant) -> Vec<Republish> {
-        let kept = &mut *self.unconfirmed.lock();
-        let mut repeats = Vec::new();
-        for (id, publish) in &mut kept.publishes {
+        let unconfirmed = &mut *self.unconfirmed.lock();
+        let mut republishes = Vec::new();
+        for (id, publish) in &mut unconfirmed.publishes {
             let Some(acknowledged) = &mut publish.acknowledged else { continue };
             if of(&publish.room) {
                 acknowledged.since = now;
-                kept.acknowledged.push_back((now, *id));
-                repeats.push(Republish {
+                unconfirmed.acknowledged.push_back((now, *id));
+                republishes.push(Republish {
                     room: publish.room.clone(),
                     envelope: publish.envelope.clone(),
                     at: acknowledged.at.clone(),
@@ -214,8 +231,8 @@ impl UnconfirmedPublishes {
                 });
             }
         }
-        repeats.sort_unstable_by_key(|repeat| repeat.number);
-        repeats
+        republishes.sort_unstable_by_key(|publish| publish.number);
+        republishes
     }
 }
 
@@ -226,11 +243,12 @@ impl Unconfirmed {
         Some(publish)
     }
 
-    /// Forgets those whose time is over, or that are too many. Returns how many went early.
+    /// Drops publishes that have expired or exceed the most bytes. Returns how many were dropped
+    /// early.
     fn drop_expired(&mut self, now: Instant) -> u64 {
         let mut early = 0;
         while let Some((since, id)) = self.acknowledged.front().copied() {
-            // It may have come by, or been answered a second time since.
+            // It may have been confirmed, or acknowledged a second time since.
             let publish = self.publishes.get(&id);
             let acknowledged = publish.and_then(|publish| publish.acknowledged.as_ref());
             let is_kept = acknowledged.is_some_and(|acknowledged| acknowledged.since == since);
@@ -259,89 +277,89 @@ mod tests {
     use super::*;
     use crate::delivery::samples::{entry, position};
 
-    fn send(tail: &UnconfirmedPublishes, seq: u64) -> DedupKey {
+    fn send(publishes: &UnconfirmedPublishes, seq: u64) -> DedupKey {
         let envelope = entry("e", seq).envelope;
-        tail.track(&"r".parse().unwrap(), &envelope, None);
+        publishes.track(&"r".parse().unwrap(), &envelope, None);
         envelope.dedup_key()
     }
 
-    fn repeated(tail: &UnconfirmedPublishes, now: Instant) -> Vec<u64> {
-        tail.to_republish(|_| true, now).into_iter().map(|repeat| repeat.at.seq).collect()
+    fn republished(publishes: &UnconfirmedPublishes, now: Instant) -> Vec<u64> {
+        publishes.to_republish(|_| true, now).into_iter().map(|publish| publish.at.seq).collect()
     }
 
-    fn stamp() -> ServerId {
+    fn origin() -> ServerId {
         ServerId::default()
     }
 
     #[test]
-    fn what_was_acknowledged_and_did_not_come_by_is_repeated_in_order() {
-        let (tail, now) = (UnconfirmedPublishes::default(), Instant::now());
-        let ids: Vec<_> = (1..=5).map(|seq| send(&tail, seq)).collect();
-        // Answers may be known in another order than publishes were sent.
+    fn acknowledged_unconfirmed_publishes_are_republished_in_order() {
+        let (publishes, now) = (UnconfirmedPublishes::default(), Instant::now());
+        let ids: Vec<_> = (1..=5).map(|seq| send(&publishes, seq)).collect();
+        // Acknowledgements may arrive in another order than publishes were sent.
         for seq in [3, 1, 4, 5] {
-            tail.acknowledged(&ids[seq - 1], &position("e", seq as u64), stamp(), now);
+            publishes.acknowledged(&ids[seq - 1], &position("e", seq as u64), origin(), now);
         }
-        // The copy of one came before its answer, that of another after it.
-        tail.confirm(&ids[1]);
-        tail.acknowledged(&ids[1], &position("e", 2), stamp(), now);
-        tail.confirm(&ids[3]);
-        assert_eq!(repeated(&tail, now), [1, 3, 5]);
-        // Another server comes before there was an answer.
-        assert_eq!(repeated(&tail, now), [1, 3, 5]);
+        // One was confirmed before its acknowledgement, another after it.
+        publishes.confirm(&ids[1]);
+        publishes.acknowledged(&ids[1], &position("e", 2), origin(), now);
+        publishes.confirm(&ids[3]);
+        assert_eq!(republished(&publishes, now), [1, 3, 5]);
+        // Another server comes before there was an acknowledgement.
+        assert_eq!(republished(&publishes, now), [1, 3, 5]);
         for id in &ids {
-            tail.confirm(id);
+            publishes.confirm(id);
         }
-        assert!(repeated(&tail, now).is_empty());
-        assert_eq!(tail.unconfirmed.lock().bytes, 0);
+        assert!(republished(&publishes, now).is_empty());
+        assert_eq!(publishes.unconfirmed.lock().bytes, 0);
     }
 
     #[test]
-    fn what_was_published_and_not_heard_is_known_as_the_log_had_it() {
-        let (tail, now) = (UnconfirmedPublishes::default(), Instant::now());
-        let ids: Vec<_> = (1..=5).map(|seq| send(&tail, seq)).collect();
+    fn unconfirmed_publishes_are_returned_as_the_log_had_them() {
+        let (publishes, now) = (UnconfirmedPublishes::default(), Instant::now());
+        let ids: Vec<_> = (1..=5).map(|seq| send(&publishes, seq)).collect();
         for seq in [3, 1] {
-            tail.acknowledged(&ids[seq - 1], &position("e", seq as u64), stamp(), now);
+            publishes.acknowledged(&ids[seq - 1], &position("e", seq as u64), origin(), now);
         }
-        // Repeated to another server, which has it where it was: that one did not append it.
+        // Republished to another server, which has it at the same position: it did not append it.
         let other: ServerId = "0123456789abcdef".parse().unwrap();
-        tail.acknowledged(&ids[2], &position("e", 3), other, now);
-        let [unheard] = &tail.by_room(|_| true)[..] else { panic!("one room") };
-        let seqs: Vec<_> = unheard.acknowledged.iter().map(|entry| entry.position.seq).collect();
+        publishes.acknowledged(&ids[2], &position("e", 3), other, now);
+        let [of_room] = &publishes.by_room(|_| true)[..] else { panic!("one room") };
+        let seqs: Vec<_> = of_room.acknowledged.iter().map(|entry| entry.position.seq).collect();
         assert_eq!(seqs, [1, 3]);
-        assert!(unheard.acknowledged.iter().all(|entry| entry.origin == stamp()));
-        let numbers: Vec<_> = unheard.unanswered.iter().map(|(number, _)| *number).collect();
+        assert!(of_room.acknowledged.iter().all(|entry| entry.origin == origin()));
+        let numbers: Vec<_> = of_room.unanswered.iter().map(|(number, _)| *number).collect();
         assert_eq!(numbers, [2, 4, 5]);
-        ids.iter().for_each(|id| tail.confirm(id));
-        assert!(tail.by_room(|_| true).is_empty());
+        ids.iter().for_each(|id| publishes.confirm(id));
+        assert!(publishes.by_room(|_| true).is_empty());
     }
 
     #[test]
-    fn a_repeat_that_fails_takes_nothing_of_what_was_acknowledged() {
-        let (tail, now) = (UnconfirmedPublishes::default(), Instant::now());
-        let id = send(&tail, 1);
-        tail.acknowledged(&id, &position("e", 1), stamp(), now);
-        send(&tail, 1);
-        tail.discard(&id);
-        assert_eq!(repeated(&tail, now), [1]);
+    fn a_failed_repetition_keeps_the_acknowledged_publish() {
+        let (publishes, now) = (UnconfirmedPublishes::default(), Instant::now());
+        let id = send(&publishes, 1);
+        publishes.acknowledged(&id, &position("e", 1), origin(), now);
+        send(&publishes, 1);
+        publishes.discard(&id);
+        assert_eq!(republished(&publishes, now), [1]);
     }
 
     #[test]
-    fn nothing_is_kept_for_ever() {
-        let (tail, now) = (UnconfirmedPublishes::default(), Instant::now());
-        let (old, failed, young) = (send(&tail, 1), send(&tail, 2), send(&tail, 3));
-        tail.acknowledged(&old, &position("e", 1), stamp(), now);
-        tail.discard(&failed);
-        tail.acknowledged(&young, &position("e", 3), stamp(), now + KEEP_MAX);
-        assert_eq!(repeated(&tail, now + KEEP_MAX), [3]);
-        // Time in which no log answers does not count.
-        let (later, newest) = (now + 3 * KEEP_MAX, send(&tail, 4));
-        assert_eq!(repeated(&tail, later), [3]);
-        tail.acknowledged(&newest, &position("e", 4), stamp(), later);
-        assert_eq!(repeated(&tail, later), [3, 4]);
+    fn unconfirmed_publishes_expire() {
+        let (publishes, now) = (UnconfirmedPublishes::default(), Instant::now());
+        let (old, failed, young) = (send(&publishes, 1), send(&publishes, 2), send(&publishes, 3));
+        publishes.acknowledged(&old, &position("e", 1), origin(), now);
+        publishes.discard(&failed);
+        publishes.acknowledged(&young, &position("e", 3), origin(), now + KEEP_MAX);
+        assert_eq!(republished(&publishes, now + KEEP_MAX), [3]);
+        // The time in which no log answers does not count.
+        let (later, newest) = (now + 3 * KEEP_MAX, send(&publishes, 4));
+        assert_eq!(republished(&publishes, later), [3]);
+        publishes.acknowledged(&newest, &position("e", 4), origin(), later);
+        assert_eq!(republished(&publishes, later), [3, 4]);
         for seq in 0..BYTES_MAX as u64 / 256 {
-            let id = send(&tail, seq);
-            tail.acknowledged(&id, &position("e", seq), stamp(), now);
+            let id = send(&publishes, seq);
+            publishes.acknowledged(&id, &position("e", seq), origin(), now);
         }
-        assert!(tail.unconfirmed.lock().bytes <= BYTES_MAX);
+        assert!(publishes.unconfirmed.lock().bytes <= BYTES_MAX);
     }
 }
