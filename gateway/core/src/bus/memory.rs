@@ -1,6 +1,6 @@
 //! The bus of a single node: logs in this process's memory. The reference for [`super::Bus`].
 //!
-//! Nothing outlives the process, so that its clients find a new epoch after a restart.
+//! All state ends with the process, so that its clients find a new epoch after a restart.
 
 use std::{
     collections::{HashMap, HashSet, VecDeque},
@@ -35,22 +35,22 @@ use crate::{
     drain::Tasks,
 };
 
-/// What a log and a known id take beside the entries, roughly.
+/// Memory of a log, and of a known id, beside the entries, roughly.
 const LOG_BYTES: u64 = 512;
 const ID_BYTES: u64 = 128;
-/// How often room is made at most.
+/// The shortest time between two calls of `free_memory`.
 const FREE_MEMORY_INTERVAL: Duration = Duration::from_millis(100);
-/// How often logs past their time are looked for.
+/// How often expired logs are removed.
 const SWEEP_INTERVAL: Duration = Duration::from_secs(30);
 
-/// Logs and registry in memory. Cheap to clone.
+/// Logs, presence, sessions and commands in memory. Cheap to clone.
 #[derive(Clone)]
 pub struct MemoryBus {
     logs: Arc<Mutex<MemoryLogs>>,
     store: Arc<Mutex<StoreState>>,
     sessions: Arc<Mutex<SessionTable>>,
     commands: Arc<Mutex<CommandLog>>,
-    /// There are orders to be taken.
+    /// Notified when a command was enqueued.
     command_enqueued: Arc<Notify>,
     retention: Arc<Retention>,
     empty_ttl: Duration,
@@ -60,21 +60,22 @@ pub struct MemoryBus {
 
 struct MemoryLogs {
     logs: HashMap<RoomId, MemoryLog>,
-    /// Rooms that are followed, and of those without a log the epoch that was told: it begins in that.
+    /// Subscribed rooms, with the epoch that was returned for a room without a log: its log will
+    /// begin in that epoch.
     subscribed: HashMap<RoomId, Option<Epoch>>,
-    /// The epoch of logs that have no entry yet, so that an inbox to which nothing came costs nothing.
-    /// A new one once any log was dropped, whose numbers could be given again.
+    /// The epoch of logs without entries, so that an inbox that never received anything costs
+    /// nothing. Replaced once any log was dropped, whose numbers could be given again otherwise.
     empty_epoch: Epoch,
-    /// What all logs take, roughly.
+    /// Memory of all logs, bytes, roughly.
     bytes: u64,
-    /// When room was made last: it takes a look at every log.
+    /// When memory was freed last: that visits every log.
     last_freed: Option<Instant>,
 }
 
 impl Default for MemoryLogs {
     fn default() -> Self {
-        let (logs, followed, silent) = (HashMap::new(), HashMap::new(), epoch_of(0));
-        Self { logs, subscribed: followed, empty_epoch: silent, bytes: 0, last_freed: None }
+        let (logs, subscribed, empty_epoch) = (HashMap::new(), HashMap::new(), epoch_of(0));
+        Self { logs, subscribed, empty_epoch, bytes: 0, last_freed: None }
     }
 }
 
@@ -84,18 +85,18 @@ struct MemoryLog {
     /// The ordinal of the epoch that the last deletion began, 0 for none.
     deleted: u64,
     top: Seq,
-    /// Of an inbox: up to where it is acknowledged.
+    /// The acknowledged number of an inbox.
     acked: Seq,
     entries: VecDeque<(Instant, Entry)>,
     bytes: u64,
     ids: DedupWindow,
     used: Instant,
-    /// Whether it is the inbox of a user who was never connected.
+    /// Whether this is the inbox of an unseen user.
     unseen: bool,
 }
 
-/// The ids of the dedup window: two maps that take turns, so that forgetting costs nothing. An id
-/// is known for one to two windows.
+/// The ids of the dedup window: two maps that take turns, so that forgetting ids costs nothing. An
+/// id is known for one to two windows.
 struct DedupWindow {
     newer: HashMap<DedupKey, Seq>,
     older: HashMap<DedupKey, Seq>,
@@ -103,10 +104,10 @@ struct DedupWindow {
 }
 
 impl MemoryBus {
-    /// An empty bus; a task of `tasks` forgets what is past `retention`.
+    /// An empty bus. A task of `tasks` removes state past its retention.
     pub fn start(
         retention: Retention,
-        registry: &RoomStoreOptions,
+        room_options: &RoomStoreOptions,
         sessions: &SessionOptions,
         mailboxes: Mailboxes,
         tasks: &Tasks,
@@ -118,12 +119,12 @@ impl MemoryBus {
             commands: Arc::default(),
             command_enqueued: Arc::default(),
             retention: Arc::new(retention),
-            empty_ttl: registry.empty_ttl,
+            empty_ttl: room_options.empty_ttl,
             session_ttl: sessions.ttl,
             mailboxes,
         };
         let (sweeper, stopped) = (bus.clone(), tasks.stopped().clone());
-        // Sessions that are kept for a short time are looked for as often.
+        // Sessions with a short retention are swept as often.
         let every = sessions.ttl.clamp(Duration::from_secs(1), SWEEP_INTERVAL);
         tasks.spawn_service("memory_bus_sweep", async move {
             let mut every = tokio::time::interval(every);
@@ -144,8 +145,8 @@ impl MemoryBus {
         let dedup_window = self.retention.dedup_window;
         let unseen_ttl = self.retention.limits.unseen.ttl;
         let mut guard = self.logs.lock();
-        let rooms = &mut *guard;
-        let MemoryLogs { logs, subscribed: followed, empty_epoch: silent, .. } = rooms;
+        let all = &mut *guard;
+        let MemoryLogs { logs, subscribed, empty_epoch, .. } = all;
         let before = logs.len();
         logs.retain(|room, log| {
             let (idle, kept) = (now - log.used, self.retention.of(room));
@@ -155,42 +156,42 @@ impl MemoryBus {
                 log.bytes = 0;
             }
             let head_ttl = if log.unseen { unseen_ttl } else { kept.head_ttl() };
-            followed.contains_key(room) || idle <= head_ttl
+            subscribed.contains_key(room) || idle <= head_ttl
         });
         if logs.len() < before {
-            *silent = epoch_of(0);
+            *empty_epoch = epoch_of(0);
         }
-        Self::free_memory(rooms, self.retention.memory_bytes_max);
-        let kept: HashSet<RoomId> = rooms.logs.keys().cloned().collect();
+        Self::free_memory(all, self.retention.memory_bytes_max);
+        let kept: HashSet<RoomId> = all.logs.keys().cloned().collect();
         drop(guard);
         self.store.lock().sweep_read_marks(|room| kept.contains(room));
     }
 
-    /// Makes room where all logs together take more than they may: inboxes of users who were never
-    /// connected go first, then those used longest ago, whole where nobody follows them. Who comes back to
-    /// one is told.
-    fn free_memory(rooms: &mut MemoryLogs, bytes_max: u64) {
-        rooms.bytes = rooms.logs.values().map(MemoryLog::cost).sum();
-        if rooms.bytes <= bytes_max {
+    /// Frees memory if all logs together exceed `bytes_max`: drops inboxes of unseen users first,
+    /// then the least recently used logs, and whole logs where no node is subscribed. A client that
+    /// reads on finds a new epoch or a gap.
+    fn free_memory(all: &mut MemoryLogs, bytes_max: u64) {
+        all.bytes = all.logs.values().map(MemoryLog::cost).sum();
+        if all.bytes <= bytes_max {
             return;
         }
         let mut oldest: Vec<((bool, Instant), RoomId)> =
-            rooms.logs.iter().map(|(room, log)| ((!log.unseen, log.used), room.clone())).collect();
+            all.logs.iter().map(|(room, log)| ((!log.unseen, log.used), room.clone())).collect();
         oldest.sort_unstable_by_key(|(rank, _)| *rank);
         for (_, room) in oldest {
-            // More than is needed, so that this is not done for every message.
-            if rooms.bytes <= bytes_max / 10 * 9 {
+            // More than needed, so that this is not done for every message.
+            if all.bytes <= bytes_max / 10 * 9 {
                 break;
             }
-            let Some(log) = rooms.logs.get_mut(&room) else { continue };
-            rooms.bytes -= log.cost();
-            if rooms.subscribed.contains_key(&room) {
+            let Some(log) = all.logs.get_mut(&room) else { continue };
+            all.bytes -= log.cost();
+            if all.subscribed.contains_key(&room) {
                 log.entries = VecDeque::new();
                 log.bytes = 0;
-                rooms.bytes += log.cost();
+                all.bytes += log.cost();
             } else {
-                rooms.logs.remove(&room);
-                rooms.empty_epoch = epoch_of(0);
+                all.logs.remove(&room);
+                all.empty_epoch = epoch_of(0);
             }
         }
         tracing::warn!("logs take more than history.memory_bytes_max; the oldest were dropped");
@@ -200,29 +201,29 @@ impl MemoryBus {
     fn append_now(&self, append: &Append, now: Instant) -> Result<Appended, BusError> {
         let user = append.room.user().filter(|_| append.unseen != UnseenPolicy::Unlimited);
         let unseen = user.is_some_and(|user| !self.was_connected(&user));
-        let bounds = self.retention.limits.unseen;
-        let rooms = &mut *self.logs.lock();
-        let too_much = rooms.bytes > self.retention.memory_bytes_max;
-        if too_much && rooms.last_freed.is_none_or(|made| now - made >= FREE_MEMORY_INTERVAL) {
-            Self::free_memory(rooms, self.retention.memory_bytes_max);
-            rooms.last_freed = Some(now);
+        let limits = self.retention.limits.unseen;
+        let all = &mut *self.logs.lock();
+        let over_limit = all.bytes > self.retention.memory_bytes_max;
+        if over_limit && all.last_freed.is_none_or(|freed| now - freed >= FREE_MEMORY_INTERVAL) {
+            Self::free_memory(all, self.retention.memory_bytes_max);
+            all.last_freed = Some(now);
         }
-        let MemoryLogs { logs, subscribed: followed, bytes, empty_epoch: silent, .. } = rooms;
+        let MemoryLogs { logs, subscribed, bytes, empty_epoch, .. } = all;
         let had_entries = logs.get(&append.room).is_some_and(|log| !log.entries.is_empty());
-        // Once it is kept as any it stays that.
+        // An inbox that was kept like any other stays so.
         let unseen = unseen && logs.get(&append.room).is_none_or(|log| log.unseen || log.top == 0);
         if unseen {
-            if append.envelope.as_bytes().len() as u64 > bounds.bytes_max {
+            if append.envelope.as_bytes().len() as u64 > limits.bytes_max {
                 return Err(BusError::UnseenBytes);
             }
             if !had_entries && append.unseen == UnseenPolicy::Reject {
                 return Err(BusError::UnseenQuota);
             }
         }
-        let told = || followed.get(&append.room).cloned().flatten();
-        let log = logs
-            .entry(append.room.clone())
-            .or_insert_with(|| MemoryLog::begin(told().unwrap_or_else(|| silent.clone()), now));
+        let known_epoch = || subscribed.get(&append.room).cloned().flatten();
+        let log = logs.entry(append.room.clone()).or_insert_with(|| {
+            MemoryLog::begin(known_epoch().unwrap_or_else(|| empty_epoch.clone()), now)
+        });
         let before = log.cost();
         log.used = now;
         log.unseen = unseen;
@@ -245,46 +246,46 @@ impl MemoryBus {
         log.entries.push_back((now, entry.clone()));
         log.trim(&self.retention, self.retention.of(&append.room), now);
         if unseen {
-            log.trim_unseen(&bounds);
+            log.trim_unseen(&limits);
         }
         *bytes = (*bytes + log.cost()).saturating_sub(before);
-        if followed.contains_key(&append.room) {
+        if subscribed.contains_key(&append.room) {
             self.mailboxes.send_entry(append.room.clone(), entry);
         }
         Ok(Appended { position, duplicate: false, opened_inbox: unseen && !had_entries })
     }
 
-    /// Whether a user is or was connected, as far as is remembered.
+    /// Whether a user is or was connected, as far as the bus remembers.
     fn was_connected(&self, user: &UserId) -> bool {
         self.sessions.lock().has(user) || self.store.lock().has_last_seen(user)
     }
 
     fn read_now(&self, room: &RoomId, range: ReadRange, now: Instant) -> LogPage {
-        let rooms = &mut *self.logs.lock();
-        match rooms.logs.get(room) {
+        let all = &mut *self.logs.lock();
+        match all.logs.get(room) {
             Some(log) => log.page(range),
-            None => MemoryLog::begin(rooms.epoch_of_empty(room), now).page(range),
+            None => MemoryLog::begin(all.epoch_of_empty(room), now).page(range),
         }
     }
 }
 
 impl MemoryLogs {
-    /// The epoch of a room that has no log.
+    /// The epoch of a room without a log.
     fn epoch_of_empty(&mut self, room: &RoomId) -> Epoch {
-        let silent = self.empty_epoch.clone();
+        let empty_epoch = self.empty_epoch.clone();
         match self.subscribed.get_mut(room) {
-            Some(told) => told.get_or_insert(silent).clone(),
-            None => silent,
+            Some(known_epoch) => known_epoch.get_or_insert(empty_epoch).clone(),
+            None => empty_epoch,
         }
     }
 }
 
 impl MemoryBus {
     fn delete_log(&self, room: &RoomId) {
-        let MemoryLogs { logs, subscribed: followed, bytes, .. } = &mut *self.logs.lock();
+        let MemoryLogs { logs, subscribed, bytes, .. } = &mut *self.logs.lock();
         let now = Instant::now();
-        if followed.contains_key(room) && !logs.contains_key(room) {
-            // Who follows it has been told an epoch.
+        if subscribed.contains_key(room) && !logs.contains_key(room) {
+            // Subscribers have read an epoch of the room.
             *bytes += LOG_BYTES;
             logs.insert(room.clone(), MemoryLog::begin(epoch_of(0), now));
         }
@@ -325,17 +326,17 @@ impl Bus for MemoryBus {
     }
 
     fn heads(&self, names: Vec<RoomId>) -> BoxFuture<Result<Vec<Option<Position>>, BusError>> {
-        let rooms = &mut *self.logs.lock();
-        let head = |name| match rooms.logs.get(name) {
+        let all = &mut *self.logs.lock();
+        let head = |name| match all.logs.get(name) {
             Some(log) => Some(Position::new(log.epoch.clone(), log.top)),
-            None => Some(Position::new(rooms.epoch_of_empty(name), 0)),
+            None => Some(Position::new(all.epoch_of_empty(name), 0)),
         };
         let heads = names.iter().map(head).collect();
         Box::pin(std::future::ready(Ok(heads)))
     }
 
     fn restore(&self, _held: ReplicaSnapshot) -> BoxFuture<Result<(), BusError>> {
-        // The log is as old as the process, and has all that anybody ever held.
+        // The log is as old as the process, and has every entry that any replica ever held.
         Box::pin(std::future::ready(Ok(())))
     }
 
@@ -363,13 +364,13 @@ impl MemoryLog {
         }
     }
 
-    /// What the log takes in memory, roughly.
+    /// Memory of the log, bytes, roughly.
     fn cost(&self) -> u64 {
         let ids = self.ids.newer.len() + self.ids.older.len();
         LOG_BYTES + self.bytes + ids as u64 * ID_BYTES
     }
 
-    /// Forgets the oldest entries past retention.
+    /// Drops the oldest entries past retention.
     fn trim(&mut self, retention: &Retention, kept: LogRetention, now: Instant) {
         while let Some((since, oldest)) = self.entries.front() {
             let above = self.entries.len() > kept.entries_min as usize;
@@ -383,9 +384,9 @@ impl MemoryLog {
         }
     }
 
-    /// Forgets the oldest entries, and their ids, of a user who was never connected.
-    fn trim_unseen(&mut self, bounds: &UnseenInboxLimits) {
-        while self.entries.len() > bounds.entries_max as usize || self.bytes > bounds.bytes_max {
+    /// Drops the oldest entries, with their ids, from the inbox of an unseen user.
+    fn trim_unseen(&mut self, limits: &UnseenInboxLimits) {
+        while self.entries.len() > limits.entries_max as usize || self.bytes > limits.bytes_max {
             let Some((_, oldest)) = self.entries.pop_front() else { break };
             self.bytes -= oldest.bytes() as u64;
             self.ids.forget(&oldest.envelope.dedup_key());
@@ -395,15 +396,15 @@ impl MemoryLog {
     fn page(&self, range: ReadRange) -> LogPage {
         let oldest = self.entries.front().map_or(0, |(_, entry)| entry.position.seq);
         let seqs = self.entries.len() as u64;
-        // Entries are numbered without steps, so that a number is a place.
-        let place = |seq: Seq| (seq.saturating_sub(oldest)).min(seqs) as usize;
+        // Numbers have no gaps, so that a number gives an index.
+        let index = |seq: Seq| (seq.saturating_sub(oldest)).min(seqs) as usize;
         let (from, to) = match range {
             ReadRange::Newest { limit } => {
                 (self.entries.len().saturating_sub(limit as usize), seqs)
             }
-            ReadRange::After { seq, .. } => (place(seq + 1), seqs),
+            ReadRange::After { seq, .. } => (index(seq + 1), seqs),
             ReadRange::Before { seq, limit } => {
-                let end = place(seq);
+                let end = index(seq);
                 (end.saturating_sub(limit as usize), end as u64)
             }
         };
@@ -420,12 +421,12 @@ impl MemoryLog {
     }
 }
 
-/// A new epoch of this ordinal.
+/// A new epoch with this ordinal.
 fn epoch_of(ordinal: u64) -> Epoch {
     format!("{ordinal}-{}", random_epoch()).parse().expect("made of the allowed letters")
 }
 
-/// As many entries as a read may answer.
+/// As many entries as one read returns.
 fn cut<'a>(entries: impl Iterator<Item = &'a Entry>, limit: u32) -> Vec<Entry> {
     let mut bytes = 0;
     entries

@@ -1,4 +1,4 @@
-//! Orders to a single node: to itself.
+//! Control commands of a single node, to itself. The reference for [`ControlQueue`].
 
 use std::{
     collections::{HashMap, VecDeque},
@@ -14,7 +14,7 @@ use crate::bus::{
     sessions::UnixMicros,
 };
 
-/// How many questions it is known what was answered to.
+/// The most queries whose replies are kept.
 const REPLIES_MAX: usize = 64;
 
 #[derive(Default)]
@@ -22,7 +22,7 @@ pub(super) struct CommandLog {
     last: u64,
     waiting: VecDeque<QueuedCommand>,
     applied: CommandId,
-    answers: HashMap<CommandId, String>,
+    replies: HashMap<CommandId, String>,
 }
 
 fn ready<T: Send + 'static>(value: T) -> BoxFuture<T> {
@@ -30,13 +30,13 @@ fn ready<T: Send + 'static>(value: T) -> BoxFuture<T> {
 }
 
 impl ControlQueue for MemoryBus {
-    fn enqueue(&self, order: ControlCommand) -> BoxFuture<Result<CommandId, BusError>> {
+    fn enqueue(&self, command: ControlCommand) -> BoxFuture<Result<CommandId, BusError>> {
         let since_1970 = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-        let book = &mut *self.commands.lock();
-        book.last += 1;
-        let id = CommandId(0, book.last);
+        let log = &mut *self.commands.lock();
+        log.last += 1;
+        let id = CommandId(0, log.last);
         let at = since_1970.as_micros() as UnixMicros;
-        book.waiting.push_back(QueuedCommand { id, at, is_fresh: true, command: order });
+        log.waiting.push_back(QueuedCommand { id, at, is_fresh: true, command });
         self.command_enqueued.notify_one();
         ready(Ok(id))
     }
@@ -45,9 +45,9 @@ impl ControlQueue for MemoryBus {
         let bus = self.clone();
         Box::pin(async move {
             loop {
-                let orders: Vec<QueuedCommand> = bus.commands.lock().waiting.drain(..).collect();
-                if !orders.is_empty() {
-                    return CommandBatch { commands: orders, missed: false };
+                let commands: Vec<QueuedCommand> = bus.commands.lock().waiting.drain(..).collect();
+                if !commands.is_empty() {
+                    return CommandBatch { commands, missed: false };
                 }
                 bus.command_enqueued.notified().await;
             }
@@ -59,12 +59,12 @@ impl ControlQueue for MemoryBus {
         ready(Ok(()))
     }
 
-    fn reply(&self, id: CommandId, answer: String) -> BoxFuture<Result<(), BusError>> {
-        let answers = &mut self.commands.lock().answers;
-        if answers.len() >= REPLIES_MAX {
-            answers.clear();
+    fn reply(&self, id: CommandId, reply: String) -> BoxFuture<Result<(), BusError>> {
+        let replies = &mut self.commands.lock().replies;
+        if replies.len() >= REPLIES_MAX {
+            replies.clear();
         }
-        answers.insert(id, answer);
+        replies.insert(id, reply);
         ready(Ok(()))
     }
 
@@ -74,6 +74,6 @@ impl ControlQueue for MemoryBus {
     }
 
     fn replies(&self, id: CommandId) -> BoxFuture<Result<Vec<String>, BusError>> {
-        ready(Ok(self.commands.lock().answers.remove(&id).into_iter().collect()))
+        ready(Ok(self.commands.lock().replies.remove(&id).into_iter().collect()))
     }
 }

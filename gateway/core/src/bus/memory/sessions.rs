@@ -24,14 +24,14 @@ use crate::bus::{
     },
 };
 
-/// The most sessions of all users, some 300 bytes each and their data; above it those used longest ago
-/// go.
+/// The most sessions of all users, some 300 bytes each and their data; beyond that the least
+/// recently used ones are removed.
 const SESSIONS_TOTAL_MAX: usize = 100_000;
 
-/// The sessions there are.
+/// The sessions of all users.
 #[derive(Default)]
 pub(super) struct SessionTable {
-    /// Most users have one.
+    /// Most users have a single session.
     users: HashMap<UserId, Vec<SessionRow>>,
 }
 
@@ -52,7 +52,7 @@ impl SessionRow {
 }
 
 impl SessionTable {
-    /// Forgets sessions that were not used for longer than `ttl`, and more where there are too many.
+    /// Removes sessions that were not used for longer than `ttl`, and more if there are too many.
     pub(super) fn sweep(&mut self, ttl: Duration) {
         let now = unix_millis_now();
         let mut count = 0;
@@ -78,7 +78,7 @@ impl SessionTable {
         self.users.contains_key(user)
     }
 
-    /// What the data of all sessions of a user take.
+    /// Bytes of the data of all sessions of a user.
     fn data_bytes(&self, user: &UserId) -> u64 {
         let rows = self.users.get(user).into_iter().flatten();
         rows.filter_map(|row| row.data.as_ref()).map(|data| data.len() as u64).sum()
@@ -88,27 +88,28 @@ impl SessionTable {
         self.users.get_mut(user)?.iter_mut().find(|row| row.session == session)
     }
 
-    /// Gives the session presented to `opening`'s connection. Returns what was known of the one before.
+    /// Gives the presented session to `request`'s connection. Returns the session, its former
+    /// connection and the description of that one.
     fn resume(
         &mut self,
-        opening: &SessionRequest,
+        request: &SessionRequest,
         ttl: Duration,
     ) -> Option<(SessionId, Option<ConnectionId>, Arc<ConnectionInfo>)> {
-        let (session, digest) = opening.resume?;
+        let (session, digest) = request.resume?;
         let now = unix_millis_now();
-        let row = self.row(&opening.user, session)?;
+        let row = self.row(&request.user, session)?;
         if row.digest != digest || row.is_over(ttl, now) {
             return None;
         }
-        let before = row.connection.replace(opening.connection);
+        let before = row.connection.replace(request.connection);
         row.used = now;
-        let about = std::mem::replace(&mut row.about, opening.about.clone());
+        let about = std::mem::replace(&mut row.about, request.about.clone());
         Some((session, before, about))
     }
 
-    fn begin(&mut self, opening: &SessionRequest) -> SessionId {
-        let ((session, digest), now) = (opening.new_session, unix_millis_now());
-        let rows = self.users.entry(opening.user.clone()).or_default();
+    fn begin(&mut self, request: &SessionRequest) -> SessionId {
+        let ((session, digest), now) = (request.new_session, unix_millis_now());
+        let rows = self.users.entry(request.user.clone()).or_default();
         if rows.len() >= SESSIONS_MAX
             && let Some(oldest) =
                 (0..rows.len()).min_by_key(|at| (rows[*at].connection.is_some(), rows[*at].used))
@@ -121,8 +122,8 @@ impl SessionTable {
             digest,
             created: now,
             used: now,
-            connection: Some(opening.connection),
-            about: opening.about.clone(),
+            connection: Some(request.connection),
+            about: request.about.clone(),
             data: None,
         });
         session
@@ -130,12 +131,12 @@ impl SessionTable {
 }
 
 impl MemoryBus {
-    /// The inbox of a user, who is connected, as it is now.
+    /// The state of a connected user's inbox.
     fn inbox(&self, user: &UserId) -> InboxState {
         let name = RoomId::inbox_of(user);
-        let rooms = &mut *self.logs.lock();
-        let Some(log) = rooms.logs.get_mut(&name) else {
-            let epoch = rooms.epoch_of_empty(&name);
+        let logs = &mut *self.logs.lock();
+        let Some(log) = logs.logs.get_mut(&name) else {
+            let epoch = logs.epoch_of_empty(&name);
             return InboxState { epoch, seq: 0, acked: 0, oldest: 1, unread: 0 };
         };
         log.unseen = false;
@@ -163,21 +164,21 @@ fn ready<T: Send + 'static>(value: T) -> BoxFuture<T> {
 }
 
 impl SessionStore for MemoryBus {
-    fn open(&self, opening: SessionRequest) -> BoxFuture<Result<OpenedSession, BusError>> {
+    fn open(&self, request: SessionRequest) -> BoxFuture<Result<OpenedSession, BusError>> {
         let (session, resumed) = {
-            let stored = &mut *self.sessions.lock();
-            match stored.resume(&opening, self.session_ttl) {
+            let table = &mut *self.sessions.lock();
+            match table.resume(&request, self.session_ttl) {
                 Some((session, before, about)) => {
-                    if before.is_some_and(|before| before != opening.connection) {
-                        let notice = EphemeralEvent::Replaced { session, by: opening.connection };
-                        self.mailboxes.send_ephemeral(RoomId::inbox_of(&opening.user), notice);
+                    if before.is_some_and(|before| before != request.connection) {
+                        let event = EphemeralEvent::Replaced { session, by: request.connection };
+                        self.mailboxes.send_ephemeral(RoomId::inbox_of(&request.user), event);
                     }
                     (session, Some(about))
                 }
-                None => (stored.begin(&opening), None),
+                None => (table.begin(&request), None),
             }
         };
-        let inbox = self.inbox(&opening.user);
+        let inbox = self.inbox(&request.user);
         ready(Ok(OpenedSession { session, resumed, at: micros_now(), inbox }))
     }
 
@@ -191,10 +192,10 @@ impl SessionStore for MemoryBus {
         session: SessionId,
         digest: SecretDigest,
     ) -> BoxFuture<Result<Option<Arc<ConnectionInfo>>, BusError>> {
-        let (stored, now) = (&mut *self.sessions.lock(), unix_millis_now());
+        let (table, now) = (&mut *self.sessions.lock(), unix_millis_now());
         let fits =
             |row: &&mut SessionRow| row.digest == digest && !row.is_over(self.session_ttl, now);
-        let row = stored.row(&user, session).filter(fits);
+        let row = table.row(&user, session).filter(fits);
         ready(Ok(row.map(|row| row.about.clone())))
     }
 
@@ -212,8 +213,8 @@ impl SessionStore for MemoryBus {
     }
 
     fn close(&self, user: UserId, session: SessionId, connection: ConnectionId) {
-        let stored = &mut *self.sessions.lock();
-        if let Some(row) = stored.row(&user, session)
+        let table = &mut *self.sessions.lock();
+        if let Some(row) = table.row(&user, session)
             && row.connection == Some(connection)
         {
             (row.connection, row.used) = (None, unix_millis_now());
@@ -226,9 +227,9 @@ impl SessionStore for MemoryBus {
         session: SessionId,
         change: Option<Map<String, Value>>,
     ) -> BoxFuture<Result<Map<String, Value>, SessionDataError>> {
-        let stored = &mut *self.sessions.lock();
-        let all = stored.data_bytes(&user);
-        let Some(row) = stored.row(&user, session) else {
+        let table = &mut *self.sessions.lock();
+        let all = table.data_bytes(&user);
+        let Some(row) = table.row(&user, session) else {
             return ready(Err(SessionDataError::NoSession));
         };
         let before = row.data.as_ref().map_or(0, |data| data.len() as u64);
@@ -251,10 +252,10 @@ impl SessionStore for MemoryBus {
     }
 
     fn list(&self, user: UserId) -> BoxFuture<Result<Vec<StoredSession>, BusError>> {
-        let stored = self.sessions.lock();
+        let table = self.sessions.lock();
         let now = unix_millis_now();
-        let rows = stored.users.get(&user).into_iter().flatten();
-        let kept =
+        let rows = table.users.get(&user).into_iter().flatten();
+        let sessions =
             rows.filter(|row| !row.is_over(self.session_ttl, now)).map(|row| StoredSession {
                 session: row.session,
                 created: row.created,
@@ -262,26 +263,30 @@ impl SessionStore for MemoryBus {
                 connection: row.connection,
                 about: row.about.clone(),
             });
-        let mut kept: Vec<StoredSession> = kept.collect();
-        kept.sort_by_key(|kept| std::cmp::Reverse(kept.used));
-        ready(Ok(kept))
+        let mut sessions: Vec<StoredSession> = sessions.collect();
+        sessions.sort_by_key(|session| std::cmp::Reverse(session.used));
+        ready(Ok(sessions))
     }
 
-    fn revoke(&self, user: UserId, which: SessionSelector) -> BoxFuture<Result<usize, BusError>> {
-        let stored = &mut *self.sessions.lock();
-        let Some(rows) = stored.users.get_mut(&user) else { return ready(Ok(0)) };
+    fn revoke(
+        &self,
+        user: UserId,
+        selector: SessionSelector,
+    ) -> BoxFuture<Result<usize, BusError>> {
+        let table = &mut *self.sessions.lock();
+        let Some(rows) = table.users.get_mut(&user) else { return ready(Ok(0)) };
         let before = rows.len();
-        rows.retain(|row| !which.selects(row.session));
+        rows.retain(|row| !selector.selects(row.session));
         let revoked = before - rows.len();
         if rows.is_empty() {
-            stored.users.remove(&user);
+            table.users.remove(&user);
         }
         ready(Ok(revoked))
     }
 
     fn acknowledge(&self, user: UserId, epoch: Option<Epoch>, seq: Seq) {
-        let rooms = &mut *self.logs.lock();
-        let Some(log) = rooms.logs.get_mut(&RoomId::inbox_of(&user)) else { return };
+        let logs = &mut *self.logs.lock();
+        let Some(log) = logs.logs.get_mut(&RoomId::inbox_of(&user)) else { return };
         if epoch.is_none_or(|epoch| epoch == log.epoch) {
             log.acked = log.acked.max(seq.min(log.top));
         }

@@ -1,4 +1,5 @@
-//! The registry of a single node, in this process's memory. The reference for [`PresenceStore`].
+//! Presence and rooms of a single node, in this process's memory. The reference for
+//! [`PresenceStore`].
 
 use std::{
     borrow::Borrow,
@@ -29,31 +30,31 @@ use crate::{
     telemetry::metrics::StorageLimit,
 };
 
-/// What the registry has. Rooms that nobody is in and nobody manages are not here.
+/// Presence, rooms and read marks. Rooms without members and settings have no entry.
 #[derive(Default)]
 pub(super) struct StoreState {
     rooms: BTreeMap<RoomId, RoomEntry>,
     read_marks: HashMap<RoomId, BTreeMap<UserId, Seq>>,
-    /// When users who have left did something last.
+    /// When offline users were last active.
     last_seen: HashMap<UserId, UnixMillis>,
-    /// How many managed rooms each owner has.
+    /// The number of managed rooms of each owner.
     owned: HashMap<UserId, usize>,
 }
 
-/// Of how many users who have left it is known when they did something last.
+/// The most offline users whose last activity is remembered.
 const LAST_SEEN_MAX: usize = 10_000;
 
 #[derive(Default)]
 struct RoomEntry {
     present: ScopePresence,
-    record: Option<RoomConfig>,
-    /// When somebody came, where it was empty.
+    config: Option<RoomConfig>,
+    /// When the first of the present members joined.
     since: UnixMillis,
-    /// Since when nobody is there.
+    /// When the last member left.
     empty_since: Option<Instant>,
 }
 
-/// Who is at one place.
+/// The presence in one scope.
 #[derive(Default)]
 struct ScopePresence {
     version: PresenceVersion,
@@ -68,9 +69,9 @@ struct PresenceRow {
 }
 
 impl ScopePresence {
-    /// Takes a seat in, and tells what changed by that.
-    fn apply(&mut self, seat: NodePresence) -> Option<PresenceChange> {
-        let NodePresence { user, connections, since, active, admitted, .. } = seat;
+    /// Applies a node's report. Returns the change, if the presence has changed.
+    fn apply(&mut self, report: NodePresence) -> Option<PresenceChange> {
+        let NodePresence { user, connections, since, active, admitted, .. } = report;
         let (mut joined, mut left) = (Vec::new(), Vec::new());
         if connections == 0 {
             self.users.remove(&user.id)?;
@@ -112,7 +113,7 @@ impl ScopePresence {
 }
 
 impl StoreState {
-    /// Forgets managed rooms that have been empty for longer than `ttl`.
+    /// Removes managed rooms that have been empty for longer than `ttl`.
     pub(super) fn sweep(&mut self, ttl: Duration, now: Instant) {
         let owned = &mut self.owned;
         self.rooms.retain(|_, room| {
@@ -124,12 +125,12 @@ impl StoreState {
         });
     }
 
-    /// Whether it is known when a user who has left did something last.
+    /// Whether the last activity of an offline user is remembered.
     pub(super) fn has_last_seen(&self, user: &UserId) -> bool {
         self.last_seen.contains_key(user)
     }
 
-    /// Forgets how far was read in rooms whose log is no more.
+    /// Removes read marks of rooms whose log was removed.
     pub(super) fn sweep_read_marks(&mut self, is_kept: impl Fn(&RoomId) -> bool) {
         self.read_marks.retain(|room, _| is_kept(room));
     }
@@ -139,10 +140,10 @@ impl StoreState {
         mark.copied().unwrap_or(0).min(top)
     }
 
-    /// A user has come, or left.
-    fn record_last_seen(&mut self, seat: &NodePresence) {
-        if seat.connections > 0 {
-            self.last_seen.remove(&seat.user.id);
+    /// Records that a user has come online or gone offline.
+    fn record_last_seen(&mut self, report: &NodePresence) {
+        if report.connections > 0 {
+            self.last_seen.remove(&report.user.id);
             return;
         }
         if self.last_seen.len() >= LAST_SEEN_MAX {
@@ -151,54 +152,54 @@ impl StoreState {
             let half = times[times.len() / 2];
             self.last_seen.retain(|_, active| *active > half);
         }
-        self.last_seen.insert(seat.user.id.clone(), seat.active);
+        self.last_seen.insert(report.user.id.clone(), report.active);
     }
 
-    fn apply(&mut self, seat: NodePresence, now: Instant) -> Option<(RoomId, PresenceChange)> {
-        let name = match &seat.scope {
-            // Its node knows who is connected.
+    fn apply(&mut self, report: NodePresence, now: Instant) -> Option<(RoomId, PresenceChange)> {
+        let name = match &report.scope {
+            // The node knows its own connections.
             PresenceScope::Cluster => {
-                self.record_last_seen(&seat);
+                self.record_last_seen(&report);
                 return None;
             }
             PresenceScope::Room(room) => room.clone(),
         };
-        if seat.connections == 0 && !self.rooms.contains_key(&name) {
+        if report.connections == 0 && !self.rooms.contains_key(&name) {
             return None;
         }
         let room = self.rooms.entry(name.clone()).or_default();
         if room.present.users.is_empty() {
-            room.since = seat.since;
+            room.since = report.since;
         }
-        let change = room.present.apply(seat);
+        let change = room.present.apply(report);
         room.empty_since = room.present.users.is_empty().then_some(now);
-        if room.empty_since.is_some() && room.record.is_none() {
+        if room.empty_since.is_some() && room.config.is_none() {
             self.rooms.remove(&name);
         }
         Some((name, change?))
     }
 
-    /// `has_log`: whether something was said in the room.
+    /// Checks the conditions of a join. `has_log`: the room's log has entries.
     fn check_conditions(
         &self,
         name: &RoomId,
         user: &UserId,
-        rules: &JoinConditions,
+        conditions: &JoinConditions,
         has_log: bool,
     ) -> Result<(), AdmitError> {
         let Some(room) = self.rooms.get(name) else {
-            return match rules.create {
-                true if rules.within_quota || has_log => Ok(()),
+            return match conditions.create {
+                true if conditions.within_quota || has_log => Ok(()),
                 true => Err(AdmitError::Quota),
                 false => Err(AdmitError::NotFound),
             };
         };
-        let Some(record) = &room.record else { return Ok(()) };
-        if record.password.is_some() && record.password != rules.password_hash {
+        let Some(config) = &room.config else { return Ok(()) };
+        if config.password.is_some() && config.password != conditions.password_hash {
             return Err(AdmitError::WrongPassword);
         }
         let members = room.present.users.len();
-        let full = record.max_members.is_some_and(|max| members >= max as usize);
+        let full = config.max_members.is_some_and(|max| members >= max as usize);
         if full && !room.present.users.contains_key(user) {
             return Err(AdmitError::Full);
         }
@@ -206,13 +207,13 @@ impl StoreState {
     }
 }
 
-/// A room is no more: its owner has one less.
+/// Counts one room less for the owner of a deleted room.
 fn disown(owned: &mut HashMap<UserId, usize>, room: &RoomEntry) {
-    let Some(record) = &room.record else { return };
-    if let Some(count) = owned.get_mut(&record.owner) {
+    let Some(config) = &room.config else { return };
+    if let Some(count) = owned.get_mut(&config.owner) {
         *count -= 1;
         if *count == 0 {
-            owned.remove(&record.owner);
+            owned.remove(&config.owner);
         }
     }
 }
@@ -220,7 +221,7 @@ fn disown(owned: &mut HashMap<UserId, usize>, room: &RoomEntry) {
 impl RoomEntry {
     fn summary(&self, room: RoomId) -> RoomSummary {
         let members = self.present.users.len() as u64;
-        RoomSummary { room, config: self.record.clone(), members, since: self.since }
+        RoomSummary { room, config: self.config.clone(), members, since: self.since }
     }
 }
 
@@ -233,40 +234,40 @@ impl MemoryBus {
         self.logs.lock().logs.get(room).map_or((0, 0), |log| (log.top, log.deleted))
     }
 
-    /// What is passed on leaves under the lock, so that changes enter the mailbox in their order.
+    /// Events are sent under the lock, so that changes enter the mailbox in their order.
     fn admit_now(
         &self,
-        seat: NodePresence,
-        rules: Option<&JoinConditions>,
-        lets_in: bool,
+        report: NodePresence,
+        conditions: Option<&JoinConditions>,
+        admit: bool,
     ) -> Result<JoinSnapshot, AdmitError> {
-        let PresenceScope::Room(room) = seat.scope.clone() else {
-            let status = RoomId::status_of(&seat.user.id);
-            self.store.lock().apply(seat, Instant::now());
+        let PresenceScope::Room(room) = report.scope.clone() else {
+            let status = RoomId::status_of(&report.user.id);
+            self.store.lock().apply(report, Instant::now());
             if self.logs.lock().subscribed.contains_key(&status) {
                 self.mailboxes.send_ephemeral(status, EphemeralEvent::Status);
             }
             return Ok(JoinSnapshot::default());
         };
-        let user = seat.user.id.clone();
+        let user = report.user.id.clone();
         let (top, deleted) = self.top_and_deletion(&room);
-        let registered = &mut *self.store.lock();
-        let made = rules.is_some() && top == 0 && !registered.rooms.contains_key(&room);
-        if let Some(rules) = rules {
-            registered.check_conditions(&room, &user, rules, top > 0)?;
+        let store = &mut *self.store.lock();
+        let created = conditions.is_some() && top == 0 && !store.rooms.contains_key(&room);
+        if let Some(conditions) = conditions {
+            store.check_conditions(&room, &user, conditions, top > 0)?;
         }
-        // Who has kept to the rules is let in.
-        let seat = NodePresence { admitted: seat.admitted || lets_in, ..seat };
-        if let Some((room, change)) = registered.apply(seat, Instant::now()) {
+        // A user that has met the conditions is admitted.
+        let report = NodePresence { admitted: report.admitted || admit, ..report };
+        if let Some((room, change)) = store.apply(report, Instant::now()) {
             self.mailboxes.send_ephemeral(room, EphemeralEvent::Presence(change));
         }
-        let present = registered.rooms.get(&room).map(|room| &room.present);
+        let present = store.rooms.get(&room).map(|room| &room.present);
         Ok(JoinSnapshot {
             version: present.map(|present| present.version).unwrap_or_default(),
             count: present.map_or(0, |present| present.users.len() as u64),
-            read: registered.read_mark_of(&room, &user, top),
+            read: store.read_mark_of(&room, &user, top),
             deleted,
-            created: made,
+            created,
         })
     }
 
@@ -278,21 +279,21 @@ impl MemoryBus {
     ) -> DeleteOutcome {
         let has_log = self.top(room) > 0;
         {
-            let registered = &mut *self.store.lock();
-            let found = registered.rooms.get(room);
-            let record = found.and_then(|found| found.record.as_ref());
+            let store = &mut *self.store.lock();
+            let entry = store.rooms.get(room);
+            let config = entry.and_then(|entry| entry.config.as_ref());
             match owner {
-                Some(owner) if record.is_none_or(|record| record.owner != *owner) => {
-                    let known = found.is_some();
-                    return if known { DeleteOutcome::NotOwner } else { DeleteOutcome::NotFound };
+                Some(owner) if config.is_none_or(|config| config.owner != *owner) => {
+                    let exists = entry.is_some();
+                    return if exists { DeleteOutcome::NotOwner } else { DeleteOutcome::NotFound };
                 }
-                None if found.is_none() && !has_log => return DeleteOutcome::NotFound,
+                None if entry.is_none() && !has_log => return DeleteOutcome::NotFound,
                 _ => {}
             }
-            if let Some(room) = registered.rooms.remove(room) {
-                disown(&mut registered.owned, &room);
+            if let Some(room) = store.rooms.remove(room) {
+                disown(&mut store.owned, &room);
             }
-            registered.read_marks.remove(room);
+            store.read_marks.remove(room);
             self.mailboxes.send_ephemeral(
                 room.clone(),
                 EphemeralEvent::Closed { reason: RoomClosedReason::Deleted, by },
@@ -307,7 +308,7 @@ fn ready<T: Send + 'static>(value: T) -> BoxFuture<T> {
     Box::pin(std::future::ready(value))
 }
 
-/// The keys behind `after` and not before `from`.
+/// The keys that follow `after` and are not below `from`.
 fn keys_after<'a, K: Ord + Borrow<str>, V>(
     map: &'a BTreeMap<K, V>,
     from: &str,
@@ -318,22 +319,22 @@ fn keys_after<'a, K: Ord + Borrow<str>, V>(
 }
 
 impl PresenceStore for MemoryBus {
-    fn track(&self, seat: NodePresence) {
-        // Without rules nobody is refused.
-        let _ = self.admit_now(seat, None, false);
+    fn track(&self, report: NodePresence) {
+        // Without conditions no user is rejected.
+        let _ = self.admit_now(report, None, false);
     }
 
     fn admit(
         &self,
-        seat: NodePresence,
-        rules: Option<JoinConditions>,
+        report: NodePresence,
+        conditions: Option<JoinConditions>,
     ) -> BoxFuture<Result<JoinSnapshot, AdmitError>> {
-        ready(self.admit_now(seat, rules.as_ref(), true))
+        ready(self.admit_now(report, conditions.as_ref(), true))
     }
 
     fn snapshots(&self, rooms: Vec<RoomId>) -> BoxFuture<Result<Vec<PresenceSnapshot>, BusError>> {
-        let registered = self.store.lock();
-        let snapshot = |room| match registered.rooms.get(room) {
+        let store = self.store.lock();
+        let snapshot = |room| match store.rooms.get(room) {
             Some(RoomEntry { present, .. }) => present.snapshot(),
             None => ScopePresence::default().snapshot(),
         };
@@ -346,11 +347,11 @@ impl PresenceStore for MemoryBus {
         users: Vec<UserId>,
     ) -> BoxFuture<Result<PresenceDetails, BusError>> {
         let top = self.top(&room);
-        let registered = self.store.lock();
+        let store = self.store.lock();
         let mut details = PresenceDetails::default();
-        if let Some(RoomEntry { present, .. }) = registered.rooms.get(&room) {
+        if let Some(RoomEntry { present, .. }) = store.rooms.get(&room) {
             details.version = present.version;
-            let detail = |user| present.detail(user, registered.read_mark_of(&room, user, top));
+            let detail = |user| present.detail(user, store.read_mark_of(&room, user, top));
             details.users = users.iter().filter_map(detail).collect();
         }
         ready(Ok(details))
@@ -361,9 +362,9 @@ impl PresenceStore for MemoryBus {
     }
 
     fn statuses(&self, users: Vec<UserId>) -> BoxFuture<Result<Vec<OnlineStatus>, BusError>> {
-        let registered = self.store.lock();
+        let store = self.store.lock();
         let status = |user| {
-            let active = registered.last_seen.get(user).copied();
+            let active = store.last_seen.get(user).copied();
             OnlineStatus { online: false, active, complete: true }
         };
         ready(Ok(users.iter().map(status).collect()))
@@ -371,10 +372,10 @@ impl PresenceStore for MemoryBus {
 
     fn set_read_mark(&self, room: RoomId, user: UserId, seq: Seq, by: ConnectionId) {
         let top = self.top(&room);
-        let registered = &mut *self.store.lock();
+        let store = &mut *self.store.lock();
         let seq = seq.min(top);
-        if seq > registered.read_mark_of(&room, &user, top) {
-            let marks = registered.read_marks.entry(room.clone()).or_default();
+        if seq > store.read_mark_of(&room, &user, top) {
+            let marks = store.read_marks.entry(room.clone()).or_default();
             let marks_max = self.retention.limits.marks_max as usize;
             if marks.len() >= marks_max && !marks.contains_key(&user) {
                 self.mailboxes.metrics().storage_rejections.of(StorageLimit::ReadMarks).inc();
@@ -394,7 +395,7 @@ impl PresenceStore for MemoryBus {
     fn create(
         &self,
         room: RoomId,
-        record: RoomConfig,
+        config: RoomConfig,
         owned_max: Option<usize>,
     ) -> BoxFuture<Result<CreateOutcome, BusError>> {
         let has_log = self.top(&room) > 0;
@@ -402,19 +403,19 @@ impl PresenceStore for MemoryBus {
         if has_log || rooms.contains_key(&room) {
             return ready(Ok(CreateOutcome::Exists));
         }
-        let count = owned.get(&record.owner).copied().unwrap_or(0);
+        let count = owned.get(&config.owner).copied().unwrap_or(0);
         if owned_max.is_some_and(|max| count >= max) {
             return ready(Ok(CreateOutcome::QuotaExceeded));
         }
-        owned.insert(record.owner.clone(), count + 1);
+        owned.insert(config.owner.clone(), count + 1);
         let empty_since = Some(Instant::now());
-        rooms.insert(room, RoomEntry { record: Some(record), empty_since, ..RoomEntry::default() });
+        rooms.insert(room, RoomEntry { config: Some(config), empty_since, ..RoomEntry::default() });
         ready(Ok(CreateOutcome::Created))
     }
 
     fn find(&self, room: RoomId) -> BoxFuture<Result<Option<RoomSummary>, BusError>> {
-        let registered = self.store.lock();
-        ready(Ok(registered.rooms.get(&room).map(|found| found.summary(room))))
+        let store = self.store.lock();
+        ready(Ok(store.rooms.get(&room).map(|entry| entry.summary(room))))
     }
 
     fn list(
@@ -424,14 +425,14 @@ impl PresenceStore for MemoryBus {
         limit: usize,
         all: bool,
     ) -> BoxFuture<Result<RoomPage, BusError>> {
-        let registered = self.store.lock();
-        let is_public = |room: &RoomEntry| room.record.as_ref().is_none_or(|record| record.public);
-        let mut rooms = keys_after(&registered.rooms, &prefix, &after)
+        let store = self.store.lock();
+        let is_public = |room: &RoomEntry| room.config.as_ref().is_none_or(|config| config.public);
+        let mut rooms = keys_after(&store.rooms, &prefix, &after)
             .take_while(|(name, _)| name.as_str().starts_with(&prefix))
             .filter(|(_, room)| all || is_public(room));
         let page = rooms.by_ref().take(limit);
         let page: Vec<RoomSummary> = page.map(|(name, room)| room.summary(name.clone())).collect();
-        let last = page.last().map(|found| found.room.to_string());
+        let last = page.last().map(|entry| entry.room.to_string());
         let next = rooms.next().and(last);
         ready(Ok(RoomPage { rooms: page, next }))
     }
