@@ -305,7 +305,7 @@ impl Bus for MemoryBus {
 
     fn subscribe(&self, room: RoomId) -> BoxFuture<Result<(), BusError>> {
         self.logs.lock().subscribed.entry(room).or_default();
-        Box::pin(std::future::ready(Ok(())))
+        ready(Ok(()))
     }
 
     fn unsubscribe(&self, room: RoomId) {
@@ -314,7 +314,7 @@ impl Bus for MemoryBus {
 
     fn read(&self, room: RoomId, range: ReadRange) -> BoxFuture<Result<LogPage, BusError>> {
         let page = self.read_now(&room, range, Instant::now());
-        Box::pin(std::future::ready(Ok(page)))
+        ready(Ok(page))
     }
 
     fn delete(&self, room: RoomId) -> BoxFuture<Result<(), BusError>> {
@@ -322,7 +322,7 @@ impl Bus for MemoryBus {
         if self.logs.lock().subscribed.contains_key(&room) {
             self.mailboxes.send_ephemeral(room, EphemeralEvent::Emptied);
         }
-        Box::pin(std::future::ready(Ok(())))
+        ready(Ok(()))
     }
 
     fn heads(&self, names: Vec<RoomId>) -> BoxFuture<Result<Vec<Option<Position>>, BusError>> {
@@ -332,12 +332,12 @@ impl Bus for MemoryBus {
             None => Some(Position::new(all.epoch_of_empty(name), 0)),
         };
         let heads = names.iter().map(head).collect();
-        Box::pin(std::future::ready(Ok(heads)))
+        ready(Ok(heads))
     }
 
     fn restore(&self, _held: ReplicaSnapshot) -> BoxFuture<Result<(), BusError>> {
         // The log is as old as the process, and has every entry that any replica ever held.
-        Box::pin(std::future::ready(Ok(())))
+        ready(Ok(()))
     }
 
     fn failed_check(&self) -> Option<&'static str> {
@@ -419,6 +419,11 @@ impl MemoryLog {
         let (epoch, top) = (self.epoch.clone(), self.top);
         LogPage { epoch, former: None, deleted: self.deleted, generation: 0, top, oldest, entries }
     }
+}
+
+/// A future that is ready.
+fn ready<T: Send + 'static>(value: T) -> BoxFuture<T> {
+    Box::pin(std::future::ready(value))
 }
 
 /// A new epoch with this ordinal.

@@ -5,7 +5,7 @@ use std::{
     time::{SystemTime, UNIX_EPOCH},
 };
 
-use super::MemoryBus;
+use super::{MemoryBus, ready};
 use crate::bus::{
     BoxFuture, BusError,
     commands::{
@@ -23,10 +23,6 @@ pub(super) struct CommandLog {
     waiting: VecDeque<QueuedCommand>,
     applied: CommandId,
     replies: HashMap<CommandId, String>,
-}
-
-fn ready<T: Send + 'static>(value: T) -> BoxFuture<T> {
-    Box::pin(std::future::ready(value))
 }
 
 impl ControlQueue for MemoryBus {

@@ -14,7 +14,7 @@ use skein_protocol::{
     protocol::server_frame::InboxState,
 };
 
-use super::MemoryBus;
+use super::{MemoryBus, ready};
 use crate::bus::{
     BoxFuture, BusError,
     registry::{EphemeralEvent, UnixMillis, unix_millis_now},
@@ -157,10 +157,6 @@ impl MemoryBus {
 
 fn micros_now() -> UnixMicros {
     SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_micros() as UnixMicros
-}
-
-fn ready<T: Send + 'static>(value: T) -> BoxFuture<T> {
-    Box::pin(std::future::ready(value))
 }
 
 impl SessionStore for MemoryBus {

@@ -16,7 +16,7 @@ use skein_protocol::{
 };
 use tokio::time::Instant;
 
-use super::MemoryBus;
+use super::{MemoryBus, ready};
 use crate::{
     bus::{
         AppendCallback, Appended, BoxFuture, BusError,
@@ -302,10 +302,6 @@ impl MemoryBus {
         self.delete_log(room);
         DeleteOutcome::Deleted
     }
-}
-
-fn ready<T: Send + 'static>(value: T) -> BoxFuture<T> {
-    Box::pin(std::future::ready(value))
 }
 
 /// The keys that follow `after` and are not below `from`.
