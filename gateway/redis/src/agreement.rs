@@ -1,24 +1,27 @@
-//! How the nodes of a cluster agree on the server behind the name.
+//! The agreement of a cluster's nodes on the Redis server behind the configured name.
 //!
-//! A Redis that was restarted, emptied or replaced by a replica may lack what it had acknowledged.
-//! Before anything is written to such a server, everybody who may hold some of it gives it back:
+//! A Redis that was restarted, emptied or replaced by a replica may lack entries that it had
+//! acknowledged. Before anything is written to such a server, every node that may hold some of them
+//! restores them:
 //!
-//! 1. Each connection knows which server it leads to, by a *token*: the server's run and what it
-//!    replicates. A node goes on only when all of its connections lead to one server.
-//! 2. It *heals*: what its rings hold of followed rooms and the server lacks is appended, with the
-//!    same numbers; what it published and nobody may have heard of is given back, too, so
-//!    that what was acknowledged keeps its number.
+//! 1. Each connection knows which server it leads to, by its [`ServerId`]: the server's run and the
+//!    data set it replicates. A node continues only when all of its connections lead to one server.
+//! 2. The node *restores* logs: it appends, with the same numbers, the entries that its replicas of
+//!    subscribed rooms hold and the server lacks. It also hands in its [unconfirmed
+//!    publishes](crate::bus::unconfirmed), so that an acknowledged message keeps its number.
 //! 3. It *checks in* at the barrier, with the processes it knows of. The server opens when all of
-//!    those have checked in, or when they were waited for longer than a lease lasts; then rooms go
-//!    on in a new epoch, since somebody may have had more of them.
-//! 4. It repeats its [tail](skein_core::bus::tail) and has the hub compare all rooms.
+//!    those have checked in, or when it has waited for them for longer than a lease lasts. In that
+//!    case rooms continue in a new epoch, since a missing process may have held more of them.
+//! 4. It republishes what is still unconfirmed, and the hub compares all rooms with their logs.
 //!
-//! Scripts refuse to touch a room under a token that the nodes have not agreed on, so that nobody
-//! can be overtaken by a connection that was made anew, or by a node that has just started.
+//! Scripts reject every access to a room under a server id that the nodes have not agreed on, so
+//! that a connection that was made anew, or a node that has just started, cannot get ahead of the
+//! others.
 //!
-//! The *lease* is the other half: a process that does not renew it in time is not counted on by the
-//! others, so it passes nothing on and publishes nothing until it has renewed and everybody who lives
-//! has seen it (a frozen process finds that out before anything else, by its clock).
+//! The *lease* is the other half: the other nodes do not count on a process that fails to renew its
+//! lease in time. Such a process delivers and publishes nothing until it has renewed the lease and
+//! every live process has seen it. A frozen process finds that out before it does anything else, by
+//! its clock.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -53,68 +56,66 @@ use skein_core::{
     telemetry::log_limiter::LogLimiter,
 };
 
-/// How often a closed barrier is asked.
+/// How often a closed barrier is polled.
 const POLL_INTERVAL: Duration = Duration::from_millis(50);
-/// How far the clocks of a node and of Redis may differ before it is logged.
+/// How far the clocks of a node and of Redis may differ before a warning is logged.
 const SKEW_MAX: Duration = Duration::from_secs(1);
-/// The log line of that.
+/// Rate limit of that warning.
 static CLOCKS_DIFFER: LogLimiter = LogLimiter::new();
-/// How often a process is asked for that not everybody has seen.
+/// How often a process checks whether every live process has seen it.
 const SEEN_CHECK_INTERVAL: Duration = Duration::from_millis(100);
 
-/// This run of this node, as the others know it; the same for all servers of a Redis Cluster.
+/// The identity of this run of the node, for all servers of a Redis Cluster.
 pub(super) struct ProcessIdentity {
     pub(super) name: String,
     pub(super) lease: LeaseTimes,
-    /// What the names of all runs of this node begin with.
+    /// The common start of the names of all runs of this node.
     node: String,
     state: Mutex<ProcessState>,
-    /// Another process that lives by the id of this node, if one was found.
+    /// A live process with the same node id, if one was found.
     duplicate: watch::Sender<Option<String>>,
 }
 
 #[derive(Default)]
 struct ProcessState {
-    /// The groups for which it has ever agreed on a server: it may hold what was acknowledged there.
+    /// The groups for which this process has ever agreed on a server: it may hold entries that were
+    /// acknowledged there.
     may_hold: BTreeSet<u16>,
-    /// The processes that live, as far as known.
+    /// The processes that are alive, as far as known.
     peers: BTreeSet<String>,
-    /// Whether everybody who lives has seen this process since it registered.
+    /// Whether every live process has seen this one since it registered.
     seen_by_all: bool,
     renewed: Option<Instant>,
-    /// For each group the last term, and the last in which not everybody was heard.
+    /// For each group the last agreement generation, and the last incomplete one.
     generations: BTreeMap<u16, (u64, u64)>,
-    /// Whether it has ever had a lease. With the first one it says that earlier runs of this node
-    /// have ended; later ones do not, since by then another with the same id may have started.
+    /// Whether this process has ever held a lease. Its first lease states that earlier runs of this
+    /// node have ended. Later ones do not, since another process with the same id may have started
+    /// by then.
     registered: bool,
-    /// Under which name its seats are in the registry.
+    /// The name under which it writes its presence entries.
     incarnation: Option<String>,
 }
 
-/// How long a step under way may take when this process ends.
+/// How long a step in progress may take when this process ends.
 const LAST_STEP_MAX: Duration = Duration::from_millis(500);
-/// How long another process with the id of this node may take to show that it lives.
+/// How long a live process with the same node id may take to renew its lease.
 const DUPLICATE_ANSWER_MAX: Duration = Duration::from_millis(500);
 
 impl ProcessIdentity {
     pub(super) fn new(node: &str, lease: LeaseTimes) -> Self {
         let node = format!("{node}/");
-        let (state, twin) = (Mutex::default(), watch::Sender::default());
-        Self {
-            name: format!("{node}{}", unique(SystemTime::now())),
-            lease,
-            node,
-            state,
-            duplicate: twin,
-        }
+        let (state, duplicate) = (Mutex::default(), watch::Sender::default());
+        Self { name: format!("{node}{}", unique(SystemTime::now())), lease, node, state, duplicate }
     }
 
-    /// Waits until another process was found to live by the id of this node. Cancel-safe.
+    /// Waits until a live process with the same node id was found, and returns its name.
+    /// Cancel-safe.
     pub(super) async fn duplicate(&self) -> String {
-        let mut twin = self.duplicate.subscribe();
+        let mut duplicate = self.duplicate.subscribe();
         // The sender lives as long as `self`.
-        match twin.wait_for(Option::is_some).await.ok().and_then(|twin| twin.clone()) {
-            Some(twin) => twin,
+        match duplicate.wait_for(Option::is_some).await.ok().and_then(|duplicate| duplicate.clone())
+        {
+            Some(duplicate) => duplicate,
             None => std::future::pending().await,
         }
     }
@@ -123,7 +124,7 @@ impl ProcessIdentity {
         self.duplicate.borrow().is_some()
     }
 
-    /// A new name for its seats in the registry.
+    /// Begins a new incarnation, and returns its name.
     pub(super) fn begin_incarnation(&self) -> String {
         let incarnation = format!("{}.{}", self.name, unique(SystemTime::now()));
         self.state.lock().incarnation = Some(incarnation.clone());
@@ -131,9 +132,9 @@ impl ProcessIdentity {
     }
 }
 
-/// A name of letters and digits that no other process or incarnation has: its time in microseconds, and 60
-/// random bits. Sorted as text, those of one node are in the order in which they began, so that what is
-/// done for each of them is done in that order.
+/// A unique name of letters and digits: the time in microseconds and 60 random bits. Sorted as
+/// text, the names of one node are in the order of their start, so that work for each of them is
+/// done in that order.
 fn unique(now: SystemTime) -> String {
     let since_1970 = now.duration_since(UNIX_EPOCH).unwrap_or_default();
     format!("{:013x}{}", since_1970.as_micros(), random_epoch())
@@ -149,7 +150,7 @@ pub(super) struct Agreement {
     lease: redis::Script,
     leave: redis::Script,
     process: Arc<ProcessIdentity>,
-    /// Whether it was looked at how closely replicas follow.
+    /// Whether the settings of the server's replicas were checked.
     checked_replicas: bool,
 }
 
@@ -178,8 +179,8 @@ pub(super) fn start(
             let mut work = pin!(agreement.work(&stopped));
             tokio::select! {
                 () = stopped.cancelled() => {
-                    // A renewal under way is waited for: it could arrive behind the goodbye, and the lease
-                    // would be there again.
+                    // A renewal in progress is waited for: it could arrive after the deregistration
+                    // and bring the lease back.
                     let _ = timeout(LAST_STEP_MAX, work).await;
                 }
                 () = &mut work => {}
@@ -190,48 +191,50 @@ pub(super) fn start(
 }
 
 impl Agreement {
-    /// Works until it is to stop.
+    /// Works until `stopped` is cancelled.
     async fn work(&mut self, stopped: &CancellationToken) {
         let mut pause = RetryPause::default();
         while !stopped.is_cancelled() {
             if self.process.has_duplicate() {
-                // It does not register, so that nobody counts on it.
+                // Without registering, so that no node counts on this process.
                 return std::future::pending().await;
             }
             pause.wait().await;
-            let remake = self.links.reconnect_all.subscribe();
+            let reconnect_all = self.links.reconnect_all.subscribe();
             match self.server.connect(config()).await {
-                Ok((connection, token)) => {
-                    let kept = self.maintain(connection, token, remake, &mut pause, stopped).await;
-                    let Err(error) = kept else { return };
+                Ok((connection, server_id)) => {
+                    let maintained = self
+                        .maintain(connection, server_id, reconnect_all, &mut pause, stopped)
+                        .await;
+                    let Err(error) = maintained else { return };
                     pause.failed(&error);
                     self.server.requirements.record(Detector::Call, &error);
-                    tracing::debug!(%error, "connection for agreement ended");
+                    tracing::debug!(%error, "agreement connection ended");
                 }
                 Err(error) => {
                     pause.failed(&error);
                     if pause.should_log() {
-                        tracing::warn!(%error, "cannot agree on a Redis server with the others");
+                        tracing::warn!(%error, "cannot reach Redis to agree on a server with the other nodes");
                     }
                 }
             }
         }
     }
 
-    /// Keeps this node in agreement while the connection lasts, or until it is to stop.
+    /// Keeps this node in agreement while the connection lasts, or until `stopped` is cancelled.
     ///
     /// # Errors
     ///
-    /// Why it does not any more.
+    /// Why the connection is of no more use.
     async fn maintain(
         &mut self,
         mut connection: MultiplexedConnection,
-        token: ServerId,
-        mut remake: watch::Receiver<u64>,
+        server_id: ServerId,
+        mut reconnect_all: watch::Receiver<u64>,
         pause: &mut RetryPause,
         stopped: &CancellationToken,
     ) -> RedisResult<()> {
-        self.links.observed_server(&self.server, token);
+        self.links.observed_server(&self.server, server_id);
         if !std::mem::replace(&mut self.checked_replicas, true) {
             topology::warn_if_replicas_optional(&mut connection).await;
         }
@@ -240,39 +243,41 @@ impl Agreement {
         let mut agreed = self.server.agreed.subscribe();
         let mut owned = self.server.owned.subscribe();
         loop {
-            let tokens = *state.borrow_and_update();
+            let targets = *state.borrow_and_update();
             agreed.mark_unchanged();
             owned.mark_unchanged();
-            let open = self.server.unagreed_groups(token);
-            let is_settled = open.is_empty();
-            let done = if tokens.any_leads_elsewhere(token) {
-                // Which of them is right is not known here: all are made again.
+            let open = self.server.unagreed_groups(server_id);
+            let is_agreed = open.is_empty();
+            let done = if targets.any_leads_elsewhere(server_id) {
+                // It is not known which of them leads to the right server, so all reconnect.
                 self.links.reconnect_all.send_modify(|count| *count += 1);
                 Err((ErrorKind::Io, "the links lead to different servers").into())
-            } else if tokens.both_lead_to(token) && !is_settled {
-                self.agree(&mut connection, token, open).await
+            } else if targets.both_lead_to(server_id) && !is_agreed {
+                self.agree(&mut connection, server_id, open).await
             } else {
                 Ok(())
             };
             let done = match done {
-                Ok(()) if self.stores_leases() => self.renew_if_due(&mut connection, token).await,
-                Ok(()) => self.verify_barrier(&mut connection, token).await,
+                Ok(()) if self.stores_leases() => {
+                    self.renew_if_due(&mut connection, server_id).await
+                }
+                Ok(()) => self.verify_barrier(&mut connection, server_id).await,
                 failed => failed,
             };
             done?;
             *pause = RetryPause::default();
-            let wait = if is_settled { self.pause_before_renewal() } else { POLL_INTERVAL };
+            let wait = if is_agreed { self.pause_before_renewal() } else { POLL_INTERVAL };
             // All arms are cancel-safe.
             tokio::select! {
                 biased;
                 () = stopped.cancelled() => return Ok(()),
-                _ = remake.changed() => return Err((ErrorKind::Io, "all links are made again").into()),
+                _ = reconnect_all.changed() => return Err((ErrorKind::Io, "all links reconnect").into()),
                 _ = state.changed() => {}
                 _ = agreed.changed() => {}
                 _ = owned.changed() => {}
                 () = &mut moved => {
                     self.links.reconnect_all.send_modify(|count| *count += 1);
-                    return Err((ErrorKind::Io, "the primary is elsewhere").into());
+                    return Err((ErrorKind::Io, "another server is the primary").into());
                 }
                 () = self.links.wake_up.notified() => self.process.state.lock().renewed = None,
                 () = tokio::time::sleep(wait) => {}
@@ -280,7 +285,7 @@ impl Agreement {
         }
     }
 
-    /// Whether leases are kept on this server.
+    /// Whether this server stores the leases.
     fn stores_leases(&self) -> bool {
         self.server.owns(0)
     }
@@ -288,7 +293,7 @@ impl Agreement {
     fn pause_before_renewal(&self) -> Duration {
         let state = self.process.state.lock();
         match state.renewed {
-            // Somebody else does it.
+            // Another server stores them.
             _ if !self.stores_leases() => self.process.lease.duration,
             _ if !state.seen_by_all => SEEN_CHECK_INTERVAL,
             Some(renewed) => {
@@ -299,27 +304,30 @@ impl Agreement {
         }
     }
 
-    /// Heals, checks in and waits until the server is open for `groups`. Returns without agreement
-    /// where the links have changed meanwhile.
+    /// Restores logs, checks in, and waits until the server is open for `groups`. Returns without
+    /// an agreement if the links have changed meanwhile.
     async fn agree(
         &mut self,
         connection: &mut MultiplexedConnection,
-        token: ServerId,
+        server_id: ServerId,
         mut groups: Vec<u16>,
     ) -> RedisResult<()> {
         let begun = Instant::now();
-        self.renew_at_once(connection, token).await?;
-        self.restore(connection, token, &groups).await?;
+        self.renew_at_once(connection, server_id).await?;
+        self.restore(connection, server_id, &groups).await?;
         self.checkin.load_async(connection).await?;
         loop {
             groups.retain(|group| self.server.owns(*group));
-            let all_asked = self.server.unagreed_groups(token).len() == groups.len();
-            if groups.is_empty() || !all_asked || !self.links.targets.borrow().both_lead_to(token) {
+            let all_asked = self.server.unagreed_groups(server_id).len() == groups.len();
+            if groups.is_empty()
+                || !all_asked
+                || !self.links.targets.borrow().both_lead_to(server_id)
+            {
                 return Ok(());
             }
-            let opened = self.check_in(connection, token, &groups).await?;
+            let opened = self.check_in(connection, server_id, &groups).await?;
             if !opened.groups.is_empty() {
-                self.record_agreement(token, &opened, begun.elapsed());
+                self.record_agreement(server_id, &opened, begun.elapsed());
                 groups.retain(|group| !opened.groups.contains(group));
                 self.mailboxes.mark_all_stale();
             }
@@ -327,16 +335,16 @@ impl Agreement {
                 break;
             }
             tokio::time::sleep(POLL_INTERVAL).await;
-            self.renew_if_due(connection, token).await?;
+            self.renew_if_due(connection, server_id).await?;
         }
-        self.renew_at_once(connection, token).await
+        self.renew_at_once(connection, server_id).await
     }
 
-    /// Gives back what this process holds of some groups, where it remembers them.
+    /// Restores the logs of those `groups` of which this process may hold entries.
     async fn restore(
         &self,
         connection: &mut MultiplexedConnection,
-        token: ServerId,
+        server_id: ServerId,
         groups: &[u16],
     ) -> RedisResult<()> {
         let mut remembered = self.process.state.lock().may_hold.clone();
@@ -344,41 +352,43 @@ impl Agreement {
         if remembered.is_empty() {
             return Ok(());
         }
-        // What the links before brought is in the mailboxes by now, in front of this question.
-        let mut holdings = self.mailboxes.replica_snapshots().await;
+        // Entries of the former connections are in the mailboxes by now, ahead of this request.
+        let mut replicas = self.mailboxes.replica_snapshots().await;
         let here = |room: &RoomId| remembered.contains(&self.server.keyspace.group_of(room));
-        holdings.retain(|held| here(&held.room));
-        self.restorer.restore(connection, token, holdings).await?;
+        replicas.retain(|replica| here(&replica.room));
+        self.restorer.restore(connection, server_id, replicas).await?;
         #[cfg(debug_assertions)]
         if skein_core::fault_injection::is_injected(
             skein_core::fault_injection::ProtocolFault::SequencesReused,
         ) {
             return Ok(());
         }
-        let unheard = self.links.node_state.unconfirmed().by_room(here);
-        self.restorer.restore_unconfirmed(connection, token, &self.process.name, unheard).await
+        let unconfirmed = self.links.node_state.unconfirmed().by_room(here);
+        self.restorer
+            .restore_unconfirmed(connection, server_id, &self.process.name, unconfirmed)
+            .await
     }
 
-    fn record_agreement(&self, token: ServerId, opened: &OpenedGroups, took: Duration) {
+    fn record_agreement(&self, server_id: ServerId, opened: &OpenedGroups, took: Duration) {
         let OpenedGroups { groups, complete, missing } = opened;
         let remembered = {
             let state = &mut *self.process.state.lock();
-            // Who was waited for in vain is not waited for again.
+            // A process that has not checked in is not waited for again.
             state.peers.retain(|peer| !missing.contains(peer));
             let remembered = groups.iter().any(|group| state.may_hold.contains(group));
             state.may_hold.extend(groups);
             remembered
         };
         if *complete || !remembered {
-            tracing::info!(%token, ?took, complete, groups = groups.len(),
+            tracing::info!(%server_id, ?took, complete, groups = groups.len(),
                 "the nodes have agreed on a Redis server");
         } else {
-            tracing::warn!(%token, ?took, ?missing, groups = groups.len(),
-                "the nodes have agreed on a Redis server without some that may hold more than it \
-                 has: rooms go on in a new epoch, and members are told");
+            tracing::warn!(%server_id, ?took, ?missing, groups = groups.len(),
+                "the nodes have agreed on a Redis server without processes that may hold entries it \
+                 lacks: rooms continue in a new epoch, and members are notified");
         }
         self.links.metrics.recovery_rounds.of(*complete).inc();
-        self.server.record_agreement(token, groups);
+        self.server.record_agreement(server_id, groups);
         self.mailboxes.node_state().set_agreed(groups.iter().copied(), true);
     }
 
@@ -386,31 +396,32 @@ impl Agreement {
     async fn check_in(
         &self,
         connection: &mut MultiplexedConnection,
-        token: ServerId,
+        server_id: ServerId,
         groups: &[u16],
     ) -> RedisResult<OpenedGroups> {
         let mut pipeline = redis::Pipeline::with_capacity(groups.len());
         pipeline.ignore_errors();
         for group in groups {
-            pipeline.add_command(self.check_in_command(token, *group));
+            pipeline.add_command(self.check_in_command(server_id, *group));
         }
         let answers: Vec<RedisResult<Value>> = pipeline.query_async(connection).await?;
         let mut opened =
             OpenedGroups { groups: Vec::new(), complete: true, missing: BTreeSet::new() };
         for (group, answer) in groups.iter().zip(answers) {
-            let (open, missing, term, owed): (String, Vec<Lossy>, u64, u64) = match answer {
-                Ok(answer) => untrusted::read(&self.links.metrics, "barrier", answer)?,
-                Err(error) if is_slot_error(&error) => {
-                    self.server.topology_stale.notify_one();
-                    continue;
-                }
-                Err(error) => return Err(error),
-            };
+            let (open, missing, generation, last_incomplete): (String, Vec<Lossy>, u64, u64) =
+                match answer {
+                    Ok(answer) => untrusted::read(&self.links.metrics, "barrier", answer)?,
+                    Err(error) if is_slot_error(&error) => {
+                        self.server.topology_stale.notify_one();
+                        continue;
+                    }
+                    Err(error) => return Err(error),
+                };
             if !open.is_empty() {
                 opened.groups.push(*group);
-                let terms = &mut self.process.state.lock().generations;
-                let known = terms.entry(*group).or_default();
-                *known = (known.0.max(term), known.1.max(owed));
+                let generations = &mut self.process.state.lock().generations;
+                let seen_by_all = generations.entry(*group).or_default();
+                *seen_by_all = (seen_by_all.0.max(generation), seen_by_all.1.max(last_incomplete));
                 if open == "0" {
                     opened.complete = false;
                     opened.missing.extend(texts(missing));
@@ -420,20 +431,21 @@ impl Agreement {
         Ok(opened)
     }
 
-    fn check_in_command(&self, token: ServerId, group: u16) -> redis::Cmd {
+    fn check_in_command(&self, server_id: ServerId, group: u16) -> redis::Cmd {
         let state = &mut *self.process.state.lock();
-        let (term, owed) = state.generations.get(&group).copied().unwrap_or_default();
+        let (generation, last_incomplete) =
+            state.generations.get(&group).copied().unwrap_or_default();
         let mut command = redis::cmd("EVALSHA");
         command
             .arg(self.checkin.get_hash())
             .arg(1)
             .arg(self.server.keyspace.barrier(group))
-            .arg(token.to_string())
+            .arg(server_id.to_string())
             .arg(&self.process.name)
             .arg(self.process.lease.duration.as_millis() as u64)
             .arg(self.process.lease.fresh_wait.as_millis() as u64)
-            .arg(term)
-            .arg(owed);
+            .arg(generation)
+            .arg(last_incomplete);
         if state.may_hold.contains(&group) {
             state.peers.insert(self.process.name.clone());
             #[cfg(debug_assertions)]
@@ -459,19 +471,19 @@ impl Agreement {
     async fn renew_at_once(
         &self,
         connection: &mut MultiplexedConnection,
-        token: ServerId,
+        server_id: ServerId,
     ) -> RedisResult<()> {
         if self.stores_leases() {
             self.process.state.lock().renewed = None;
         }
-        self.renew_if_due(connection, token).await
+        self.renew_if_due(connection, server_id).await
     }
 
-    /// Renews the lease where it is time, and lets this node stand while it lasts.
+    /// Renews the lease if it is due, and extends this node's lease accordingly.
     async fn renew_if_due(
         &self,
         connection: &mut MultiplexedConnection,
-        token: ServerId,
+        server_id: ServerId,
     ) -> RedisResult<()> {
         let (is_due, is_first) = {
             let state = self.process.state.lock();
@@ -495,7 +507,7 @@ impl Agreement {
             .arg(&self.process.name)
             .arg(self.process.lease.duration.as_millis() as u64)
             .arg(keyspace.wake_up_channel())
-            .arg(token.to_string())
+            .arg(server_id.to_string())
             .arg(if is_first { &self.process.node } else { "" })
             .invoke_async(connection)
             .await?;
@@ -505,44 +517,45 @@ impl Agreement {
         if is_first {
             self.check_for_duplicate(connection, &predecessors).await?;
         }
-        let known = {
+        let seen_by_all = {
             let state = &mut *self.process.state.lock();
             state.renewed = Some(asked);
             state.registered = true;
-            // A lease that has lapsed is a new one: the others may have gone on without this process.
+            // An expired lease is a new one: the others may have continued without this process.
             state.seen_by_all = seen || state.seen_by_all && !new;
-            // Who lives may not have come to this server yet, or not since it was flushed.
+            // Live processes may not have registered on this server yet, or not since it was
+            // flushed.
             state.peers.extend(alive.iter().cloned());
-            if !self.server.has_agreed_on(token, 0) {
+            if !self.server.has_agreed_on(server_id, 0) {
                 return Ok(());
             }
             state.seen_by_all
         };
-        if !known {
+        if !seen_by_all {
             self.mailboxes.node_state().drop_lease();
         }
-        self.verify_barrier(connection, token).await?;
-        if self.server.has_agreed_on(token, 0) {
-            // Whose lease is over is waited for no longer.
+        self.verify_barrier(connection, server_id).await?;
+        if self.server.has_agreed_on(server_id, 0) {
+            // A process whose lease has expired is not waited for any longer.
             self.process.state.lock().peers = alive.into_iter().collect();
         }
-        if known {
+        if seen_by_all {
             self.measure_clock_skew(connection).await?;
-            let standing = self.mailboxes.node_state();
-            let stood = standing.holds_lease(Instant::now());
+            let node_state = self.mailboxes.node_state();
+            let held_lease = node_state.holds_lease(Instant::now());
             let lease = self.process.lease;
-            standing.extend_lease(asked + lease.duration - lease.margin);
-            if !stood {
-                // What arrived meanwhile was not passed on, and publishes wait.
+            node_state.extend_lease(asked + lease.duration - lease.margin);
+            if !held_lease {
+                // Entries that arrived meanwhile were not delivered, and publishes wait.
                 self.mailboxes.mark_all_stale();
-                standing.notify_lease_reacquired();
+                node_state.notify_lease_reacquired();
             }
         }
         Ok(())
     }
 
-    /// Notes how far this node's clock is from that of Redis: times of messages are the former's, what
-    /// is kept for how long is up to the latter.
+    /// Measures how far this node's clock is ahead of that of Redis. Timestamps of messages come
+    /// from the former, retention follows the latter.
     async fn measure_clock_skew(&self, connection: &mut MultiplexedConnection) -> RedisResult<()> {
         let asked = (Instant::now(), SystemTime::now());
         let (seconds, micros): (u64, u64) = redis::cmd("TIME").query_async(connection).await?;
@@ -555,14 +568,14 @@ impl Agreement {
             tracing::warn!(
                 skew_seconds = skew,
                 suppressed,
-                "this node's clock and that of Redis differ by more than a second: have both \
-                 follow NTP; a positive value means that this node's is ahead"
+                "the clocks of this node and of Redis differ by more than a second: synchronise both \
+                 with NTP; the node's clock is ahead if the value is positive"
             );
         }
         Ok(())
     }
 
-    /// The processes of this node whose leases have not ended, and when they do.
+    /// The other processes of this node that hold a lease, and when it expires, ms.
     async fn leases_of_this_node(
         &self,
         connection: &mut MultiplexedConnection,
@@ -589,13 +602,13 @@ impl Agreement {
         poke.arg(keyspace.wake_up_channel()).arg(&self.process.name).query_async(connection).await
     }
 
-    /// The earlier runs of this node whose leases have not ended: all of them have, unless they renew
-    /// their leases when they are poked. A renewal that was under way when a process was killed may
-    /// come by once, so that it takes two.
+    /// The earlier runs of this node that still hold a lease. A run counts as ended unless it
+    /// renews its lease when it is woken up. One renewal does not show that it is alive: it may
+    /// have been in progress when the process was killed.
     ///
     /// # Errors
     ///
-    /// One of them lives, and is this node's twin.
+    /// One of them is alive: it is a duplicate of this process.
     async fn predecessors(
         &self,
         connection: &mut MultiplexedConnection,
@@ -626,36 +639,36 @@ impl Agreement {
         Ok(predecessors)
     }
 
-    /// Looks, once this process has registered, whether another one has by the id of this node at the
-    /// same time. Of two that start at once one at least finds the other.
+    /// Checks, once this process has registered, whether another process with the same node id has.
+    /// Of two that start at once, at least one finds the other.
     async fn check_for_duplicate(
         &self,
         connection: &mut MultiplexedConnection,
         predecessors: &BTreeSet<String>,
     ) -> RedisResult<()> {
         let others = self.leases_of_this_node(connection).await?;
-        let Some(twin) = others.into_keys().find(|name| !predecessors.contains(name)) else {
+        let Some(duplicate) = others.into_keys().find(|name| !predecessors.contains(name)) else {
             return Ok(());
         };
         let mut delete = redis::cmd("HDEL");
         delete.arg(self.server.keyspace.leases()).arg(&self.process.name);
         delete.query_async::<()>(connection).await?;
-        Err(self.found_duplicate(twin))
+        Err(self.found_duplicate(duplicate))
     }
 
-    fn found_duplicate(&self, twin: String) -> RedisError {
-        self.process.duplicate.send_replace(Some(twin));
-        (ErrorKind::Client, "another process lives by the id of this node").into()
+    fn found_duplicate(&self, duplicate: String) -> RedisError {
+        self.process.duplicate.send_replace(Some(duplicate));
+        (ErrorKind::Client, "another live process has the id of this node").into()
     }
 
-    /// Takes the agreement back where the server does not know of it any more: it was flushed. Who
-    /// appends finds that out by the scripts; who only reads would be refused for ever.
+    /// Revokes the agreement if the server does not know of it: it was flushed. Scripts tell that
+    /// to a node that appends; a node that only reads would be rejected for ever.
     async fn verify_barrier(
         &self,
         connection: &mut MultiplexedConnection,
-        token: ServerId,
+        server_id: ServerId,
     ) -> RedisResult<()> {
-        let agreed_on = |group: &u16| self.server.has_agreed_on(token, *group);
+        let agreed_on = |group: &u16| self.server.has_agreed_on(server_id, *group);
         let Some(group) = self.server.owned.borrow().iter().copied().find(agreed_on) else {
             return Ok(());
         };
@@ -670,66 +683,66 @@ impl Agreement {
                 self.server.topology_stale.notify_one();
                 return Ok(());
             }
-            // Checking in makes it anew.
+            // Checking in creates it anew.
             Err(error) if untrusted::is_wrong_type(&error) => (None, None),
             asked => asked?,
         };
-        if agreed != Some(Lossy(token.to_string())) || open.is_none() {
-            self.links.found_unagreed(&self.server, token);
+        if agreed != Some(Lossy(server_id.to_string())) || open.is_none() {
+            self.links.found_unagreed(&self.server, server_id);
         }
         Ok(())
     }
 
-    /// Gives the lease back, so that nobody waits for a process that has ended in order. Before that
-    /// it is noted when, so that its users are not taken for gone while they go elsewhere.
+    /// Deregisters this process and releases its lease, so that no node waits for it. Records the
+    /// time first, so that its users stay present while they reconnect to other nodes.
     async fn deregister(&self) {
         if !self.stores_leases() {
             return;
         }
-        let goodbye = async {
-            let (mut connection, token) = self.server.connect(config()).await?;
+        let deregistration = async {
+            let (mut connection, server_id) = self.server.connect(config()).await?;
             let keyspace = self.server.keyspace;
             let (seconds, micros): (u64, u64) =
                 redis::cmd("TIME").query_async(&mut connection).await?;
             let now = seconds * 1000 + micros / 1000;
-            let mut goodbye = redis::pipe();
+            let mut deregistration = redis::pipe();
             if let Some(incarnation) = self.process.state.lock().incarnation.clone() {
                 let row = format!("{} {now}", self.process.name);
-                goodbye.cmd("HSET").arg(keyspace.incarnations()).arg(incarnation).arg(row);
+                deregistration.cmd("HSET").arg(keyspace.incarnations()).arg(incarnation).arg(row);
             }
-            goodbye.cmd("HDEL").arg(keyspace.announced()).arg(&self.process.name);
-            goodbye.cmd("HDEL").arg(keyspace.commands(":nodes")).arg(&self.process.name);
-            goodbye.query_async::<()>(&mut connection).await?;
+            deregistration.cmd("HDEL").arg(keyspace.announced()).arg(&self.process.name);
+            deregistration.cmd("HDEL").arg(keyspace.commands(":nodes")).arg(&self.process.name);
+            deregistration.query_async::<()>(&mut connection).await?;
             let mut leave = self.leave.key(keyspace.leases());
-            leave.key(keyspace.barrier(0)).arg(&self.process.name).arg(token.to_string());
-            leave.arg(if self.has_all_acknowledged(token) { "1" } else { "" });
+            leave.key(keyspace.barrier(0)).arg(&self.process.name).arg(server_id.to_string());
+            leave.arg(if self.has_all_acknowledged(server_id) { "1" } else { "" });
             leave.invoke_async::<bool>(&mut connection).await
         };
-        match goodbye.await {
+        match deregistration.await {
             Ok(true) => {
-                tracing::info!("the last node leaves: all that was acknowledged is in Redis");
+                tracing::info!("the last node has left: Redis has every acknowledged message");
             }
             Ok(false) => {}
             Err(error) => {
-                tracing::debug!(%error, "the others do not know that this node has ended");
+                tracing::debug!(%error, "cannot deregister: the other nodes wait for this one until its lease expires");
             }
         }
     }
 
-    /// Whether all that this process knows to be acknowledged is with the server: it was acknowledged by
-    /// it, or given to it before the nodes agreed. In a Redis Cluster that is several servers' matter,
-    /// whose notes would not be of one moment.
-    fn has_all_acknowledged(&self, token: ServerId) -> bool {
-        let standing = self.mailboxes.node_state();
+    /// Whether the server has everything that this process knows to be acknowledged: the server
+    /// acknowledged it, or got it before the nodes agreed. Always `false` in a Redis Cluster, where
+    /// it would concern several servers whose records are not of one moment.
+    fn has_all_acknowledged(&self, server_id: ServerId) -> bool {
+        let node_state = self.mailboxes.node_state();
         self.server.keyspace.groups() == 1
-            && self.server.has_agreed_on(token, 0)
-            && standing.holds_lease(Instant::now())
-            && standing.unconfirmed().is_all_from(token)
+            && self.server.has_agreed_on(server_id, 0)
+            && node_state.holds_lease(Instant::now())
+            && node_state.unconfirmed().is_all_from(server_id)
     }
 }
 
-/// How far a clock is ahead of another, in seconds, which was read at some time within `took` from
-/// `asked` on.
+/// How far this clock is ahead of another one, in seconds. The other one showed `there` at some
+/// time within `took` after `asked`.
 fn skew_of(asked: SystemTime, took: Duration, there: SystemTime) -> f64 {
     let here = asked + took / 2;
     match here.duration_since(there) {
@@ -738,12 +751,12 @@ fn skew_of(asked: SystemTime, took: Duration, there: SystemTime) -> f64 {
     }
 }
 
-/// What a server is open for.
+/// The groups that a server has opened for.
 struct OpenedGroups {
     groups: Vec<u16>,
-    /// Whether all were heard.
+    /// Whether every known process has checked in.
     complete: bool,
-    /// Who was not.
+    /// The processes that have not.
     missing: BTreeSet<String>,
 }
 
@@ -752,7 +765,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_clock_is_ahead_or_behind_by_what_half_of_the_question_took_later() {
+    fn clock_skew_is_measured_at_half_of_the_round_trip() {
         let at = |seconds: u64| UNIX_EPOCH + Duration::from_secs(seconds);
         let took = Duration::from_millis(500);
         assert_eq!(skew_of(at(100), took, at(90)), 10.25);
@@ -761,12 +774,12 @@ mod tests {
     }
 
     #[test]
-    fn names_are_unique_and_in_the_order_in_which_they_began() {
+    fn names_are_unique_and_sort_by_their_start() {
         let name = |micros| unique(UNIX_EPOCH + Duration::from_micros(micros));
         let (before, after) = (0x6_0a24_181d_ffff, 0x6_0a24_181e_0000);
         assert!(name(before) < name(after) && name(0) < name(before));
         assert_ne!(name(before), name(before));
-        // Of one length, and such as `lease.lua` takes for a process' own.
+        // Of a constant length, and as `lease.lua` expects the name of a process.
         assert!(name(0).len() == 23 && name(before).len() == 23);
         assert!(name(before).chars().all(|letter| letter.is_ascii_alphanumeric()));
     }

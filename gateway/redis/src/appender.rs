@@ -149,9 +149,9 @@ impl AppendWorker {
         loop {
             let heard = self.links.probe.received_count();
             match self.connect_while_expiring(&mut pause).await {
-                Ok((connection, token, remake)) => {
-                    self.links.set(&self.server, LinkKind::Append, Some(token));
-                    let error = self.serve(connection, token, remake).await;
+                Ok((connection, server_id, remake)) => {
+                    self.links.set(&self.server, LinkKind::Append, Some(server_id));
+                    let error = self.serve(connection, server_id, remake).await;
                     if self.links.probe.received_count() != heard {
                         // It did its work: until then the next attempts become rarer.
                         pause = RetryPause::default();
@@ -183,8 +183,8 @@ impl AppendWorker {
         let mut attempt = Box::pin(async move {
             tokio::time::sleep(pause).await;
             let remake = links.reconnect_all.subscribe();
-            let (connection, token) = connect(&server, &scripts, &permitted).await?;
-            Ok((connection, token, remake))
+            let (connection, server_id) = connect(&server, &scripts, &permitted).await?;
+            Ok((connection, server_id, remake))
         });
         loop {
             self.expire();
@@ -218,10 +218,10 @@ impl AppendWorker {
 
     /// Whether anything may be sent to the server `id`. Where that was agreed on since the last
     /// question it is first given the tail.
-    fn may_send(&mut self, token: ServerId) -> bool {
+    fn may_send(&mut self, server_id: ServerId) -> bool {
         let now = Instant::now();
         let agreed = self.server.agreed.borrow().clone();
-        let is_agreed = agreed.id == Some(token);
+        let is_agreed = agreed.id == Some(server_id);
         if !is_agreed {
             // Where the same server is agreed on again, it was flushed meanwhile.
             self.open = AgreedServer::default();
@@ -234,12 +234,12 @@ impl AppendWorker {
             #[cfg(not(debug_assertions))]
             return false;
         }
-        if self.open.id != Some(token) || !Arc::ptr_eq(&self.open.groups, &agreed.groups) {
+        if self.open.id != Some(server_id) || !Arc::ptr_eq(&self.open.groups, &agreed.groups) {
             let keyspace = self.server.keyspace;
             let tail = self.links.node_state.unconfirmed().to_republish(
                 |room| {
                     let group = keyspace.group_of(room);
-                    agreed.is_on(token, group) && !self.open.is_on(token, group)
+                    agreed.is_on(server_id, group) && !self.open.is_on(server_id, group)
                 },
                 now,
             );
@@ -267,7 +267,7 @@ impl AppendWorker {
     async fn serve(
         &mut self,
         connection: MultiplexedConnection,
-        token: ServerId,
+        server_id: ServerId,
         mut remake: watch::Receiver<u64>,
     ) -> RedisError {
         let mut agreed = self.server.agreed.subscribe();
@@ -282,10 +282,10 @@ impl AppendWorker {
         loop {
             agreed.mark_unchanged();
             regained.mark_unchanged();
-            if sent.len() < PIPELINES_IN_FLIGHT_MAX && self.may_send(token) {
+            if sent.len() < PIPELINES_IN_FLIGHT_MAX && self.may_send(server_id) {
                 let batch = self.next_batch();
                 if !batch.is_empty() {
-                    sent.push_back(self.send(connection.clone(), token, batch));
+                    sent.push_back(self.send(connection.clone(), server_id, batch));
                     continue;
                 }
             }
@@ -299,7 +299,7 @@ impl AppendWorker {
                 Some(answered) = sent.next() => answered,
                 Some(order) = self.drains.recv() => {
                     // What is under way may come back unanswered, and goes along then.
-                    let settled = self.complete_all(token, Ok(()), VecDeque::new(), &mut sent).await;
+                    let settled = self.complete_all(server_id, Ok(()), VecDeque::new(), &mut sent).await;
                     self.drain_groups(order);
                     match settled {
                         Ok(()) => continue,
@@ -317,7 +317,7 @@ impl AppendWorker {
                 _ = agreed.changed() => continue,
                 _ = regained.changed() => continue,
                 _ = remake.changed() => {
-                    (Vec::new(), Err((ErrorKind::Io, "all links are made again").into()))
+                    (Vec::new(), Err((ErrorKind::Io, "all links reconnect").into()))
                 }
                 () = sleep_until(deadline) => {
                     self.expire();
@@ -352,13 +352,13 @@ impl AppendWorker {
                 }
             };
             let mut again = VecDeque::new();
-            let mut settled = self.complete(token, batch, result, &mut again);
+            let mut settled = self.complete(server_id, batch, result, &mut again);
             if settled.is_err() || !again.is_empty() {
-                settled = self.complete_all(token, settled, again, &mut sent).await;
+                settled = self.complete_all(server_id, settled, again, &mut sent).await;
             }
             if let Err(error) = settled {
                 if is_unagreed(&error) {
-                    self.links.found_unagreed(&self.server, token);
+                    self.links.found_unagreed(&self.server, server_id);
                 }
                 return error;
             }
@@ -369,13 +369,13 @@ impl AppendWorker {
     /// that count. What has no answer goes ahead of what waits.
     async fn complete_all(
         &mut self,
-        token: ServerId,
+        server_id: ServerId,
         mut settled: Result<(), RedisError>,
         mut again: VecDeque<QueuedAppend>,
         sent: &mut FuturesOrdered<InFlight>,
     ) -> Result<(), RedisError> {
         while let Some((batch, result)) = sent.next().await {
-            settled = settled.and(self.complete(token, batch, result, &mut again));
+            settled = settled.and(self.complete(server_id, batch, result, &mut again));
         }
         self.queue.requeue(again);
         settled
@@ -384,7 +384,7 @@ impl AppendWorker {
     fn send(
         &self,
         mut connection: MultiplexedConnection,
-        token: ServerId,
+        server_id: ServerId,
         mut batch: Vec<QueuedAppend>,
     ) -> InFlight {
         let mut pipeline = redis::Pipeline::with_capacity(batch.len());
@@ -393,7 +393,7 @@ impl AppendWorker {
             let Append { room, envelope, .. } = &queued.append;
             queued.number =
                 Some(self.links.node_state.unconfirmed().track(room, envelope, queued.number));
-            pipeline.add_command(self.command(queued, token));
+            pipeline.add_command(self.command(queued, server_id));
         }
         Box::pin(async move {
             let result = pipeline.query_async(&mut connection).await;
@@ -401,7 +401,7 @@ impl AppendWorker {
         })
     }
 
-    fn command(&self, queued: &QueuedAppend, token: ServerId) -> redis::Cmd {
+    fn command(&self, queued: &QueuedAppend, server_id: ServerId) -> redis::Cmd {
         let append = &queued.append;
         let retention = &self.server.retention;
         let (epoch, seq) = position_args(queued.hint.as_ref());
@@ -415,7 +415,7 @@ impl AppendWorker {
         let further = user.as_ref().map(|_| keyspace.last_seen_and_online(&append.room));
         let further = further.as_ref().map_or(&[][..], |keys| &keys[..]);
         let kept = retention.of(&append.room);
-        let mut command = self.server.call_with(script, &append.room, token, further);
+        let mut command = self.server.call_with(script, &append.room, server_id, further);
         command
             .arg(&append.envelope.dedup_key()[..])
             .arg(&append.envelope.as_bytes()[..])
@@ -448,7 +448,7 @@ impl AppendWorker {
     /// The first error that says that this connection is of no more use.
     fn complete(
         &mut self,
-        token: ServerId,
+        server_id: ServerId,
         batch: Vec<QueuedAppend>,
         result: RedisResult<Vec<RedisResult<Value>>>,
         again: &mut VecDeque<QueuedAppend>,
@@ -470,7 +470,7 @@ impl AppendWorker {
             match answer.and_then(parse_appended) {
                 Ok(appended) => {
                     // Before the sender hears of it: from then on it must not be lost.
-                    let dropped = tail.acknowledged(&id, &appended.position, token, now);
+                    let dropped = tail.acknowledged(&id, &appended.position, server_id, now);
                     self.links.metrics.unconfirmed_publishes_dropped.inc_by(dropped);
                     (queued.append.done)(Ok(appended));
                 }
@@ -541,12 +541,12 @@ async fn connect(
     scripts: &[redis::Script],
     permitted: &redis::Script,
 ) -> Result<(MultiplexedConnection, ServerId), RedisError> {
-    let (mut connection, token) = server.connect(config()).await?;
+    let (mut connection, server_id) = server.connect(config()).await?;
     for script in scripts {
         script.load_async(&mut connection).await?;
     }
     check_health(connection.clone(), server.clone(), permitted.clone()).await?;
-    Ok((connection, token))
+    Ok((connection, server_id))
 }
 
 /// Whether the link lives, and whether the server is what it has to be.

@@ -1,13 +1,13 @@
-//! The bus of a cluster: logs in Redis, entries passed on by its pub/sub.
+//! The bus of a cluster: logs in Redis, whose pub/sub delivers their entries to the nodes.
 //!
-//! Three ways to a server, each with connections of its own. `appender` sends publishes, pipelined
-//! on one connection. `subscriber` hears what is published in the rooms followed. Reads go
-//! through a pool (`log`). The first two reconnect by loops of ours, for ever: a library that
-//! reconnects below us would hide that something was missed. `agreement` is what the nodes do before
-//! a server is used.
+//! A node has three kinds of connections to a server. `appender` sends publishes, pipelined on one
+//! connection. `subscriber` receives what is published in the subscribed rooms. Reads use a pool
+//! (`log`). The first two reconnect in loops of their own, for ever: a library that reconnects
+//! below them would hide that messages were missed. `agreement` is what the nodes do before they
+//! use a server.
 //!
-//! In a Redis Cluster there is such a set of connections per primary, and `router` knows which room
-//! is whose.
+//! In a Redis Cluster there is one such set of connections per primary, and `router` knows which
+//! primary serves a room.
 
 use std::{sync::Arc, time::Duration};
 
@@ -66,80 +66,83 @@ use router::Router;
 use store::StoreWorker;
 use topology::{Dial, TlsFiles, Topology, TopologyError};
 
-/// How long Redis may take to answer before the link counts as dead. A publish whose answer is
-/// late is repeated with its id, so that a false alarm costs a reconnect and nothing else.
+/// How long Redis may take to answer before the connection counts as dead. A publish whose answer
+/// is late is repeated with its id, so that a false alarm costs no more than a reconnect.
 const RESPONSE_MAX: Duration = Duration::from_secs(2);
 const CONNECT_MAX: Duration = Duration::from_secs(1);
-/// The longest pause between two attempts to connect: a cluster is whole again within a second
-/// of Redis' return.
+/// The longest pause between two attempts to connect: a cluster works again within a second of
+/// Redis' return.
 const RETRY_PAUSE_MAX: Duration = Duration::from_millis(250);
-/// The same where Redis forbids something or is too old.
+/// The longest pause while Redis denies a permission or is too old.
 const PERSISTENT_PAUSE_MAX: Duration = Duration::from_secs(5);
 
-/// How long a lease lasts unless options say otherwise.
+/// The duration of a lease unless configured.
 pub const LEASE: Duration = Duration::from_secs(10);
 
-/// How to reach Redis and how rooms lie in it.
+/// How to reach Redis, and how rooms are stored in it.
 #[derive(Clone, Debug)]
 pub struct RedisOptions {
-    /// How to reach the servers, as [`topology::url`] says.
+    /// The servers' URL, in the format of [`topology::url`].
     pub url: String,
-    /// For servers that are reached through TLS.
+    /// Files for TLS connections.
     pub tls: TlsFiles,
-    /// Over how many partitions rooms are spread; the same on all nodes, for good.
+    /// The number of partitions that rooms are spread over; the same on all nodes, for good.
     pub partitions: u16,
-    /// How long the other nodes count on this one after it renewed its lease; the same on all nodes.
+    /// How long the other nodes count on this one after it has renewed its lease; the same on all
+    /// nodes.
     pub lease: Duration,
-    /// How long logs are kept.
+    /// The retention of logs.
     pub retention: Retention,
-    /// How long what is known of rooms is kept.
+    /// Options of the room store.
     pub registry: RoomStoreOptions,
-    /// How long sessions are kept.
+    /// Options of the session store.
     pub sessions: SessionOptions,
     /// The id of this node.
     pub node: String,
 }
 
-/// Why the bus cannot be started with these options.
+/// Why the bus cannot start with these options.
 #[derive(Debug, thiserror::Error)]
 pub enum RedisStartError {
     /// No connections can be made as configured.
     #[error(transparent)]
     Open(#[from] TopologyError),
-    /// The server is older than what is needed.
-    #[error("Redis is {found} at cluster.redis_url, and gateways need 7.0 or newer (or Valkey)")]
+    /// The server is too old.
+    #[error(
+        "cluster.redis_url: Redis {found} is too old: upgrade it to 7.0 or newer, or to Valkey"
+    )]
     Version {
-        /// What it says it is.
+        /// The version it reports.
         found: String,
     },
-    /// Another gateway has the id of this node.
+    /// Another gateway has the same node id.
     #[error(
-        "node.id is {node}, and another gateway that lives has the same id on this Redis (its process is \
-         {other}, this one {own}): counts, orders and drains would be mixed up; give one of them another \
-         id, or stop it"
+        "node.id: another running gateway on this Redis is also named {node} (its process is {other}, \
+         this one {own}): presence, control commands and drains would be mixed up; give one of \
+         them another id, or stop it"
     )]
     NodeId {
-        /// The id.
+        /// The node id.
         node: String,
-        /// The process that has it.
+        /// The other process.
         other: String,
         /// This process.
         own: String,
     },
     /// Other nodes use another number of partitions.
     #[error(
-        "cluster.partitions is {configured} here, but the cluster on this Redis uses {recorded}: \
-         rooms would lie in other places for this node than for the others"
+        "cluster.partitions is {configured}, but the cluster on this Redis uses {recorded}: this node \
+         would look for rooms under other keys than the other nodes; set {recorded}"
     )]
     Partitions {
-        /// What this node was told.
+        /// The number configured on this node.
         configured: u16,
-        /// What the first node recorded.
+        /// The number that the first node recorded.
         recorded: u16,
     },
 }
 
-/// Logs and registry in Redis.
+/// Logs, presence, rooms, sessions and control commands in Redis.
 pub struct RedisBus {
     router: Arc<Router>,
     store: Arc<StoreWorker>,
@@ -147,7 +150,7 @@ pub struct RedisBus {
 }
 
 impl RedisBus {
-    /// Starts to connect, and keeps connected.
+    /// Starts to connect, and reconnects for ever.
     ///
     /// # Errors
     ///
@@ -158,11 +161,11 @@ impl RedisBus {
         metrics: Arc<Metrics>,
         tasks: &Tasks,
     ) -> Result<Self, RedisStartError> {
-        let way = topology::open(&options.url, &options.tls)?;
-        Ok(Self::start_on(way, options, mailboxes, metrics, tasks))
+        let topology = topology::open(&options.url, &options.tls)?;
+        Ok(Self::start_on(topology, options, mailboxes, metrics, tasks))
     }
 
-    /// As [`RedisBus::start`], with connections to one server made by `dial`.
+    /// Starts with connections to one server that `dial` makes.
     pub fn start_with(
         dial: Arc<dyn Dial>,
         options: RedisOptions,
@@ -174,20 +177,20 @@ impl RedisBus {
     }
 
     fn start_on(
-        way: Topology,
+        topology: Topology,
         options: RedisOptions,
         mailboxes: Mailboxes,
         metrics: Arc<Metrics>,
         tasks: &Tasks,
     ) -> Self {
-        let (registry, sessions) = (options.registry.clone(), options.sessions.clone());
-        let router = Router::start(way, options, mailboxes, metrics, tasks);
-        let registrar = StoreWorker::start(router.clone(), registry, sessions, tasks);
-        let book = Arc::new(RedisControlQueue::new(registrar.clone()));
-        Self { router, store: registrar, commands: book }
+        let (rooms, sessions) = (options.registry.clone(), options.sessions.clone());
+        let router = Router::start(topology, options, mailboxes, metrics, tasks);
+        let store = StoreWorker::start(router.clone(), rooms, sessions, tasks);
+        let book = Arc::new(RedisControlQueue::new(store.clone()));
+        Self { router, store, commands: book }
     }
 
-    /// Waits until Redis has been reached and this node's view of it is the other nodes'.
+    /// Waits until this node has reached Redis and has agreed on it with the other nodes.
     ///
     /// # Errors
     ///
@@ -197,13 +200,13 @@ impl RedisBus {
         let mut pause = RetryPause::default();
         loop {
             pause.wait().await;
-            // What there is once in all lies in group 0, which may move meanwhile.
-            let set = self.router.connections_for(0).await;
-            match set.server.recorded_partition_count().await {
+            // State of the whole cluster is in group 0, which may move meanwhile.
+            let connections = self.router.connections_for(0).await;
+            match connections.server.recorded_partition_count().await {
                 Ok(recorded) if recorded == configured => break,
                 Ok(recorded) => return Err(RedisStartError::Partitions { configured, recorded }),
                 Err(error) => {
-                    if let Some(found) = too_old(&set.server.requirements, &error) {
+                    if let Some(found) = too_old(&connections.server.requirements, &error) {
                         return Err(RedisStartError::Version { found });
                     }
                     pause.failed(&error);
@@ -247,8 +250,8 @@ impl Bus for RedisBus {
 
     fn read(&self, room: RoomId, range: ReadRange) -> BoxFuture<Result<LogPage, BusError>> {
         let group = self.router.keyspace().group_of(&room);
-        let question = move |log: &RedisLog| log.read(room.clone(), range);
-        Box::pin(self.router.clone().query(group, question))
+        let query = move |log: &RedisLog| log.read(room.clone(), range);
+        Box::pin(self.router.clone().query(group, query))
     }
 
     fn heads(&self, rooms: Vec<RoomId>) -> BoxFuture<Result<Vec<Option<Position>>, BusError>> {
@@ -266,9 +269,9 @@ impl Bus for RedisBus {
     }
 
     fn failed_check(&self) -> Option<&'static str> {
-        // What an operator has to do something about goes before what passes by itself.
-        let unmet = self.router.unmet_requirement();
-        unmet.or(if !self.router.is_up() {
+        // A condition that needs an operator goes before one that passes by itself.
+        let requirement = self.router.unmet_requirement();
+        requirement.or(if !self.router.is_up() {
             Some("bus")
         } else if self.router.evicts_keys() {
             Some("maxmemory_policy")
@@ -279,16 +282,16 @@ impl Bus for RedisBus {
 }
 
 impl PresenceStore for RedisBus {
-    fn track(&self, seat: NodePresence) {
-        self.store.track(seat);
+    fn track(&self, report: NodePresence) {
+        self.store.track(report);
     }
 
     fn admit(
         &self,
-        seat: NodePresence,
-        rules: Option<JoinConditions>,
+        report: NodePresence,
+        conditions: Option<JoinConditions>,
     ) -> BoxFuture<Result<JoinSnapshot, AdmitError>> {
-        self.store.admit(seat, rules)
+        self.store.admit(report, conditions)
     }
 
     fn snapshots(&self, rooms: Vec<RoomId>) -> BoxFuture<Result<Vec<PresenceSnapshot>, BusError>> {
@@ -320,17 +323,17 @@ impl PresenceStore for RedisBus {
         self.store.set_read_mark(room, user, seq, by);
     }
 
-    fn publish_ephemeral(&self, room: RoomId, notice: EphemeralEvent, done: AppendCallback) {
-        self.store.publish_ephemeral(room, &notice, done);
+    fn publish_ephemeral(&self, room: RoomId, event: EphemeralEvent, done: AppendCallback) {
+        self.store.publish_ephemeral(room, &event, done);
     }
 
     fn create(
         &self,
         room: RoomId,
-        record: RoomConfig,
+        config: RoomConfig,
         owned_max: Option<usize>,
     ) -> BoxFuture<Result<CreateOutcome, BusError>> {
-        Box::pin(self.store.clone().create(room, record, owned_max))
+        Box::pin(self.store.clone().create(room, config, owned_max))
     }
 
     fn find(&self, room: RoomId) -> BoxFuture<Result<Option<RoomSummary>, BusError>> {
@@ -354,14 +357,14 @@ impl PresenceStore for RedisBus {
         by: Option<ConnectionId>,
     ) -> BoxFuture<Result<DeleteOutcome, BusError>> {
         let group = self.router.keyspace().group_of(&room);
-        let question = move |log: &RedisLog| log.delete_room(room.clone(), owner.clone(), by);
-        Box::pin(self.router.clone().query(group, question))
+        let query = move |log: &RedisLog| log.delete_room(room.clone(), owner.clone(), by);
+        Box::pin(self.router.clone().query(group, query))
     }
 }
 
 impl ControlQueue for RedisBus {
-    fn enqueue(&self, order: ControlCommand) -> BoxFuture<Result<CommandId, BusError>> {
-        Box::pin(self.commands.clone().enqueue(order))
+    fn enqueue(&self, command: ControlCommand) -> BoxFuture<Result<CommandId, BusError>> {
+        Box::pin(self.commands.clone().enqueue(command))
     }
 
     fn poll(&self) -> BoxFuture<CommandBatch> {
@@ -372,8 +375,8 @@ impl ControlQueue for RedisBus {
         Box::pin(self.commands.clone().mark_applied(id))
     }
 
-    fn reply(&self, id: CommandId, answer: String) -> BoxFuture<Result<(), BusError>> {
-        Box::pin(self.commands.clone().reply(id, answer))
+    fn reply(&self, id: CommandId, reply: String) -> BoxFuture<Result<(), BusError>> {
+        Box::pin(self.commands.clone().reply(id, reply))
     }
 
     fn progress(&self, id: CommandId) -> BoxFuture<Result<CommandProgress, BusError>> {
@@ -386,8 +389,8 @@ impl ControlQueue for RedisBus {
 }
 
 impl SessionStore for RedisBus {
-    fn open(&self, opening: SessionRequest) -> BoxFuture<Result<OpenedSession, BusError>> {
-        Box::pin(self.store.clone().open_session(opening))
+    fn open(&self, request: SessionRequest) -> BoxFuture<Result<OpenedSession, BusError>> {
+        Box::pin(self.store.clone().open_session(request))
     }
 
     fn ttl(&self) -> Duration {
@@ -429,8 +432,12 @@ impl SessionStore for RedisBus {
         Box::pin(self.store.clone().sessions(user))
     }
 
-    fn revoke(&self, user: UserId, which: SessionSelector) -> BoxFuture<Result<usize, BusError>> {
-        Box::pin(self.store.clone().revoke(user, which))
+    fn revoke(
+        &self,
+        user: UserId,
+        selector: SessionSelector,
+    ) -> BoxFuture<Result<usize, BusError>> {
+        Box::pin(self.store.clone().revoke(user, selector))
     }
 
     fn acknowledge(&self, user: UserId, epoch: Option<Epoch>, seq: Seq) {
@@ -438,28 +445,28 @@ impl SessionStore for RedisBus {
     }
 }
 
-/// The version of a server that is older than what is needed, where that is what an error is about.
-fn too_old(conditions: &Requirements, error: &RedisError) -> Option<String> {
-    conditions.too_old().filter(|_| requirements::is_persistent(error))
+/// The version of a server that is too old, if `error` is due to that.
+fn too_old(requirements: &Requirements, error: &RedisError) -> Option<String> {
+    requirements.too_old().filter(|_| requirements::is_persistent(error))
 }
 
-/// A position as two arguments of a script, both empty where there is none.
+/// A position as two arguments of a script, both empty for `None`.
 fn position_args(position: Option<&Position>) -> (&str, String) {
     position.map_or(("", String::new()), |at| (at.epoch.as_str(), at.seq.to_string()))
 }
 
-/// Whether a script found itself on a server that the nodes have not agreed on.
+/// Whether a script ran on a server that the nodes have not agreed on.
 fn is_unagreed(error: &RedisError) -> bool {
     error.code() == Some("STALE")
 }
 
-/// Whether an error says that a room's slot is with another server, on the way there, or with none.
+/// Whether a room's slot is on another server, migrating, or on none.
 fn is_slot_error(error: &RedisError) -> bool {
     matches!(error.code(), Some("MOVED" | "ASK" | "TRYAGAIN" | "CLUSTERDOWN"))
 }
 
-/// Whether an error will come again with every try, or is of a time: Redis is away, out of memory,
-/// has too few replicas, a disk that is full, or forbids what its user has to do.
+/// Whether a request failed for good ([`BusError::Rejected`]) or for a time: Redis is down, out of
+/// memory, has too few replicas or a full disk, or denies a permission.
 fn to_bus_error(error: &RedisError) -> BusError {
     match error.code() {
         _ if requirements::is_forbidden(error) => BusError::Unavailable,
@@ -477,40 +484,40 @@ fn config() -> AsyncConnectionConfig {
         .set_response_timeout(Some(RESPONSE_MAX))
 }
 
-/// How long to wait before the next attempt: at once, then longer, up to [`RETRY_PAUSE_MAX`]; up to
-/// [`PERSISTENT_PAUSE_MAX`] where it takes an operator until one succeeds.
+/// The pause before the next attempt: none at first, then longer, up to [`RETRY_PAUSE_MAX`], or up
+/// to [`PERSISTENT_PAUSE_MAX`] after failures that only an operator can end.
 #[derive(Default)]
 struct RetryPause {
     attempts: u32,
-    /// How many failed for a reason that lasts, in a row.
-    lasting: u32,
+    /// How many attempts in a row failed for a persistent reason.
+    persistent: u32,
 }
 
 impl RetryPause {
     fn next(&mut self) -> Duration {
         self.attempts += 1;
-        if self.lasting > 0 {
-            let pause = Duration::from_millis(100) * 2_u32.pow(self.lasting.min(10));
+        if self.persistent > 0 {
+            let pause = Duration::from_millis(100) * 2_u32.pow(self.persistent.min(10));
             return pause.min(PERSISTENT_PAUSE_MAX);
         }
         let pause = Duration::from_millis(25) * (self.attempts - 1);
         pause.min(RETRY_PAUSE_MAX)
     }
 
-    /// Notes why the last attempt failed.
+    /// Records why the last attempt failed.
     fn failed(&mut self, error: &RedisError) {
-        self.lasting = if requirements::is_persistent(error) { self.lasting + 1 } else { 0 };
+        self.persistent = if requirements::is_persistent(error) { self.persistent + 1 } else { 0 };
     }
 
     async fn wait(&mut self) {
         tokio::time::sleep(self.next()).await;
     }
 
-    /// Whether a failed attempt is to be told of: the first, and one in some ten seconds. A link
-    /// that was lost has been told of before.
+    /// Whether a failed attempt is logged: the first, and one in some ten seconds. A lost
+    /// connection was logged before.
     fn should_log(&self) -> bool {
-        // What lasts has a line of its own.
-        self.attempts % 40 == 1 && self.lasting == 0
+        // Persistent failures have a log line of their own.
+        self.attempts % 40 == 1 && self.persistent == 0
     }
 }
 
@@ -519,7 +526,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn pauses_between_attempts_start_at_nothing_and_have_a_cap() {
+    fn pauses_between_attempts_start_at_zero_and_have_a_cap() {
         let mut pause = RetryPause::default();
         assert_eq!(pause.next(), Duration::ZERO);
         let pauses: Vec<_> = (0..100).map(|_| pause.next()).collect();

@@ -37,13 +37,13 @@ pub(super) struct LinkTargets {
 
 impl LinkTargets {
     /// Whether both lead to `token`.
-    pub(super) fn both_lead_to(self, token: ServerId) -> bool {
-        self.append == Some(token) && self.subscribe == Some(token)
+    pub(super) fn both_lead_to(self, server_id: ServerId) -> bool {
+        self.append == Some(server_id) && self.subscribe == Some(server_id)
     }
 
     /// Whether one leads to another server than `token`.
-    pub(super) fn any_leads_elsewhere(self, token: ServerId) -> bool {
-        [self.append, self.subscribe].into_iter().flatten().any(|leads_to| leads_to != token)
+    pub(super) fn any_leads_elsewhere(self, server_id: ServerId) -> bool {
+        [self.append, self.subscribe].into_iter().flatten().any(|leads_to| leads_to != server_id)
     }
 
     fn are_up(self) -> bool {
@@ -52,33 +52,33 @@ impl LinkTargets {
 }
 
 impl LinkStates {
-    pub(super) fn new(standing: Arc<NodeState>, metrics: Arc<Metrics>) -> Self {
+    pub(super) fn new(node_state: Arc<NodeState>, metrics: Arc<Metrics>) -> Self {
         Self {
             targets: watch::Sender::default(),
             reconnect_all: watch::Sender::default(),
             wake_up: Notify::new(),
             probe: Probe::new(),
             metrics,
-            node_state: standing,
+            node_state,
         }
     }
 
     /// Notes that a link leads to `token`, or is lost.
-    pub(super) fn set(&self, server: &RedisServer, link: LinkKind, token: Option<ServerId>) {
-        if let Some(token) = token {
-            self.observed_server(server, token);
+    pub(super) fn set(&self, server: &RedisServer, link: LinkKind, server_id: Option<ServerId>) {
+        if let Some(server_id) = server_id {
+            self.observed_server(server, server_id);
         }
         let mut changed = false;
-        self.targets.send_if_modified(|tokens| {
+        self.targets.send_if_modified(|targets| {
             let leads_to = match link {
-                LinkKind::Append => &mut tokens.append,
-                LinkKind::Subscribe => &mut tokens.subscribe,
+                LinkKind::Append => &mut targets.append,
+                LinkKind::Subscribe => &mut targets.subscribe,
             };
-            let before = std::mem::replace(leads_to, token);
-            changed = before.is_some() != token.is_some();
-            before != token
+            let before = std::mem::replace(leads_to, server_id);
+            changed = before.is_some() != server_id.is_some();
+            before != server_id
         });
-        if changed && token.is_some() {
+        if changed && server_id.is_some() {
             tracing::info!(?link, "Redis link is up");
         } else if changed {
             self.metrics.bus_reconnects.inc();
@@ -88,15 +88,15 @@ impl LinkStates {
 
     /// A connection has met `token`: where that is another server than the one agreed on, nothing
     /// is to be read or written until the nodes have agreed on it.
-    pub(super) fn observed_server(&self, server: &RedisServer, token: ServerId) {
-        if server.revoke_agreement(|agreed| agreed != token) {
+    pub(super) fn observed_server(&self, server: &RedisServer, server_id: ServerId) {
+        if server.revoke_agreement(|agreed| agreed != server_id) {
             self.node_state.set_agreed(server.owned.borrow().iter().copied(), false);
         }
     }
 
     /// The server turned out to be none that the nodes have agreed on.
-    pub(super) fn found_unagreed(&self, server: &RedisServer, token: ServerId) {
-        server.revoke_agreement(|agreed| agreed == token);
+    pub(super) fn found_unagreed(&self, server: &RedisServer, server_id: ServerId) {
+        server.revoke_agreement(|agreed| agreed == server_id);
         self.node_state.set_agreed(server.owned.borrow().iter().copied(), false);
     }
 

@@ -52,10 +52,10 @@ impl RedisLog {
     ) -> BoxFuture<Result<LogPage, BusError>> {
         let log = self.clone();
         Box::pin(async move {
-            let token = log.agreed(&room).await;
+            let server_id = log.agreed(&room).await;
             let mut page = log
                 .server
-                .query(async |reader| log.read_by(reader, &room, range, token).await)
+                .query(async |reader| log.read_by(reader, &room, range, server_id).await)
                 .await?;
             if range.keeps_newest() {
                 page.entries.reverse();
@@ -67,9 +67,9 @@ impl RedisLog {
     pub(super) fn delete(&self, room: RoomId) -> BoxFuture<Result<(), BusError>> {
         let log = self.clone();
         Box::pin(async move {
-            let token = log.agreed(&room).await;
+            let server_id = log.agreed(&room).await;
             log.server
-                .query(async |reader| log.delete_by(reader, &room, token, None).await)
+                .query(async |reader| log.delete_by(reader, &room, server_id, None).await)
                 .await?;
             Ok(())
         })
@@ -84,18 +84,20 @@ impl RedisLog {
     ) -> BoxFuture<Result<DeleteOutcome, BusError>> {
         let log = self.clone();
         Box::pin(async move {
-            let token = log.agreed(&room).await;
+            let server_id = log.agreed(&room).await;
             let asked = Some((owner, by));
-            log.server.query(async |reader| log.delete_by(reader, &room, token, asked).await).await
+            log.server
+                .query(async |reader| log.delete_by(reader, &room, server_id, asked).await)
+                .await
         })
     }
 
     pub(super) fn restore(&self, held: ReplicaSnapshot) -> BoxFuture<Result<(), BusError>> {
         let log = self.clone();
         Box::pin(async move {
-            let token = log.agreed(&held.room).await;
+            let server_id = log.agreed(&held.room).await;
             log.server
-                .query(async |reader| log.restorer.restore(reader, token, vec![held]).await)
+                .query(async |reader| log.restorer.restore(reader, server_id, vec![held]).await)
                 .await
         })
     }
@@ -108,13 +110,13 @@ impl RedisLog {
         Box::pin(async move {
             let mut heads = Vec::with_capacity(rooms.len());
             for rooms in rooms.chunks(HEADS_MAX) {
-                let mut token = ServerId::default();
+                let mut server_id = ServerId::default();
                 for room in rooms {
-                    token = log.agreed(room).await;
+                    server_id = log.agreed(room).await;
                 }
                 let some = log
                     .server
-                    .query(async |reader| log.heads_by(reader, rooms, token).await)
+                    .query(async |reader| log.heads_by(reader, rooms, server_id).await)
                     .await?;
                 heads.extend(some);
             }
@@ -130,7 +132,7 @@ impl RedisLog {
         &self,
         reader: &mut ReadConnection,
         rooms: &[RoomId],
-        token: ServerId,
+        server_id: ServerId,
     ) -> Result<Vec<Option<Position>>, RedisError> {
         let keyspace = self.server.keyspace;
         let groups: BTreeSet<u16> = rooms.iter().map(|room| keyspace.group_of(room)).collect();
@@ -152,16 +154,16 @@ impl RedisLog {
         };
         let rows: Vec<Vec<Option<String>>> =
             answers.into_iter().map(row).collect::<RedisResult<_>>()?;
-        let token = Some(token.to_string());
+        let server_id = Some(server_id.to_string());
         let (agreed, rows) = rows.split_at(groups.len());
-        if agreed.iter().any(|row| row.first() != Some(&token) || row.get(1) == Some(&None)) {
+        if agreed.iter().any(|row| row.first() != Some(&server_id) || row.get(1) == Some(&None)) {
             return Err(unagreed());
         }
         self.extend_head_ttls(reader, rooms, rows).await?;
         let head = |row: &[Vec<Option<String>>]| {
             let [place, handed_in] = row else { return None };
             // Who was to put that where it was may have ended, so that a read has to.
-            if handed_in.first() == Some(&token) {
+            if handed_in.first() == Some(&server_id) {
                 return None;
             }
             let [Some(epoch), Some(top), _] = place.as_slice() else { return None };
@@ -200,7 +202,7 @@ impl RedisLog {
         reader: &mut ReadConnection,
         room: &RoomId,
         range: ReadRange,
-        token: ServerId,
+        server_id: ServerId,
     ) -> Result<LogPage, RedisError> {
         let (kind, seq) = match range {
             ReadRange::Newest { .. } => ("newest", 0),
@@ -210,7 +212,7 @@ impl RedisLog {
         let answer: Value = self
             .read
             .key(&self.server.keyspace.keys(room))
-            .arg(self.server.common_args(room, token))
+            .arg(self.server.common_args(room, server_id))
             .arg(kind)
             .arg(seq)
             .arg(range.limit())
@@ -226,12 +228,12 @@ impl RedisLog {
         &self,
         reader: &mut ReadConnection,
         room: &RoomId,
-        token: ServerId,
+        server_id: ServerId,
         whole: Option<(Option<UserId>, Option<ConnectionId>)>,
     ) -> Result<DeleteOutcome, RedisError> {
         let keyspace = self.server.keyspace;
         let mut delete = self.delete.key(&keyspace.keys(room));
-        delete.arg(self.server.common_args(room, token));
+        delete.arg(self.server.common_args(room, server_id));
         if let Some((owner, by)) = whole {
             let channel = keyspace.channel(room);
             delete.key(format!("{channel}:who")).key(format!("{channel}:record"));
@@ -258,7 +260,7 @@ fn unagreed() -> RedisError {
 /// Reads what the script answers.
 fn page(answer: Value, room: &RoomId, metrics: &Metrics) -> Option<LogPage> {
     let Value::Array(parts) = answer else { return None };
-    let [epoch, top, oldest, former, former_top, deleted, term, entries]: [Value; 8] =
+    let [epoch, top, oldest, former, former_top, deleted, generation, entries]: [Value; 8] =
         parts.try_into().ok()?;
     let Value::Array(entries) = entries else { return None };
     let former = match text(&former)? {
@@ -279,7 +281,7 @@ fn page(answer: Value, room: &RoomId, metrics: &Metrics) -> Option<LogPage> {
         epoch,
         former,
         deleted: number(&deleted)?,
-        generation: number(&term)?,
+        generation: number(&generation)?,
         top: number(&top)?,
         oldest: number(&oldest)?,
         entries,
@@ -294,11 +296,11 @@ fn may_be_before(entry: &Entry, epoch: &Epoch) -> bool {
 
 fn entry(entry: Value, room: &RoomId) -> Option<Entry> {
     let Value::Array(parts) = entry else { return None };
-    let [seq, epoch, stamp, envelope]: [Value; 4] = parts.try_into().ok()?;
+    let [seq, epoch, origin, envelope]: [Value; 4] = parts.try_into().ok()?;
     let Value::BulkString(envelope) = envelope else { return None };
     Some(Entry {
         position: Position::new(epoch_of(&epoch)?, number(&seq)?),
-        origin: text(&stamp)?.parse().ok()?,
+        origin: text(&origin)?.parse().ok()?,
         envelope: Envelope::parse_for_room(Bytes::from(envelope), room).ok()?,
     })
 }

@@ -37,13 +37,13 @@ impl LogRestorer {
     pub(super) async fn restore(
         &self,
         connection: &mut MultiplexedConnection,
-        token: ServerId,
+        server_id: ServerId,
         holdings: Vec<ReplicaSnapshot>,
     ) -> RedisResult<()> {
         self.script.load_async(connection).await?;
         let mut lacking = Vec::new();
         for rooms in holdings.chunks(ROOMS_MAX) {
-            let answers = self.compare(connection, token, rooms, false).await?;
+            let answers = self.compare(connection, server_id, rooms, false).await?;
             for (room, answer) in rooms.iter().zip(answers) {
                 if answer == "ask" { lacking.push(room) } else { self.count(room, &answer) }
             }
@@ -54,20 +54,20 @@ impl LogRestorer {
             bytes += room.entries.iter().map(|entry| entry.bytes()).sum::<usize>();
             rooms.push(room.clone());
             if bytes >= BYTES_MAX {
-                self.send_entries(connection, token, &std::mem::take(&mut rooms)).await?;
+                self.send_entries(connection, server_id, &std::mem::take(&mut rooms)).await?;
                 bytes = 0;
             }
         }
-        self.send_entries(connection, token, &rooms).await
+        self.send_entries(connection, server_id, &rooms).await
     }
 
     async fn send_entries(
         &self,
         connection: &mut MultiplexedConnection,
-        token: ServerId,
+        server_id: ServerId,
         rooms: &[ReplicaSnapshot],
     ) -> RedisResult<()> {
-        let answers = self.compare(connection, token, rooms, true).await?;
+        let answers = self.compare(connection, server_id, rooms, true).await?;
         for (room, answer) in rooms.iter().zip(answers) {
             self.count(room, &answer);
         }
@@ -77,11 +77,12 @@ impl LogRestorer {
     async fn compare(
         &self,
         connection: &mut MultiplexedConnection,
-        token: ServerId,
+        server_id: ServerId,
         rooms: &[ReplicaSnapshot],
         give: bool,
     ) -> Result<Vec<String>, RedisError> {
-        let command = |held: &ReplicaSnapshot| (held.room.clone(), self.command(token, held, give));
+        let command =
+            |held: &ReplicaSnapshot| (held.room.clone(), self.command(server_id, held, give));
         self.call_all(connection, rooms.iter().map(command).collect()).await
     }
 
@@ -90,7 +91,7 @@ impl LogRestorer {
     pub(super) async fn restore_unconfirmed(
         &self,
         connection: &mut MultiplexedConnection,
-        token: ServerId,
+        server_id: ServerId,
         process: &str,
         rooms: Vec<UnconfirmedInRoom>,
     ) -> RedisResult<()> {
@@ -99,7 +100,7 @@ impl LogRestorer {
         let mut bytes = 0;
         for UnconfirmedInRoom { room, acknowledged, unanswered } in rooms {
             let last = acknowledged.last().map(|entry| entry.position.to_string());
-            let mut command = self.server.call(&self.unconfirmed_script, &room, token);
+            let mut command = self.server.call(&self.unconfirmed_script, &room, server_id);
             command.arg(process).arg(last.unwrap_or_default()).arg(acknowledged.len());
             for entry in &acknowledged {
                 command
@@ -120,8 +121,8 @@ impl LogRestorer {
         self.call_all(connection, calls).await.map(drop)
     }
 
-    fn command(&self, token: ServerId, held: &ReplicaSnapshot, give: bool) -> redis::Cmd {
-        let mut command = self.server.call(&self.script, &held.room, token);
+    fn command(&self, server_id: ServerId, held: &ReplicaSnapshot, give: bool) -> redis::Cmd {
+        let mut command = self.server.call(&self.script, &held.room, server_id);
         let (former, former_top) = position_args(held.former.as_ref());
         command
             .arg(held.top.epoch.as_str())

@@ -111,9 +111,9 @@ impl Router {
     ) -> Arc<Self> {
         let sharded = matches!(way, Topology::Cluster(_));
         let keyspace = Keyspace { partitions: options.partitions, sharded };
-        let standing = mailboxes.node_state();
-        standing.drop_lease();
-        standing.begin_agreement(keyspace.groups());
+        let node_state = mailboxes.node_state();
+        node_state.drop_lease();
+        node_state.begin_agreement(keyspace.groups());
         let router = Arc::new(Self {
             context: ConnectionContext {
                 keyspace,
@@ -182,15 +182,15 @@ impl Router {
 
     /// The server of each group, once the nodes have agreed on all, and how often they had by then.
     pub(super) fn agreed_servers(&self) -> Option<BTreeMap<u16, (ServerId, u64)>> {
-        let mut tokens = BTreeMap::new();
+        let mut targets = BTreeMap::new();
         for (set, groups) in self.connections_by_groups() {
             let agreed = set.server.agreed.borrow().clone();
-            tokens.extend(groups.iter().filter_map(|group| {
-                let token = agreed.id.filter(|_| agreed.groups.contains(group))?;
-                Some((*group, (token, agreed.count)))
+            targets.extend(groups.iter().filter_map(|group| {
+                let server_id = agreed.id.filter(|_| agreed.groups.contains(group))?;
+                Some((*group, (server_id, agreed.count)))
             }));
         }
-        (tokens.len() == usize::from(self.keyspace().groups())).then_some(tokens)
+        (targets.len() == usize::from(self.keyspace().groups())).then_some(targets)
     }
 
     pub(super) fn metrics(&self) -> &Metrics {
@@ -530,8 +530,8 @@ impl ConnectionContext {
             topology_stale: self.topology_stale.clone(),
             requirements: Requirements::default(),
         });
-        let standing = self.mailboxes.node_state().clone();
-        let links = Arc::new(LinkStates::new(standing, self.metrics.clone()));
+        let node_state = self.mailboxes.node_state().clone();
+        let links = Arc::new(LinkStates::new(node_state, self.metrics.clone()));
         let log = RedisLog::new(server.clone(), self.metrics.clone());
         let appender = appender::start(server.clone(), links.clone(), &tasks);
         let mailboxes = self.mailboxes.clone();

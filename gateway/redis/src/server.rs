@@ -51,8 +51,8 @@ pub(super) struct AgreedServer {
 
 impl AgreedServer {
     /// Whether it is on `id`, for `group`.
-    pub(super) fn is_on(&self, token: ServerId, group: u16) -> bool {
-        self.id == Some(token) && self.groups.contains(&group)
+    pub(super) fn is_on(&self, server_id: ServerId, group: u16) -> bool {
+        self.id == Some(server_id) && self.groups.contains(&group)
     }
 }
 
@@ -70,12 +70,16 @@ impl RedisServer {
     }
 
     /// The first arguments of each script of a room.
-    pub(super) fn common_args(&self, room: &RoomId, token: ServerId) -> impl ToRedisArgs + use<> {
+    pub(super) fn common_args(
+        &self,
+        room: &RoomId,
+        server_id: ServerId,
+    ) -> impl ToRedisArgs + use<> {
         let ms = |time: std::time::Duration| time.as_millis() as u64;
         let (ttl, dedup_window) = (self.retention.of(room).ttl, self.retention.dedup_window);
         let channel = self.keyspace.channel(room);
         let meta_ttl = self.meta_ttl_ms(room);
-        (token.to_string(), channel, random_epoch(), ms(ttl), meta_ttl, ms(dedup_window))
+        (server_id.to_string(), channel, random_epoch(), ms(ttl), meta_ttl, ms(dedup_window))
     }
 
     /// A call of a room's script, which the server has to know, as far as it is the same for all.
@@ -83,9 +87,9 @@ impl RedisServer {
         &self,
         script: &redis::Script,
         room: &RoomId,
-        token: ServerId,
+        server_id: ServerId,
     ) -> redis::Cmd {
-        self.call_with(script, room, token, &[])
+        self.call_with(script, room, server_id, &[])
     }
 
     /// The same with further keys.
@@ -93,13 +97,13 @@ impl RedisServer {
         &self,
         script: &redis::Script,
         room: &RoomId,
-        token: ServerId,
+        server_id: ServerId,
         further: &[String],
     ) -> redis::Cmd {
         let keys = self.keyspace.keys(room);
         let mut command = redis::cmd("EVALSHA");
         command.arg(script.get_hash()).arg(keys.len() + further.len()).arg(&keys).arg(further);
-        command.arg(self.common_args(room, token));
+        command.arg(self.common_args(room, server_id));
         command
     }
 
@@ -157,10 +161,10 @@ impl RedisServer {
             let line = info.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(':'));
             line.and_then(|id| id.get(..8)).map(str::to_owned)
         };
-        let token = part(&run, "run_id").zip(part(&replication, "master_replid"));
-        let token = token.and_then(|(run, history)| format!("{run}{history}").parse().ok());
-        match token {
-            Some(token) => Ok((connection, token)),
+        let server_id = part(&run, "run_id").zip(part(&replication, "master_replid"));
+        let server_id = server_id.and_then(|(run, history)| format!("{run}{history}").parse().ok());
+        match server_id {
+            Some(server_id) => Ok((connection, server_id)),
             None => Err((ErrorKind::Parse, "INFO tells no run_id and master_replid").into()),
         }
     }
@@ -205,17 +209,18 @@ impl RedisServer {
     }
 
     /// Whether the nodes have agreed on this server for `group`.
-    pub(super) fn has_agreed_on(&self, token: ServerId, group: u16) -> bool {
-        self.agreed.borrow().is_on(token, group)
+    pub(super) fn has_agreed_on(&self, server_id: ServerId, group: u16) -> bool {
+        self.agreed.borrow().is_on(server_id, group)
     }
 
     /// Notes that the nodes have agreed on it for some more groups.
-    pub(super) fn record_agreement(&self, token: ServerId, groups: &[u16]) {
+    pub(super) fn record_agreement(&self, server_id: ServerId, groups: &[u16]) {
         self.agreed.send_modify(|agreed| {
-            let before = if agreed.id == Some(token) { &agreed.groups } else { &Arc::default() };
+            let before =
+                if agreed.id == Some(server_id) { &agreed.groups } else { &Arc::default() };
             let all = before.iter().chain(groups).copied().collect();
             let times = agreed.count + 1;
-            *agreed = AgreedServer { id: Some(token), groups: Arc::new(all), count: times };
+            *agreed = AgreedServer { id: Some(server_id), groups: Arc::new(all), count: times };
         });
     }
 
@@ -244,9 +249,9 @@ impl RedisServer {
     }
 
     /// The groups that it serves and that the nodes have not agreed on it for.
-    pub(super) fn unagreed_groups(&self, token: ServerId) -> Vec<u16> {
+    pub(super) fn unagreed_groups(&self, server_id: ServerId) -> Vec<u16> {
         let agreed = self.agreed.borrow().clone();
         let owned = self.owned.borrow();
-        owned.iter().copied().filter(|group| !agreed.is_on(token, *group)).collect()
+        owned.iter().copied().filter(|group| !agreed.is_on(server_id, *group)).collect()
     }
 }

@@ -194,9 +194,9 @@ impl StoreWorker {
             SessionOp::Open { opening, .. } => {
                 let inbox = RoomId::inbox_of(&opening.user);
                 let keys = [&keyspace.keys(&inbox)[..], &keys_of(keyspace, &opening.user)].concat();
-                let token = server.agreed.borrow().id.unwrap_or_default();
+                let server_id = server.agreed.borrow().id.unwrap_or_default();
                 let mut command = evalsha(&self.scripts.open, &keys);
-                command.arg(server.common_args(&inbox, token));
+                command.arg(server.common_args(&inbox, server_id));
                 command.arg(&AuthorHash::of(&opening.user).as_bytes()[..]);
                 let text = |(session, digest): (SessionId, SecretDigest)| {
                     (session.to_string(), digest.to_text())

@@ -32,7 +32,7 @@ pub(super) fn start(router: Arc<Router>, mailboxes: Mailboxes, tasks: &Tasks) {
 }
 
 async fn watch(router: &Router, mailboxes: &Mailboxes) {
-    let standing = mailboxes.node_state();
+    let node_state = mailboxes.node_state();
     let mut look = tokio::time::interval(CHECK_INTERVAL);
     let mut since: Option<(Instant, SystemTime)> = None;
     let mut told = BusState::Up;
@@ -42,7 +42,7 @@ async fn watch(router: &Router, mailboxes: &Mailboxes) {
         if router.is_up() && mailboxes.all_synced() {
             if told == BusState::Down {
                 told = BusState::Up;
-                standing.set_status(BusStatus { bus: told, since: Some(SystemTime::now()) });
+                node_state.set_status(BusStatus { bus: told, since: Some(SystemTime::now()) });
             }
             since = None;
             continue;
@@ -50,7 +50,7 @@ async fn watch(router: &Router, mailboxes: &Mailboxes) {
         let (began, at) = *since.get_or_insert_with(|| (Instant::now(), SystemTime::now()));
         if told == BusState::Up && began.elapsed() >= GRACE {
             told = BusState::Down;
-            standing.set_status(BusStatus { bus: told, since: Some(at) });
+            node_state.set_status(BusStatus { bus: told, since: Some(at) });
         }
     }
 }

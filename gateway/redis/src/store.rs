@@ -768,8 +768,8 @@ impl Op {
 /// What stands for the servers that were agreed on, and is the same on all nodes.
 fn digest_of_servers(servers: &BTreeMap<u16, (ServerId, u64)>) -> String {
     let mut digest = Sha1::new();
-    for (group, (token, _)) in servers {
-        digest.update(format!("{group} {token}\n"));
+    for (group, (server_id, _)) in servers {
+        digest.update(format!("{group} {server_id}\n"));
     }
     digest.finalize().iter().map(|byte| format!("{byte:02x}")).collect()
 }

@@ -242,7 +242,7 @@ impl SubscribeWorker {
         let lost = ear.lost.clone();
         let mut remake = self.links.reconnect_all.subscribe();
         let mut owned = self.server.owned.subscribe();
-        let (mut connection, token) = self.server.connect(config).await?;
+        let (mut connection, server_id) = self.server.connect(config).await?;
         self.subscribe_own_channels(&mut connection).await?;
         self.take_commands();
         self.drop_foreign_rooms();
@@ -251,7 +251,7 @@ impl SubscribeWorker {
         // Only when everything is subscribed to: what is read from now on leaves no gap.
         self.mailboxes.mark_all_stale();
         self.server.requirements.allow(Detector::Subscriber);
-        self.links.set(&self.server, LinkKind::Subscribe, Some(token));
+        self.links.set(&self.server, LinkKind::Subscribe, Some(server_id));
 
         let mut look = tokio::time::interval(CHECK_INTERVAL);
         loop {
@@ -260,7 +260,7 @@ impl SubscribeWorker {
                 biased;
                 () = lost.notified() => return Err(connection_lost()),
                 _ = remake.changed() => {
-                    return Err((redis::ErrorKind::Io, "all links are made again").into());
+                    return Err((redis::ErrorKind::Io, "all links reconnect").into());
                 }
                 _ = owned.changed() => {
                     self.drop_foreign_rooms();
@@ -541,10 +541,10 @@ fn decode_payload(channel: &str, payload: Bytes, probe: &Probe, pokes: &str) -> 
         return Some(Push::Ephemeral(room, notice));
     }
     let border = payload.iter().position(|byte| *byte == b'\n')?;
-    let (position, stamp) = std::str::from_utf8(&payload[..border]).ok()?.rsplit_once(':')?;
-    let (position, stamp) = (position.parse().ok()?, stamp.parse().ok()?);
+    let (position, origin) = std::str::from_utf8(&payload[..border]).ok()?.rsplit_once(':')?;
+    let (position, origin) = (position.parse().ok()?, origin.parse().ok()?);
     let envelope = Envelope::parse_for_room(payload.slice(border + 1..), &room).ok()?;
-    Some(Push::Entry(room, Entry { position, origin: stamp, envelope }))
+    Some(Push::Entry(room, Entry { position, origin, envelope }))
 }
 
 #[cfg(test)]
