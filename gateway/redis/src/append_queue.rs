@@ -1,8 +1,8 @@
-//! Publishes that wait to be sent to a server, in order.
+//! The publishes that wait to be sent to one server, in order.
 //!
-//! What was in a log once and is brought back goes ahead of everything. Publishes wait until the
-//! nodes have agreed on the server for their group, and a moment longer where a slot is on its way to
-//! another server; those of other groups pass them, those of the same room never do.
+//! Entries that were in a log before and are restored go ahead of all others. Publishes wait until
+//! the nodes have agreed on the server for their placement group, and a moment longer while a slot
+//! migrates. Publishes of other groups pass them; those of the same room never do.
 
 use std::{
     collections::{BTreeMap, BTreeSet, VecDeque},
@@ -15,17 +15,17 @@ use tokio::{sync::OwnedSemaphorePermit, time::Instant};
 use super::keyspace::Keyspace;
 use skein_core::bus::{Append, Appended, BusError, UnseenPolicy, unconfirmed::Republish};
 
-/// How long publishes wait whose slot is on its way to another server, before they are tried again.
+/// How long publishes of a migrating slot wait before they are sent again.
 const BACK_OFF: Duration = Duration::from_millis(25);
-/// How long a publish of the tail is tried.
+/// How long an unconfirmed publish is republished.
 const REPUBLISH_WAIT_MAX: Duration = Duration::from_secs(30);
 
-/// A publish that waits; its share of the queue's bytes is given back when it is dropped.
+/// A queued publish. Its share of the queue's capacity is released when it is dropped.
 pub(super) struct QueuedAppend {
     pub(super) append: Append,
-    /// Where it stood before, for one of the tail.
+    /// The position that was acknowledged before, for an unconfirmed publish.
     pub(super) hint: Option<Position>,
-    /// Its place in the order in which publishes were sent first, for one that was sent.
+    /// Its number in the order in which publishes were first sent, for one that was sent before.
     pub(super) number: Option<u64>,
     _capacity: Option<OwnedSemaphorePermit>,
 }
@@ -36,35 +36,35 @@ impl QueuedAppend {
         Self { append, hint: None, number: None, _capacity: Some(room) }
     }
 
-    /// A publish of the tail.
-    fn republish(repeat: Republish, now: Instant) -> Self {
-        let room = repeat.room.clone();
+    /// An unconfirmed publish.
+    fn republish(republish: Republish, now: Instant) -> Self {
+        let room = republish.room.clone();
         let done = move |result: Result<Appended, BusError>| {
             if let Err(error) = result {
-                tracing::warn!(%room, %error, "an acknowledged publish could not be repeated");
+                tracing::warn!(%room, %error, "cannot republish an acknowledged message; Redis may have lost it");
             }
         };
         let append = Append {
-            room: repeat.room,
-            envelope: repeat.envelope,
+            room: republish.room,
+            envelope: republish.envelope,
             urgent: true,
             unseen: UnseenPolicy::Unlimited,
             deadline: now + REPUBLISH_WAIT_MAX,
             done: Box::new(done),
         };
-        Self { append, hint: Some(repeat.at), number: Some(repeat.number), _capacity: None }
+        Self { append, hint: Some(republish.at), number: Some(republish.number), _capacity: None }
     }
 }
 
-/// All that waits for one server.
+/// The publishes that wait for one server.
 pub(super) struct AppendQueue {
     keyspace: Keyspace,
-    /// What was sent before, and what members wait for.
+    /// Publishes that were sent before, and those that members wait for.
     urgent: VecDeque<QueuedAppend>,
-    /// When the first of those is past its deadline, or before.
+    /// The first deadline of the urgent publishes, or an earlier time.
     urgent_deadline: Option<Instant>,
     others: VecDeque<QueuedAppend>,
-    /// Homes on their way to another server, and until when they are left alone.
+    /// Groups whose slot migrates, and when to try them again.
     backing_off: BTreeMap<u16, Instant>,
 }
 
@@ -87,19 +87,21 @@ impl AppendQueue {
         self.urgent_deadline = self.urgent_deadline.into_iter().chain([deadline]).min();
     }
 
-    /// Puts publishes of the tail in front of all. What was sent with them and has no answer goes
-    /// along: all of it in the order in which it was sent first.
-    pub(super) fn push_republished(&mut self, repeats: Vec<Republish>, now: Instant) {
-        let mut sent: Vec<QueuedAppend> =
-            repeats.into_iter().map(|repeat| QueuedAppend::republish(repeat, now)).collect();
+    /// Puts unconfirmed publishes in front of all others, together with those that were sent and
+    /// have no answer: all in the order in which they were first sent.
+    pub(super) fn push_republished(&mut self, republished: Vec<Republish>, now: Instant) {
+        let mut sent: Vec<QueuedAppend> = republished
+            .into_iter()
+            .map(|republish| QueuedAppend::republish(republish, now))
+            .collect();
         sent.extend(take(&mut self.urgent, usize::MAX, |queued| queued.number.is_some()));
         sent.sort_by_key(|queued| queued.number);
-        // Some were to be repeated to the server before this one, and had no answer yet.
+        // Some were to be republished to the former server as well, and had no answer yet.
         sent.dedup_by(|b, a| a.number == b.number && a.hint.is_some() && b.hint.is_some());
         self.requeue(sent.into());
     }
 
-    /// Puts what was sent and has no answer in front of all.
+    /// Puts publishes that were sent and have no answer in front of all others.
     pub(super) fn requeue(&mut self, sent: VecDeque<QueuedAppend>) {
         for queued in sent.into_iter().rev() {
             self.note_urgent_deadline(queued.append.deadline);
@@ -107,13 +109,13 @@ impl AppendQueue {
         }
     }
 
-    /// Leaves what waits for a group alone for a moment.
+    /// Holds the publishes of a group back for a moment.
     pub(super) fn back_off(&mut self, group: u16, now: Instant) {
         self.backing_off.insert(group, now + BACK_OFF);
     }
 
-    /// Takes what is past its deadline. Those of what is not urgent rise along the queue, nearly: one
-    /// that is behind an older one waits for it at most as long as waits differ.
+    /// Takes the publishes past their deadline. Those that are not urgent expire nearly in queue
+    /// order: one behind an older one waits longer by at most the difference of their timeouts.
     pub(super) fn take_expired(&mut self, now: Instant) -> Vec<QueuedAppend> {
         let mut expired = Vec::new();
         if self.urgent_deadline.is_some_and(|until| until <= now) {
@@ -126,14 +128,14 @@ impl AppendQueue {
         expired
     }
 
-    /// When to look again: something is past its deadline, or was left alone for long enough.
+    /// When a publish expires or a group's back-off ends.
     pub(super) fn next_deadline(&self) -> Option<Instant> {
         let urgent = self.urgent_deadline.filter(|_| !self.urgent.is_empty());
         let others = self.others.front().map(|queued| queued.append.deadline);
         urgent.into_iter().chain(others).chain(self.backing_off.values().copied()).min()
     }
 
-    /// Takes what leaves next to a server that was agreed on for `open`.
+    /// Takes up to `count` publishes to send to a server that was agreed on for `open`.
     pub(super) fn next_batch(
         &mut self,
         count: usize,
@@ -141,33 +143,33 @@ impl AppendQueue {
         now: Instant,
     ) -> Vec<QueuedAppend> {
         self.backing_off.retain(|_, until| *until > now);
-        let (keyspace, stuck) = (self.keyspace, &self.backing_off);
+        let (keyspace, backing_off) = (self.keyspace, &self.backing_off);
         let ready = |queued: &QueuedAppend| {
             let group = keyspace.group_of(&queued.append.room);
-            open.contains(&group) && !stuck.contains_key(&group)
+            open.contains(&group) && !backing_off.contains_key(&group)
         };
         let mut batch = take(&mut self.urgent, count, ready);
         batch.extend(take(&mut self.others, count - batch.len(), ready));
         batch
     }
 
-    /// Takes all that waits for groups that are elsewhere now.
+    /// Takes all publishes of groups that have moved to another server.
     pub(super) fn drain_groups(&mut self, groups: &[u16]) -> Vec<QueuedAppend> {
         let keyspace = self.keyspace;
-        let released =
+        let is_drained =
             |queued: &QueuedAppend| groups.contains(&keyspace.group_of(&queued.append.room));
-        let mut all = take(&mut self.urgent, usize::MAX, released);
-        all.extend(take(&mut self.others, usize::MAX, released));
+        let mut all = take(&mut self.urgent, usize::MAX, is_drained);
+        all.extend(take(&mut self.others, usize::MAX, is_drained));
         all
     }
 
-    /// Takes everything.
+    /// Takes all publishes.
     pub(super) fn drain_all(&mut self) -> impl Iterator<Item = QueuedAppend> {
         self.urgent.drain(..).chain(self.others.drain(..))
     }
 }
 
-/// Takes up to `count` from the front that are wanted, and leaves the others in their order.
+/// Takes up to `count` wanted publishes from the front, and leaves the others in their order.
 fn take(
     queue: &mut VecDeque<QueuedAppend>,
     count: usize,
@@ -232,15 +234,15 @@ mod tests {
     }
 
     #[test]
-    fn what_cannot_be_sent_is_passed_by_other_homes_and_keeps_its_order() {
+    fn other_groups_pass_publishes_that_cannot_be_sent() {
         let (a, b): (RoomId, RoomId) = ("a".parse().unwrap(), "b".parse().unwrap());
         let (group_a, group_b) = (SHARDED.group_of(&a), SHARDED.group_of(&b));
         assert_ne!(group_a, group_b);
         let now = Instant::now();
         let late = now + Duration::from_secs(1);
-        let mut waiting = AppendQueue::new(SHARDED);
+        let mut queue = AppendQueue::new(SHARDED);
         for (room, seq) in [(&a, 1), (&b, 2), (&a, 3), (&b, 4)] {
-            waiting.push(append(room, seq, late));
+            queue.push(append(room, seq, late));
         }
         let ids = |batch: &[QueuedAppend]| -> Vec<_> {
             batch.iter().map(|queued| queued.append.envelope.id()).collect()
@@ -248,55 +250,55 @@ mod tests {
         let expected: Vec<_> = (1..=4).map(|seq| envelope(seq).id()).collect();
 
         let only_b = BTreeSet::from([group_b]);
-        let sent = waiting.next_batch(1, &only_b, now);
+        let sent = queue.next_batch(1, &only_b, now);
         assert_eq!(ids(&sent), expected[1..2]);
-        assert!(waiting.next_batch(9, &BTreeSet::new(), now).is_empty());
-        // It came back: its slot is on its way.
-        waiting.requeue(sent.into());
-        waiting.back_off(group_b, now);
+        assert!(queue.next_batch(9, &BTreeSet::new(), now).is_empty());
+        // It came back: its slot migrates.
+        queue.requeue(sent.into());
+        queue.back_off(group_b, now);
         let both = BTreeSet::from([group_a, group_b]);
-        assert_eq!(waiting.next_deadline(), Some(now + BACK_OFF));
-        assert_eq!(rooms(&waiting.next_batch(9, &both, now)), ["a", "a"]);
-        assert_eq!(ids(&waiting.drain_groups(&[group_b])), [expected[1], expected[3]]);
-        assert!(waiting.next_batch(9, &both, now + BACK_OFF).is_empty());
+        assert_eq!(queue.next_deadline(), Some(now + BACK_OFF));
+        assert_eq!(rooms(&queue.next_batch(9, &both, now)), ["a", "a"]);
+        assert_eq!(ids(&queue.drain_groups(&[group_b])), [expected[1], expected[3]]);
+        assert!(queue.next_batch(9, &both, now + BACK_OFF).is_empty());
     }
 
     #[test]
-    fn what_is_past_its_deadline_is_taken_out() {
+    fn expired_publishes_are_taken() {
         let (room, now) = ("a".parse().unwrap(), Instant::now());
-        let mut waiting = AppendQueue::new(SHARDED);
+        let mut queue = AppendQueue::new(SHARDED);
         for seq in 1..=3 {
-            waiting.push(append(&room, seq, now + Duration::from_secs(seq)));
+            queue.push(append(&room, seq, now + Duration::from_secs(seq)));
         }
-        assert_eq!(waiting.next_deadline(), Some(now + Duration::from_secs(1)));
-        assert_eq!(waiting.take_expired(now + Duration::from_secs(2)).len(), 2);
-        assert_eq!(waiting.drain_all().count(), 1);
+        assert_eq!(queue.next_deadline(), Some(now + Duration::from_secs(1)));
+        assert_eq!(queue.take_expired(now + Duration::from_secs(2)).len(), 2);
+        assert_eq!(queue.drain_all().count(), 1);
     }
 
     #[test]
-    fn what_has_no_answer_is_repeated_where_it_was_between_what_has_one() {
+    fn unanswered_publishes_keep_their_place_among_republished_ones() {
         let (room, now): (RoomId, _) = ("a".parse().unwrap(), Instant::now());
         let sent = |seq, number| QueuedAppend { number, ..append(&room, seq, now + BACK_OFF) };
-        let mut waiting = AppendQueue::new(SHARDED);
-        waiting.push(sent(5, None));
-        waiting.requeue([sent(1, Some(1)), sent(3, Some(3))].into());
-        let repeat = |number| Republish {
+        let mut queue = AppendQueue::new(SHARDED);
+        queue.push(sent(5, None));
+        queue.requeue([sent(1, Some(1)), sent(3, Some(3))].into());
+        let republish = |number| Republish {
             room: room.clone(),
             envelope: envelope(number),
             at: Position::new("1-e".parse().unwrap(), number),
             number,
         };
-        waiting.push_republished(vec![repeat(2), repeat(4)], now);
-        assert_eq!(waiting.next_deadline(), Some(now + BACK_OFF));
+        queue.push_republished(vec![republish(2), republish(4)], now);
+        assert_eq!(queue.next_deadline(), Some(now + BACK_OFF));
         let group = BTreeSet::from([SHARDED.group_of(&room)]);
-        let order = waiting.next_batch(9, &group, now);
+        let order = queue.next_batch(9, &group, now);
         let order: Vec<_> = order.iter().map(|queued| queued.append.envelope.id()).collect();
         let expected: Vec<_> = (1..=5).map(|seq| envelope(seq).id()).collect();
         assert_eq!(order, expected);
-        // One that is waited for longer holds none up whose time is over.
-        waiting.requeue([sent(7, Some(7))].into());
-        waiting.push_republished(vec![repeat(6)], now);
-        assert_eq!(waiting.take_expired(now + BACK_OFF).len(), 1);
-        assert_eq!(waiting.next_deadline(), Some(now + REPUBLISH_WAIT_MAX));
+        // A publish with a later deadline does not hold up one that has expired.
+        queue.requeue([sent(7, Some(7))].into());
+        queue.push_republished(vec![republish(6)], now);
+        assert_eq!(queue.take_expired(now + BACK_OFF).len(), 1);
+        assert_eq!(queue.next_deadline(), Some(now + REPUBLISH_WAIT_MAX));
     }
 }

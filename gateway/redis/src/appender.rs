@@ -1,12 +1,13 @@
-//! The way of publishes into Redis: one connection, pipelined, in order, repeated until answered.
+//! Sends publishes to Redis: one connection, pipelined, in order, repeated until answered.
 //!
-//! What gathers while a pipeline is being written leaves in the next one. A publish whose fate is
-//! unknown, because the link died before its answer, is sent again with the same id and ahead of
-//! newer ones; the script answers with the position it has if it had been appended. What cannot be
-//! sent until its deadline is answered `Unavailable` and never sent later.
+//! Publishes that gather while a pipeline is written leave in the next one. A publish whose result
+//! is unknown, because the connection died before its answer, is sent again with the same id and
+//! ahead of newer ones; if it had been appended, the script answers with its position. A publish
+//! that cannot be sent before its deadline is answered `Unavailable` and never sent later.
 //!
-//! Nothing is sent but to the server that the nodes have agreed on, and while this node stands. The
-//! first thing that another server gets is this node's [tail](skein_core::bus::tail).
+//! Publishes are only sent to the server that the nodes have agreed on, and while this node holds
+//! its lease. Another server gets this node's [unconfirmed publishes](skein_core::bus::unconfirmed)
+//! first.
 
 use std::{collections::VecDeque, sync::Arc};
 
@@ -41,13 +42,13 @@ use skein_core::{
 };
 
 const QUEUE_LEN_MAX: usize = 1 << 16;
-/// How many orders may wait.
+/// The most drain requests that wait.
 const DRAINS_MAX: usize = 16;
-/// How often the link and the server's settings are looked at.
+/// How often the connection and the server's settings are checked.
 const HEALTH_CHECK_INTERVAL: std::time::Duration = std::time::Duration::from_secs(2);
-/// How often it is said that Redis refuses all.
+/// How often a rejection is logged while Redis rejects every publish.
 const LOG_EVERY: std::time::Duration = std::time::Duration::from_secs(10);
-/// The most publishes in one pipeline, and the most pipelines under way.
+/// The most publishes in one pipeline, and the most pipelines in flight.
 const PIPELINE_LEN_MAX: usize = 256;
 const PIPELINES_IN_FLIGHT_MAX: usize = 16;
 /// A handle to the appender's task.
@@ -56,39 +57,39 @@ pub(super) struct Appender {
     drains: mpsc::Sender<DrainRequest>,
 }
 
-/// Asks for all that waits for some groups, which another server has from now on.
+/// Asks for all publishes of groups that another server serves from now on.
 struct DrainRequest {
     groups: Vec<u16>,
-    answer: oneshot::Sender<Vec<QueuedAppend>>,
+    result: oneshot::Sender<Vec<QueuedAppend>>,
 }
 
-/// A pipeline that was sent, with what was in it.
+/// A pipeline in flight: resolves to its publishes and their results.
 type InFlight = BoxFuture<(Vec<QueuedAppend>, RedisResult<Vec<RedisResult<Value>>>)>;
 
 pub(super) fn start(server: Arc<RedisServer>, links: Arc<LinkStates>, tasks: &Tasks) -> Appender {
     let (queue, receiver) = mpsc::channel(QUEUE_LEN_MAX);
-    let (orders, ordered) = mpsc::channel(DRAINS_MAX);
+    let (drains, drain_requests) = mpsc::channel(DRAINS_MAX);
     let worker = AppendWorker {
         queue: AppendQueue::new(server.keyspace),
         script: server.keyspace.script(include_str!("scripts/append.lua")),
         script_when_full: server
             .keyspace
             .script(concat!("#!lua flags=allow-oom\n", include_str!("scripts/append.lua"))),
-        permitted: server.keyspace.script(include_str!("scripts/check_permissions.lua")),
+        permission_check: server.keyspace.script(include_str!("scripts/check_permissions.lua")),
         server,
         links,
         incoming: receiver,
-        drains: ordered,
+        drains: drain_requests,
         open: AgreedServer::default(),
         last_logged: None,
         stopped: tasks.stopped().clone(),
     };
     tasks.spawn_service("redis_appender", worker.run());
-    Appender { queue, drains: orders }
+    Appender { queue, drains }
 }
 
 impl Appender {
-    /// Queues a publish, or gives it back with what is wrong.
+    /// Queues a publish. Returns it with the error if it cannot.
     pub(super) fn send(&self, queued: QueuedAppend) -> Option<(QueuedAppend, BusError)> {
         match self.queue.try_send(queued) {
             Ok(()) => None,
@@ -97,12 +98,12 @@ impl Appender {
         }
     }
 
-    /// Takes back all that waits for `groups`, in order, once nothing of them is under way.
+    /// Takes back all queued publishes of `groups`, in order, once none of them is in flight.
     pub(super) async fn drain_groups(&self, groups: Vec<u16>) -> Vec<QueuedAppend> {
-        let (answer, answered) = oneshot::channel();
-        // A worker that has ended has answered all it had.
-        let _ = self.drains.send(DrainRequest { groups, answer }).await;
-        answered.await.unwrap_or_default()
+        let (result, drained) = oneshot::channel();
+        // A worker that has ended has answered all its publishes.
+        let _ = self.drains.send(DrainRequest { groups, result }).await;
+        drained.await.unwrap_or_default()
     }
 }
 
@@ -112,15 +113,15 @@ struct AppendWorker {
     links: Arc<LinkStates>,
     incoming: mpsc::Receiver<QueuedAppend>,
     drains: mpsc::Receiver<DrainRequest>,
-    /// What is to be sent before anything in `incoming`: it came from there, or was sent already.
+    /// Publishes to be sent before any in `incoming`: they came from there, or were sent already.
     queue: AppendQueue,
     script: redis::Script,
-    /// The same, which Redis lets run where it is full: it makes room first.
+    /// The same script, which Redis runs even when it is full: it frees memory first.
     script_when_full: redis::Script,
-    permitted: redis::Script,
-    /// What was agreed on when it was last looked at: the tail was repeated to it.
+    permission_check: redis::Script,
+    /// The agreement as of the last check: unconfirmed publishes were republished to it.
     open: AgreedServer,
-    /// When it was last told of that Redis takes nothing for a time.
+    /// When a transient rejection was last logged.
     last_logged: Option<Instant>,
     stopped: CancellationToken,
 }
@@ -128,8 +129,8 @@ struct AppendWorker {
 impl AppendWorker {
     async fn run(mut self) {
         let stopped = self.stopped.clone();
-        // `reconnect_forever` keeps what is unanswered in `self`, but for what was sent: its callers are gone by
-        // now, and find it by its id.
+        // `reconnect_forever` keeps unanswered publishes in `self`, except those in flight: their
+        // callers have ended by now, and find them by their ids.
         tokio::select! {
             biased;
             () = stopped.cancelled() => {}
@@ -147,13 +148,13 @@ impl AppendWorker {
     async fn reconnect_forever(&mut self) {
         let mut pause = RetryPause::default();
         loop {
-            let heard = self.links.probe.received_count();
+            let received = self.links.probe.received_count();
             match self.connect_while_expiring(&mut pause).await {
-                Ok((connection, server_id, remake)) => {
+                Ok((connection, server_id, reconnect_all)) => {
                     self.links.set(&self.server, LinkKind::Append, Some(server_id));
-                    let error = self.serve(connection, server_id, remake).await;
-                    if self.links.probe.received_count() != heard {
-                        // It did its work: until then the next attempts become rarer.
+                    let error = self.serve(connection, server_id, reconnect_all).await;
+                    if self.links.probe.received_count() != received {
+                        // The connection worked. As long as none does, attempts become rarer.
                         pause = RetryPause::default();
                     }
                     pause.failed(&error);
@@ -171,7 +172,7 @@ impl AppendWorker {
         }
     }
 
-    /// Pauses and connects. Meanwhile what is past its deadline is answered.
+    /// Pauses and connects. Meanwhile publishes past their deadline are answered.
     async fn connect_while_expiring(
         &mut self,
         pause: &mut RetryPause,
@@ -179,12 +180,12 @@ impl AppendWorker {
         let pause = pause.next();
         let (server, links) = (self.server.clone(), self.links.clone());
         let scripts = [self.script.clone(), self.script_when_full.clone()];
-        let permitted = self.permitted.clone();
+        let permission_check = self.permission_check.clone();
         let mut attempt = Box::pin(async move {
             tokio::time::sleep(pause).await;
-            let remake = links.reconnect_all.subscribe();
-            let (connection, server_id) = connect(&server, &scripts, &permitted).await?;
-            Ok((connection, server_id, remake))
+            let reconnect_all = links.reconnect_all.subscribe();
+            let (connection, server_id) = connect(&server, &scripts, &permission_check).await?;
+            Ok((connection, server_id, reconnect_all))
         });
         loop {
             self.expire();
@@ -193,37 +194,37 @@ impl AppendWorker {
             tokio::select! {
                 biased;
                 result = &mut attempt => return result,
-                Some(order) = self.drains.recv() => self.drain_groups(order),
+                Some(drain) = self.drains.recv() => self.drain_groups(drain),
                 Some(queued) = self.incoming.recv() => self.queue.push(queued),
                 () = sleep_until(deadline) => {}
             }
         }
     }
 
-    /// Answers what is past its deadline.
+    /// Answers the publishes past their deadline.
     fn expire(&mut self) {
-        let (tail, now) = (self.links.node_state.unconfirmed(), Instant::now());
+        let (unconfirmed, now) = (self.links.node_state.unconfirmed(), Instant::now());
         for queued in self.queue.take_expired(now) {
-            // What was acknowledged once stays there: the next server is given it.
-            tail.discard(&queued.append.envelope.dedup_key());
+            // An acknowledged publish stays tracked: the next server gets it.
+            unconfirmed.discard(&queued.append.envelope.dedup_key());
             (queued.append.done)(Err(BusError::Unavailable));
         }
     }
 
-    /// What leaves next.
+    /// The publishes to send next.
     fn next_batch(&mut self) -> Vec<QueuedAppend> {
         self.expire();
         self.queue.next_batch(PIPELINE_LEN_MAX, &self.open.groups, Instant::now())
     }
 
-    /// Whether anything may be sent to the server `id`. Where that was agreed on since the last
-    /// question it is first given the tail.
+    /// Whether publishes may be sent to the server. If the nodes have agreed on it since the last
+    /// check, it gets the unconfirmed publishes first.
     fn may_send(&mut self, server_id: ServerId) -> bool {
         let now = Instant::now();
         let agreed = self.server.agreed.borrow().clone();
         let is_agreed = agreed.id == Some(server_id);
         if !is_agreed {
-            // Where the same server is agreed on again, it was flushed meanwhile.
+            // If the nodes agree on the same server again, it was flushed meanwhile.
             self.open = AgreedServer::default();
         }
         if !is_agreed || !self.links.node_state.holds_lease(now) {
@@ -236,52 +237,52 @@ impl AppendWorker {
         }
         if self.open.id != Some(server_id) || !Arc::ptr_eq(&self.open.groups, &agreed.groups) {
             let keyspace = self.server.keyspace;
-            let tail = self.links.node_state.unconfirmed().to_republish(
+            let unconfirmed = self.links.node_state.unconfirmed().to_republish(
                 |room| {
                     let group = keyspace.group_of(room);
                     agreed.is_on(server_id, group) && !self.open.is_on(server_id, group)
                 },
                 now,
             );
-            if !tail.is_empty() {
-                tracing::info!(count = tail.len(), "publishes that did not come by are repeated");
+            if !unconfirmed.is_empty() {
+                tracing::info!(count = unconfirmed.len(), "republishing unconfirmed publishes");
             }
-            self.links.metrics.republished.inc_by(tail.len() as u64);
-            self.queue.push_republished(tail, now);
+            self.links.metrics.republished.inc_by(unconfirmed.len() as u64);
+            self.queue.push_republished(unconfirmed, now);
             self.open = agreed;
         }
         true
     }
 
-    /// Gives back all that waits for groups that are elsewhere now.
-    fn drain_groups(&mut self, order: DrainRequest) {
+    /// Hands over all publishes of groups that have moved to another server.
+    fn drain_groups(&mut self, drain: DrainRequest) {
         while let Ok(queued) = self.incoming.try_recv() {
             self.queue.push(queued);
         }
-        // Who asked waits for the answer, or nothing matters any more.
-        let _ = order.answer.send(self.queue.drain_groups(&order.groups));
+        // The requester waits for the answer, or the node is stopping.
+        let _ = drain.result.send(self.queue.drain_groups(&drain.groups));
     }
 
-    /// Sends and settles until the connection fails. Returns why; what has no answer is in
-    /// `append_queue` again, in its order.
+    /// Sends publishes and completes them until the connection fails. Returns why; publishes
+    /// without an answer are in `queue` again, in their order.
     async fn serve(
         &mut self,
         connection: MultiplexedConnection,
         server_id: ServerId,
-        mut remake: watch::Receiver<u64>,
+        mut reconnect_all: watch::Receiver<u64>,
     ) -> RedisError {
         let mut agreed = self.server.agreed.subscribe();
-        let mut regained = self.links.node_state.lease_reacquired();
+        let mut lease_reacquired = self.links.node_state.lease_reacquired();
         let mut sent: FuturesOrdered<InFlight> = FuturesOrdered::new();
         let mut queued = Vec::new();
         let mut tick = tokio::time::interval(HEALTH_CHECK_INTERVAL);
-        let mut look: Option<BoxFuture<RedisResult<()>>> = None;
+        let mut health_check: Option<BoxFuture<RedisResult<()>>> = None;
         let mut probes = tokio::time::interval(PROBE_INTERVAL);
         let mut probe: Option<BoxFuture<RedisResult<()>>> = None;
         let links = self.links.clone();
         loop {
             agreed.mark_unchanged();
-            regained.mark_unchanged();
+            lease_reacquired.mark_unchanged();
             if sent.len() < PIPELINES_IN_FLIGHT_MAX && self.may_send(server_id) {
                 let batch = self.next_batch();
                 if !batch.is_empty() {
@@ -289,19 +290,19 @@ impl AppendWorker {
                     continue;
                 }
             }
-            // What may not be sent is answered when its time is over.
+            // Publishes that may not be sent are answered at their deadline.
             let deadline =
                 self.queue.next_deadline().filter(|_| sent.len() < PIPELINES_IN_FLIGHT_MAX);
-            // Cancel-safe: `next` keeps what is under way, and `recv_many` takes nothing unless
+            // Cancel-safe: `next` keeps pipelines in flight, and `recv_many` takes nothing unless
             // it completes.
             let (batch, result) = tokio::select! {
                 biased;
-                Some(answered) = sent.next() => answered,
-                Some(order) = self.drains.recv() => {
-                    // What is under way may come back unanswered, and goes along then.
-                    let settled = self.complete_all(server_id, Ok(()), VecDeque::new(), &mut sent).await;
-                    self.drain_groups(order);
-                    match settled {
+                Some(drained) = sent.next() => drained,
+                Some(drain) = self.drains.recv() => {
+                    // Publishes in flight may come back unanswered, and are handed over as well.
+                    let completed = self.complete_all(server_id, Ok(()), VecDeque::new(), &mut sent).await;
+                    self.drain_groups(drain);
+                    match completed {
                         Ok(()) => continue,
                         Err(error) => return error,
                     }
@@ -315,17 +316,17 @@ impl AppendWorker {
                     continue;
                 }
                 _ = agreed.changed() => continue,
-                _ = regained.changed() => continue,
-                _ = remake.changed() => {
+                _ = lease_reacquired.changed() => continue,
+                _ = reconnect_all.changed() => {
                     (Vec::new(), Err((ErrorKind::Io, "all links reconnect").into()))
                 }
                 () = sleep_until(deadline) => {
                     self.expire();
                     continue;
                 }
-                _ = tick.tick(), if look.is_none() => {
-                    let (server, permitted) = (self.server.clone(), self.permitted.clone());
-                    look = Some(Box::pin(check_health(connection.clone(), server, permitted)));
+                _ = tick.tick(), if health_check.is_none() => {
+                    let (server, permission_check) = (self.server.clone(), self.permission_check.clone());
+                    health_check = Some(Box::pin(check_health(connection.clone(), server, permission_check)));
                     continue;
                 }
                 _ = probes.tick(), if probe.is_none() => {
@@ -340,23 +341,23 @@ impl AppendWorker {
                     }
                 }
                 () = links.probe.lost() => {
-                    (Vec::new(), Err((ErrorKind::Io, "what is published is not heard").into()))
+                    (Vec::new(), Err((ErrorKind::Io, "probe timeout: this node does not receive what it publishes").into()))
                 }
-                looked = output_of(&mut look), if look.is_some() => {
-                    look = None;
+                looked = output_of(&mut health_check), if health_check.is_some() => {
+                    health_check = None;
                     match looked {
                         Ok(()) => continue,
-                        // As if a pipeline had failed: those under way come to their end below.
+                        // As if a pipeline had failed: those in flight are completed below.
                         Err(error) => (Vec::new(), Err(error)),
                     }
                 }
             };
             let mut again = VecDeque::new();
-            let mut settled = self.complete(server_id, batch, result, &mut again);
-            if settled.is_err() || !again.is_empty() {
-                settled = self.complete_all(server_id, settled, again, &mut sent).await;
+            let mut completed = self.complete(server_id, batch, result, &mut again);
+            if completed.is_err() || !again.is_empty() {
+                completed = self.complete_all(server_id, completed, again, &mut sent).await;
             }
-            if let Err(error) = settled {
+            if let Err(error) = completed {
                 if is_unagreed(&error) {
                     self.links.found_unagreed(&self.server, server_id);
                 }
@@ -365,20 +366,20 @@ impl AppendWorker {
         }
     }
 
-    /// Settles all that is under way: behind one that failed the others do as well, or have answers
-    /// that count. What has no answer goes ahead of what waits.
+    /// Completes all pipelines in flight: those behind a failed one fail too, or have answers that
+    /// count. Publishes without an answer go to the front of the queue.
     async fn complete_all(
         &mut self,
         server_id: ServerId,
-        mut settled: Result<(), RedisError>,
+        mut completed: Result<(), RedisError>,
         mut again: VecDeque<QueuedAppend>,
         sent: &mut FuturesOrdered<InFlight>,
     ) -> Result<(), RedisError> {
         while let Some((batch, result)) = sent.next().await {
-            settled = settled.and(self.complete(server_id, batch, result, &mut again));
+            completed = completed.and(self.complete(server_id, batch, result, &mut again));
         }
         self.queue.requeue(again);
-        settled
+        completed
     }
 
     fn send(
@@ -407,21 +408,21 @@ impl AppendWorker {
         let (epoch, seq) = position_args(queued.hint.as_ref());
         let pressure = self.server.memory.pressure();
         let script = if pressure.is_high() { &self.script_when_full } else { &self.script };
-        // What was acknowledged once, or was in a log, is not refused.
-        let is_again = queued.hint.is_some() || append.urgent;
-        let pressure = if is_again { Pressure::None } else { pressure };
+        // A publish that was acknowledged or in a log before is not rejected.
+        let is_resent = queued.hint.is_some() || append.urgent;
+        let pressure = if is_resent { Pressure::None } else { pressure };
         let user = append.room.user().filter(|_| append.room.kind() == RoomKind::Inbox);
         let keyspace = self.server.keyspace;
-        let further = user.as_ref().map(|_| keyspace.last_seen_and_online(&append.room));
-        let further = further.as_ref().map_or(&[][..], |keys| &keys[..]);
-        let kept = retention.of(&append.room);
-        let mut command = self.server.call_with(script, &append.room, server_id, further);
+        let more_keys = user.as_ref().map(|_| keyspace.last_seen_and_online(&append.room));
+        let more_keys = more_keys.as_ref().map_or(&[][..], |keys| &keys[..]);
+        let retention_of_log = retention.of(&append.room);
+        let mut command = self.server.call_with(script, &append.room, server_id, more_keys);
         command
             .arg(&append.envelope.dedup_key()[..])
             .arg(&append.envelope.as_bytes()[..])
-            .arg(kept.entries_min)
+            .arg(retention_of_log.entries_min)
             .arg(retention.window.as_millis() as u64)
-            .arg(kept.bytes_max)
+            .arg(retention_of_log.bytes_max)
             .arg(epoch)
             .arg(seq)
             .arg(pressure.argument());
@@ -430,7 +431,7 @@ impl AppendWorker {
             command
                 .arg(user.as_str())
                 .arg(match append.unseen {
-                    UnseenPolicy::Reject if !is_again => "refuse",
+                    UnseenPolicy::Reject if !is_resent => "refuse",
                     UnseenPolicy::Reject | UnseenPolicy::Limited => "small",
                     UnseenPolicy::Unlimited => "keep",
                 })
@@ -441,11 +442,11 @@ impl AppendWorker {
         command
     }
 
-    /// Answers every publish of a pipeline that has its answer; the others go to `again`.
+    /// Answers every publish of a pipeline that has a result; the others go to `again`.
     ///
     /// # Errors
     ///
-    /// The first error that says that this connection is of no more use.
+    /// The first error after which this connection is of no more use.
     fn complete(
         &mut self,
         server_id: ServerId,
@@ -461,16 +462,17 @@ impl AppendWorker {
             }
         };
         let links = self.links.clone();
-        let (tail, now) = (links.node_state.unconfirmed(), Instant::now());
+        let (unconfirmed, now) = (links.node_state.unconfirmed(), Instant::now());
         let mut failed = Ok(());
         for (queued, value) in batch.into_iter().zip(values) {
             let id = queued.append.envelope.dedup_key();
             let room = &queued.append.room;
-            let answer = value.map(|value| strip_report(&links.metrics, room, value));
-            match answer.and_then(parse_appended) {
+            let result = value.map(|value| strip_report(&links.metrics, room, value));
+            match result.and_then(parse_appended) {
                 Ok(appended) => {
-                    // Before the sender hears of it: from then on it must not be lost.
-                    let dropped = tail.acknowledged(&id, &appended.position, server_id, now);
+                    // Recorded before the sender learns of it: from then on the publish must not be
+                    // lost.
+                    let dropped = unconfirmed.acknowledged(&id, &appended.position, server_id, now);
                     self.links.metrics.unconfirmed_publishes_dropped.inc_by(dropped);
                     (queued.append.done)(Ok(appended));
                 }
@@ -488,7 +490,7 @@ impl AppendWorker {
                     again.push_back(queued);
                     failed = failed.and(Err(error));
                 }
-                // It is sent again by the script that makes room.
+                // It is sent again, by the script that frees memory.
                 Err(error) if error.code() == Some("OOM") => {
                     self.server.memory.found_full();
                     again.push_back(queued);
@@ -498,7 +500,7 @@ impl AppendWorker {
                     if !is_forbidden(&error) {
                         self.log_rejection(&error, &queued, now);
                     }
-                    tail.discard(&id);
+                    unconfirmed.discard(&id);
                     (queued.append.done)(Err(to_bus_error(&error)));
                 }
             }
@@ -506,8 +508,8 @@ impl AppendWorker {
         failed
     }
 
-    /// Logs that Redis refused a publish: each that it will always refuse, and now and then one where
-    /// it refuses all, as when it is full.
+    /// Logs that Redis rejected a publish: every permanent rejection, and now and then a transient
+    /// one, as of a full Redis.
     fn log_rejection(&mut self, error: &RedisError, queued: &QueuedAppend, now: Instant) {
         if to_bus_error(error).is_limit() {
             return;
@@ -518,12 +520,12 @@ impl AppendWorker {
             }
             self.last_logged = Some(now);
         }
-        tracing::error!(%error, room = %queued.append.room, "Redis refused an append");
+        tracing::error!(%error, room = %queued.append.room, "Redis rejected a publish");
     }
 }
 
-/// Whether the server refused for a reason that may pass, as a full memory does. Whoever sent it may
-/// try again; what was acknowledged before is tried again here.
+/// Whether the rejection is transient, as that of a full memory. The sender may try again; a
+/// publish that was acknowledged before is retried here.
 fn is_transient(error: &RedisError) -> bool {
     !is_server_state(error) && to_bus_error(error) == BusError::Unavailable
 }
@@ -535,50 +537,50 @@ async fn sleep_until(deadline: Option<Instant>) {
     }
 }
 
-/// Connects and makes sure that this server can be appended to.
+/// Connects, and checks that this server can be appended to.
 async fn connect(
     server: &Arc<RedisServer>,
     scripts: &[redis::Script],
-    permitted: &redis::Script,
+    permission_check: &redis::Script,
 ) -> Result<(MultiplexedConnection, ServerId), RedisError> {
     let (mut connection, server_id) = server.connect(config()).await?;
     for script in scripts {
         script.load_async(&mut connection).await?;
     }
-    check_health(connection.clone(), server.clone(), permitted.clone()).await?;
+    check_health(connection.clone(), server.clone(), permission_check.clone()).await?;
     Ok((connection, server_id))
 }
 
-/// Whether the link lives, and whether the server is what it has to be.
+/// Checks that the connection works and that the server meets the requirements.
 async fn check_health(
     mut connection: MultiplexedConnection,
     server: Arc<RedisServer>,
-    permitted: redis::Script,
+    permission_check: redis::Script,
 ) -> RedisResult<()> {
     redis::cmd("PING").query_async::<()>(&mut connection).await?;
-    server.requirements.check(&server, &mut connection, &permitted).await
+    server.requirements.check(&server, &mut connection, &permission_check).await
 }
 
-/// Sends a number that the subscriber has to hear.
+/// Sends a number that the subscriber has to receive.
 async fn send_probe(
     mut connection: MultiplexedConnection,
     server: Arc<RedisServer>,
     links: Arc<LinkStates>,
 ) -> RedisResult<()> {
-    // Nobody listens yet.
+    // The subscriber has not subscribed to a channel yet.
     let Some((_, channel)) = links.probe.channel() else { return Ok(()) };
     let number = links.probe.send(Instant::now());
     let publish = server.keyspace.publish();
     let sent = redis::cmd(publish).arg(channel).arg(number).query_async(&mut connection).await;
     match sent {
-        // Another channel is chosen when it is known where this one is.
+        // Another channel is chosen once it is known where this one is.
         Err(error) if is_slot_error(&error) => {
             links.probe.reset();
             server.topology_stale.notify_one();
             Ok(())
         }
         Err(error) if is_forbidden(&error) => {
-            // It is not missed: another connection could do no more.
+            // Not a lost probe: another connection would be denied as well.
             links.probe.reset();
             server.requirements.record(Detector::Call, &error);
             Ok(())
@@ -587,14 +589,14 @@ async fn send_probe(
     }
 }
 
-/// Whether the server takes nothing while its replicas do not follow, as it was told: one of them may
-/// be about to take its place.
+/// Whether the server takes no writes because its replicas do not follow (`min-replicas-to-write`):
+/// one of them may be about to replace it.
 fn is_missing_replicas(error: &RedisError) -> bool {
     error.code() == Some("NOREPLICAS")
 }
 
-/// Whether the error is about the server's state and not about this append: it does not know the
-/// script any more, is loading, or has become a replica.
+/// Whether the error is due to the server's state and not to this append: it does not know the
+/// script, is loading, or has become a replica.
 fn is_server_state(error: &RedisError) -> bool {
     is_unagreed(error)
         || matches!(
@@ -609,12 +611,12 @@ fn is_server_state(error: &RedisError) -> bool {
         )
 }
 
-/// What the script answers: position, and whether it was known.
+/// Reads the result of `append.lua`: the position, and whether the entry was there before.
 fn parse_appended(value: Value) -> Result<Appended, RedisError> {
     let (epoch, seq, kind): (String, u64, u8) = redis::from_redis_value(value)?;
     let epoch = epoch
         .parse()
-        .map_err(|_| RedisError::from((ErrorKind::Parse, "append.lua answered no epoch")))?;
+        .map_err(|_| RedisError::from((ErrorKind::Parse, "append.lua returned no epoch")))?;
     let position = Position::new(epoch, seq);
     Ok(Appended { position, duplicate: kind == 1, opened_inbox: kind == 2 })
 }

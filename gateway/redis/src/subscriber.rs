@@ -1,11 +1,13 @@
-//! The ear of a node: one connection that is subscribed to the channels of the rooms followed.
+//! The subscriber of a node: one connection that is subscribed to the channels of the subscribed
+//! rooms.
 //!
-//! What arrives goes straight from the connection's driver to the mailboxes, which never block. The
-//! loop here subscribes and unsubscribes in batches, and after each reconnect subscribes to everything
-//! again and then raises doubt: pub/sub has no memory, so that what was missed is read from the logs.
+//! Messages go straight from the connection's driver to the mailboxes, which never block. The loop
+//! here subscribes and unsubscribes in batches. After each reconnect it subscribes to all rooms
+//! again and then requests a resync: pub/sub has no memory, so that missed entries are read from
+//! the logs.
 //!
-//! Changes of subscriptions wait in [`PendingCommands`], each room once: an unsubscription is never lost, and
-//! rooms and inboxes that somebody waits for go ahead of the status of users.
+//! Subscribe commands wait in [`PendingCommands`], one per room: no unsubscription is lost, and
+//! rooms and inboxes, which joins wait for, go ahead of the status of users.
 
 use std::{
     collections::{BTreeSet, HashMap, VecDeque},
@@ -45,9 +47,9 @@ use skein_core::{
     telemetry::metrics::InvalidValue,
 };
 
-/// The most channels in one SUBSCRIBE, so that a node with many rooms does not hold Redis up.
+/// The most channels in one SUBSCRIBE, so that a node with many rooms does not block Redis.
 const CHANNELS_MAX: usize = 512;
-/// How many of them are of rooms and inboxes to be subscribed to, where other changes wait as well.
+/// How many of them belong to rooms and inboxes to subscribe to, while other changes wait as well.
 const PRIORITY_MAX: usize = CHANNELS_MAX / 4 * 3;
 
 /// A handle to the subscriber's task.
@@ -56,50 +58,50 @@ pub(super) struct Subscriber {
     resubscriptions: Arc<Resubscriptions>,
 }
 
-/// The changes that wait for the loop.
+/// The commands that wait for the loop.
 #[derive(Default)]
 struct CommandQueue {
     commands: Mutex<PendingCommands>,
     notify: Notify,
 }
 
-/// What the node wants to hear, or no longer, and does not yet: the last wish for each room. As large as
-/// what the hub has of rooms and watched users.
+/// Subscribe commands that were not applied yet: the last one for each room. Bounded by the rooms
+/// and watched users of the hub.
 #[derive(Default)]
 struct PendingCommands {
     rooms: HashMap<RoomId, SubscribeCommand>,
-    /// The order in which they are granted: rooms and inboxes to be followed, and all else. What is in
-    /// neither of the wishes any more was granted before.
+    /// The order of the commands: first rooms and inboxes to subscribe to, then all others. A room
+    /// without a command in `rooms` was served before.
     priority: VecDeque<RoomId>,
     others: VecDeque<RoomId>,
-    /// The loop has ended, so that nothing is granted any more.
+    /// The loop has ended and applies no more commands.
     is_closed: bool,
 }
 
-/// What is wished for a room.
+/// A pending change of a room's subscription.
 #[derive(Default)]
 struct SubscribeCommand {
     subscribe: bool,
-    /// Whether it stands among the first.
+    /// Whether the room is in `priority`.
     is_priority: bool,
-    /// Who waits for the subscription.
+    /// Notified when the subscription is confirmed.
     waiters: SmallVec<[oneshot::Sender<()>; 1]>,
 }
 
 impl PendingCommands {
-    fn subscribe(&mut self, room: RoomId, heard: oneshot::Sender<()>) {
+    fn subscribe(&mut self, room: RoomId, confirmed: oneshot::Sender<()>) {
         if self.is_closed {
             return;
         }
         let is_new = !self.rooms.contains_key(&room);
-        let wish = self.rooms.entry(room.clone()).or_default();
-        wish.subscribe = true;
-        wish.waiters.push(heard);
+        let command = self.rooms.entry(room.clone()).or_default();
+        command.subscribe = true;
+        command.waiters.push(confirmed);
         if room.kind() == RoomKind::Status {
             if is_new {
                 self.others.push_back(room);
             }
-        } else if !mem::replace(&mut wish.is_priority, true) {
+        } else if !mem::replace(&mut command.is_priority, true) {
             self.priority.push_back(room);
         }
     }
@@ -109,7 +111,7 @@ impl PendingCommands {
             return;
         }
         match self.rooms.get_mut(&room) {
-            Some(wish) => wish.subscribe = false,
+            Some(command) => command.subscribe = false,
             None => {
                 self.rooms.insert(room.clone(), SubscribeCommand::default());
                 self.others.push_back(room);
@@ -117,22 +119,23 @@ impl PendingCommands {
         }
     }
 
-    /// Takes the next wishes out, `max` at most.
+    /// Takes the next commands, at most `max`.
     fn next_batch(&mut self, max: usize) -> Vec<(RoomId, SubscribeCommand)> {
-        let mut taken = Vec::with_capacity(max.min(self.rooms.len()));
+        let mut batch = Vec::with_capacity(max.min(self.rooms.len()));
         for (from_first, max) in [(true, PRIORITY_MAX.min(max)), (false, max), (true, max)] {
             let queue = if from_first { &mut self.priority } else { &mut self.others };
-            while taken.len() < max
+            while batch.len() < max
                 && let Some(room) = queue.pop_front()
             {
-                taken.extend(self.rooms.remove_entry(&room));
+                batch.extend(self.rooms.remove_entry(&room));
             }
         }
-        taken
+        batch
     }
 }
 
-/// Rooms that another server passed on so far. They are followed already, so nobody waits.
+/// Rooms that another server has published so far. They are subscribed, so no caller waits for
+/// them.
 #[derive(Default)]
 struct Resubscriptions {
     rooms: Mutex<Vec<RoomId>>,
@@ -146,31 +149,31 @@ pub(super) fn start(
     tasks: &Tasks,
 ) -> Subscriber {
     let queue = Arc::new(CommandQueue::default());
-    let adopted = Arc::new(Resubscriptions::default());
+    let resubscribed = Arc::new(Resubscriptions::default());
     let worker = SubscribeWorker {
         server,
         links,
         mailboxes,
         queue: queue.clone(),
-        resubscriptions: adopted.clone(),
+        resubscriptions: resubscribed.clone(),
         subscribed: Arc::default(),
         unconfirmed: Vec::new(),
         tasks: tasks.clone(),
     };
     let stopped = tasks.stopped().clone();
     tasks.spawn_service("redis_subscriber", worker.run(stopped));
-    Subscriber { queue, resubscriptions: adopted }
+    Subscriber { queue, resubscriptions: resubscribed }
 }
 
 impl Subscriber {
     pub(super) fn subscribe(&self, room: RoomId) -> BoxFuture<Result<(), BusError>> {
-        let (heard, hears) = oneshot::channel();
-        self.queue.commands.lock().subscribe(room, heard);
+        let (confirmed, confirmation) = oneshot::channel();
+        self.queue.commands.lock().subscribe(room, confirmed);
         self.queue.notify.notify_one();
-        Box::pin(async move { hears.await.map_err(|_| BusError::Unavailable) })
+        Box::pin(async move { confirmation.await.map_err(|_| BusError::Unavailable) })
     }
 
-    /// Follows rooms from here on that were followed elsewhere before.
+    /// Subscribes to rooms that were subscribed on another server before.
     pub(super) fn resubscribe(&self, rooms: Vec<RoomId>) {
         self.resubscriptions.rooms.lock().extend(rooms);
         self.resubscriptions.notify.notify_one();
@@ -189,17 +192,18 @@ struct SubscribeWorker {
     mailboxes: Mailboxes,
     queue: Arc<CommandQueue>,
     resubscriptions: Arc<Resubscriptions>,
-    /// What is followed. Shared with the connection, which finds out when that ends by itself.
+    /// The subscribed rooms. Shared with the connection's driver, which learns when Redis ends a
+    /// subscription.
     subscribed: Arc<Mutex<BTreeSet<RoomId>>>,
-    /// Who waits for a subscription that is not confirmed yet.
+    /// Callers that wait for a subscription that is not confirmed yet.
     unconfirmed: Vec<(RoomId, oneshot::Sender<()>)>,
-    /// Told where the connection's driver, a task of the library, fails.
+    /// Notified of a panic in the connection's driver, a task of the library.
     tasks: Tasks,
 }
 
 impl Drop for SubscribeWorker {
     fn drop(&mut self) {
-        // Callers that wait for a subscription ask again where the room is.
+        // Callers that wait for a subscription subscribe again, on the server that has the room.
         *self.queue.commands.lock() =
             PendingCommands { is_closed: true, ..PendingCommands::default() };
     }
@@ -207,7 +211,7 @@ impl Drop for SubscribeWorker {
 
 impl SubscribeWorker {
     async fn run(mut self, stopped: CancellationToken) {
-        // Dropping the work drops the connection; nothing is owed to anybody.
+        // Dropping the future drops the connection; no answer is pending.
         tokio::select! {
             biased;
             () = stopped.cancelled() => {}
@@ -219,28 +223,28 @@ impl SubscribeWorker {
         let mut pause = RetryPause::default();
         loop {
             pause.wait().await;
-            let heard = self.links.probe.received_count();
+            let received = self.links.probe.received_count();
             let Err(error) = self.run_connection().await;
             self.server.topology_stale.notify_one();
-            if self.links.probe.received_count() != heard {
-                // It did its work: until then the next attempts become rarer.
+            if self.links.probe.received_count() != received {
+                // The connection worked. As long as none does, attempts become rarer.
                 pause = RetryPause::default();
             }
             pause.failed(&error);
             self.server.requirements.record(Detector::Subscriber, &error);
             if pause.should_log() {
-                tracing::warn!(%error, "cannot hear Redis");
+                tracing::warn!(%error, "cannot subscribe to Redis");
             }
             self.links.set(&self.server, LinkKind::Subscribe, None);
         }
     }
 
-    /// Connects, subscribes to everything, and serves wishes until the link dies.
+    /// Connects, subscribes to all rooms, and applies commands until the connection fails.
     async fn run_connection(&mut self) -> Result<Infallible, RedisError> {
-        let ear = PushReceiver::default();
-        let config = config().set_push_sender(self.push_handler(&ear));
-        let lost = ear.lost.clone();
-        let mut remake = self.links.reconnect_all.subscribe();
+        let receiver = PushReceiver::default();
+        let config = config().set_push_sender(self.push_handler(&receiver));
+        let lost = receiver.lost.clone();
+        let mut reconnect_all = self.links.reconnect_all.subscribe();
         let mut owned = self.server.owned.subscribe();
         let (mut connection, server_id) = self.server.connect(config).await?;
         self.subscribe_own_channels(&mut connection).await?;
@@ -248,18 +252,18 @@ impl SubscribeWorker {
         self.drop_foreign_rooms();
         let rooms: Vec<RoomId> = self.subscribed.lock().iter().cloned().collect();
         self.subscribe(&mut connection, &rooms).await?;
-        // Only when everything is subscribed to: what is read from now on leaves no gap.
+        // Only when all rooms are subscribed: a read from now on leaves no gap.
         self.mailboxes.mark_all_stale();
         self.server.requirements.allow(Detector::Subscriber);
         self.links.set(&self.server, LinkKind::Subscribe, Some(server_id));
 
-        let mut look = tokio::time::interval(CHECK_INTERVAL);
+        let mut probe_check = tokio::time::interval(CHECK_INTERVAL);
         loop {
-            // Cancel-safe, all of them. Wishes come last, since there may be more and more of them.
+            // All arms are cancel-safe. Commands come last, since there may be ever more of them.
             tokio::select! {
                 biased;
                 () = lost.notified() => return Err(connection_lost()),
-                _ = remake.changed() => {
+                _ = reconnect_all.changed() => {
                     return Err((redis::ErrorKind::Io, "all links reconnect").into());
                 }
                 _ = owned.changed() => {
@@ -269,11 +273,11 @@ impl SubscribeWorker {
                         self.subscribe_own_channels(&mut connection).await?;
                     }
                 }
-                _ = look.tick() => {
+                _ = probe_check.tick() => {
                     if self.links.probe.is_overdue(Instant::now()) {
                         self.links.metrics.bus_probe_timeouts.inc();
                         self.links.probe.report_lost();
-                        return Err((redis::ErrorKind::Io, "what is published is not heard").into());
+                        return Err((redis::ErrorKind::Io, "probe timeout: this node does not receive what it publishes").into());
                     }
                 }
                 () = self.resubscriptions.notify.notified() => self.apply(&mut connection).await?,
@@ -282,12 +286,12 @@ impl SubscribeWorker {
         }
     }
 
-    /// Notes what was wished for while there was no connection.
+    /// Records the commands that came while there was no connection.
     fn take_commands(&mut self) {
         self.take_resubscriptions();
-        let wishes = self.queue.commands.lock().next_batch(usize::MAX);
-        for (room, wish) in wishes {
-            self.record(room, wish);
+        let commands = self.queue.commands.lock().next_batch(usize::MAX);
+        for (room, command) in commands {
+            self.record(room, command);
         }
     }
 
@@ -302,36 +306,37 @@ impl SubscribeWorker {
         self.server.owns(self.server.keyspace.group_of(room))
     }
 
-    /// Forgets rooms that this server does not serve any more. It has ended their subscriptions by
-    /// itself; who waits for one asks again where they are.
+    /// Forgets rooms that this server does not serve any more. It has ended their subscriptions
+    /// itself; callers that wait for one subscribe again on the server that has the room.
     fn drop_foreign_rooms(&mut self) {
-        let Self { server, subscribed: followed, unconfirmed: unheard, .. } = self;
+        let Self { server, subscribed, unconfirmed, .. } = self;
         let here = |room: &RoomId| server.owns(server.keyspace.group_of(room));
-        followed.lock().retain(here);
-        unheard.retain(|(room, _)| here(room));
+        subscribed.lock().retain(here);
+        unconfirmed.retain(|(room, _)| here(room));
     }
 
-    /// Subscribes to this process' probes, and to pokes where they are published.
+    /// Subscribes to the probes of this process, and to wake-ups if this server publishes them.
     async fn subscribe_own_channels(
         &self,
         connection: &mut MultiplexedConnection,
     ) -> Result<(), RedisError> {
         let (keyspace, probe) = (self.server.keyspace, &self.links.probe);
         let groups = (self.server.owned.borrow().first().copied(), self.server.owns(0));
-        let (Some(group), pokes) = groups else {
-            return Err((redis::ErrorKind::Io, "this server serves nothing").into());
+        let (Some(group), wake_up_channel) = groups else {
+            return Err((redis::ErrorKind::Io, "this server serves no placement group").into());
         };
         probe.reset();
         let mut channels = vec![probe.choose_channel(keyspace, group)];
-        channels.extend(pokes.then(|| keyspace.wake_up_channel()));
+        channels.extend(wake_up_channel.then(|| keyspace.wake_up_channel()));
         subscribe_to(connection, keyspace, &channels).await
     }
 
-    fn record(&mut self, room: RoomId, wish: SubscribeCommand) {
-        // Who wished it asks again where the room is.
+    fn record(&mut self, room: RoomId, command: SubscribeCommand) {
+        // Otherwise the caller subscribes again on the server that has the room.
         if self.owns(&room) {
-            self.unconfirmed.extend(wish.waiters.into_iter().map(|heard| (room.clone(), heard)));
-            if wish.subscribe {
+            self.unconfirmed
+                .extend(command.waiters.into_iter().map(|confirmed| (room.clone(), confirmed)));
+            if command.subscribe {
                 self.subscribed.lock().insert(room);
             } else {
                 self.subscribed.lock().remove(&room);
@@ -339,40 +344,42 @@ impl SubscribeWorker {
         }
     }
 
-    /// Subscribes and unsubscribes as wished for, as far as one batch goes.
+    /// Applies one batch of commands.
     async fn apply(&mut self, connection: &mut MultiplexedConnection) -> Result<(), RedisError> {
-        let (wishes, is_all) = {
-            let mut wishes = self.queue.commands.lock();
-            (wishes.next_batch(CHANNELS_MAX), wishes.rooms.is_empty())
+        let (commands, is_all) = {
+            let mut commands = self.queue.commands.lock();
+            (commands.next_batch(CHANNELS_MAX), commands.rooms.is_empty())
         };
         if !is_all {
             self.queue.notify.notify_one();
         }
-        // All are noted first: where the link dies in between, the next one has them all.
-        let (mut more, mut fewer) = (self.take_resubscriptions(), Vec::new());
-        let adopted = !more.is_empty();
-        for (room, wish) in wishes {
-            let follow = wish.subscribe;
-            self.record(room.clone(), wish);
+        // All commands are recorded first: if the connection dies in between, the next one
+        // subscribes to all.
+        let (mut to_subscribe, mut to_unsubscribe) = (self.take_resubscriptions(), Vec::new());
+        let resubscribed = !to_subscribe.is_empty();
+        for (room, command) in commands {
+            let follow = command.subscribe;
+            self.record(room.clone(), command);
             if follow && self.owns(&room) {
-                more.push(room);
+                to_subscribe.push(room);
             } else if self.owns(&room) {
-                more.retain(|adopted| *adopted != room);
-                fewer.push(room);
+                to_subscribe.retain(|resubscribed| *resubscribed != room);
+                to_unsubscribe.push(room);
             }
         }
-        if !fewer.is_empty() {
-            unsubscribe_from(connection, self.server.keyspace, &self.channels(&fewer)).await?;
+        if !to_unsubscribe.is_empty() {
+            unsubscribe_from(connection, self.server.keyspace, &self.channels(&to_unsubscribe))
+                .await?;
         }
-        self.subscribe(connection, &more).await?;
-        if adopted {
-            // What was said in them meanwhile is in their logs.
+        self.subscribe(connection, &to_subscribe).await?;
+        if resubscribed {
+            // Entries that were published meanwhile are in the logs.
             self.mailboxes.mark_all_stale();
         }
         Ok(())
     }
 
-    /// Subscribes to the channels of `rooms`, waits for the confirmation and passes it on.
+    /// Subscribes to the channels of `rooms`, waits for the confirmation and notifies the waiters.
     async fn subscribe(
         &mut self,
         connection: &mut MultiplexedConnection,
@@ -381,9 +388,9 @@ impl SubscribeWorker {
         for rooms in rooms.chunks(CHANNELS_MAX) {
             subscribe_to(connection, self.server.keyspace, &self.channels(rooms)).await?;
         }
-        for (_, heard) in self.unconfirmed.drain(..) {
-            // Who does not wait any more has given up on the join.
-            let _ = heard.send(());
+        for (_, confirmed) in self.unconfirmed.drain(..) {
+            // A caller that does not wait any more has given up the join.
+            let _ = confirmed.send(());
         }
         Ok(())
     }
@@ -392,29 +399,30 @@ impl SubscribeWorker {
         rooms.iter().map(|room| self.server.keyspace.channel(room)).collect()
     }
 
-    /// Takes what Redis pushes. Runs on the connection's driver task and never blocks.
+    /// The handler of the messages that Redis pushes. Runs on the connection's driver task and
+    /// never blocks.
     fn push_handler(
         &self,
-        ear: &PushReceiver,
+        receiver: &PushReceiver,
     ) -> impl Fn(PushInfo) -> Result<(), Infallible> + Send + Sync + 'static {
-        let (lost, deaf) = (ear.lost.clone(), ear.closed.clone());
+        let (lost, closed) = (receiver.lost.clone(), receiver.closed.clone());
         let (mailboxes, links) = (self.mailboxes.clone(), self.links.clone());
-        let (server, followed) = (self.server.clone(), self.subscribed.clone());
-        let (pokes, tasks) = (server.keyspace.wake_up_channel(), self.tasks.clone());
+        let (server, subscribed) = (self.server.clone(), self.subscribed.clone());
+        let (wake_up_channel, tasks) = (server.keyspace.wake_up_channel(), self.tasks.clone());
         let take = move |push: PushInfo| {
             match push.kind {
                 PushKind::Message | PushKind::SMessage => {
-                    match decode_push(push.data, &links.probe, &pokes) {
+                    match decode_push(push.data, &links.probe, &wake_up_channel) {
                         Push::Entry(room, entry) => {
-                            // What comes late from a server that another has replaced would stand
-                            // behind what that one says.
+                            // Late messages of a server that was replaced would follow those of its
+                            // successor.
                             if server.owns(server.keyspace.group_of(&room)) {
                                 mailboxes.send_entry(room, entry);
                             }
                         }
-                        Push::Ephemeral(room, notice) => {
+                        Push::Ephemeral(room, event) => {
                             if server.owns(server.keyspace.group_of(&room)) {
-                                mailboxes.send_ephemeral(room, notice);
+                                mailboxes.send_ephemeral(room, event);
                             }
                         }
                         Push::Probe(number) => links.probe.received(number),
@@ -426,7 +434,8 @@ impl SubscribeWorker {
                 }
                 // The slot has moved to another server.
                 PushKind::SUnsubscribe
-                    if room_of(&push.data).is_some_and(|room| followed.lock().contains(&room)) =>
+                    if room_of(&push.data)
+                        .is_some_and(|room| subscribed.lock().contains(&room)) =>
                 {
                     server.topology_stale.notify_one();
                     lost.notify_one();
@@ -436,7 +445,7 @@ impl SubscribeWorker {
             }
         };
         move |push| {
-            if !deaf.load(Ordering::Acquire)
+            if !closed.load(Ordering::Acquire)
                 && let Err(panic) = catch_panic_sync(|| take(push))
             {
                 tasks.fail("redis_receiver", panic);
@@ -447,11 +456,11 @@ impl SubscribeWorker {
 }
 
 fn connection_lost() -> RedisError {
-    (redis::ErrorKind::Io, "the link was closed").into()
+    (redis::ErrorKind::Io, "the connection was closed").into()
 }
 
-/// The end of a connection's pushes. Once it is dropped nothing that still comes is taken: it would
-/// arrive behind what another connection, maybe to another server, has brought.
+/// Receives the pushes of one connection. Once it is dropped, later messages are discarded: they
+/// would follow those of another connection, possibly to another server.
 #[derive(Default)]
 struct PushReceiver {
     lost: Arc<Notify>,
@@ -464,8 +473,8 @@ impl Drop for PushReceiver {
     }
 }
 
-/// Subscribes. On Redis Cluster with a command for each: a confirmation for each is what the client
-/// counts on, but for its own `SUBSCRIBE`.
+/// Subscribes. In a Redis Cluster with one command per channel: the client expects a confirmation
+/// for each command, except for `SUBSCRIBE`.
 async fn subscribe_to(
     connection: &mut MultiplexedConnection,
     keyspace: Keyspace,
@@ -506,39 +515,44 @@ fn room_of(data: &[Value]) -> Option<RoomId> {
     Keyspace::room(std::str::from_utf8(channel).ok()?)
 }
 
-/// What gateways publish.
+/// A message that gateways publish.
 enum Push {
     Entry(RoomId, Entry),
     Ephemeral(RoomId, EphemeralEvent),
     Probe(u64),
     WakeUp,
-    /// What no gateway publishes, in this channel.
+    /// A message that no gateway publishes, with its channel.
     Invalid(String),
 }
 
-/// Reads `[channel, payload]`.
-fn decode_push(data: Vec<Value>, probe: &Probe, pokes: &str) -> Push {
+/// Decodes `[channel, payload]`.
+fn decode_push(data: Vec<Value>, probe: &Probe, wake_up_channel: &str) -> Push {
     let data: Result<[Value; 2], _> = data.try_into();
     let Ok([Value::BulkString(channel), Value::BulkString(payload)]) = data else {
         return Push::Invalid("?".to_owned());
     };
     let channel = String::from_utf8_lossy(&channel);
-    let arrival = decode_payload(&channel, payload.into(), probe, pokes);
-    arrival.unwrap_or_else(|| Push::Invalid(channel.into_owned()))
+    let push = decode_payload(&channel, payload.into(), probe, wake_up_channel);
+    push.unwrap_or_else(|| Push::Invalid(channel.into_owned()))
 }
 
-/// Reads `<epoch>:<seq>:<stamp>\n<envelope>`, a notice, or the number of a probe.
-fn decode_payload(channel: &str, payload: Bytes, probe: &Probe, pokes: &str) -> Option<Push> {
+/// Decodes `<epoch>:<seq>:<origin>\n<envelope>`, an ephemeral event, or the number of a probe.
+fn decode_payload(
+    channel: &str,
+    payload: Bytes,
+    probe: &Probe,
+    wake_up_channel: &str,
+) -> Option<Push> {
     if probe.is_to(channel) {
         return Some(Push::Probe(std::str::from_utf8(&payload).ok()?.parse().ok()?));
     }
-    if channel == pokes {
+    if channel == wake_up_channel {
         return Some(Push::WakeUp);
     }
     let room = Keyspace::room(channel)?;
     if payload.first() == Some(&b'!') {
-        let notice = ephemeral::decode(&payload, &room)?;
-        return Some(Push::Ephemeral(room, notice));
+        let event = ephemeral::decode(&payload, &room)?;
+        return Some(Push::Ephemeral(room, event));
     }
     let border = payload.iter().position(|byte| *byte == b'\n')?;
     let (position, origin) = std::str::from_utf8(&payload[..border]).ok()?.rsplit_once(':')?;
@@ -561,55 +575,57 @@ mod tests {
         })
     }
 
-    fn heard() -> oneshot::Sender<()> {
+    fn confirmed() -> oneshot::Sender<()> {
         oneshot::channel().0
     }
 
     #[test]
     fn no_unsubscription_is_lost_however_many_wait() {
-        let mut wishes = PendingCommands::default();
+        let mut commands = PendingCommands::default();
         for room in rooms("room", 100_000) {
-            wishes.unsubscribe(room);
+            commands.unsubscribe(room);
         }
-        let mut taken = BTreeSet::new();
-        while !wishes.rooms.is_empty() {
-            let some = wishes.next_batch(CHANNELS_MAX);
-            assert!(some.len() <= CHANNELS_MAX && some.iter().all(|(_, wish)| !wish.subscribe));
-            taken.extend(some.into_iter().map(|(room, _)| room));
+        let mut batch = BTreeSet::new();
+        while !commands.rooms.is_empty() {
+            let some = commands.next_batch(CHANNELS_MAX);
+            assert!(
+                some.len() <= CHANNELS_MAX && some.iter().all(|(_, command)| !command.subscribe)
+            );
+            batch.extend(some.into_iter().map(|(room, _)| room));
         }
-        assert_eq!(taken.len(), 100_000);
+        assert_eq!(batch.len(), 100_000);
     }
 
     #[test]
-    fn rooms_go_ahead_of_statuses_and_both_go_on() {
-        let mut wishes = PendingCommands::default();
+    fn rooms_go_ahead_of_statuses_and_both_progress() {
+        let mut commands = PendingCommands::default();
         for room in rooms("status", 10_000) {
-            wishes.subscribe(room, heard());
+            commands.subscribe(room, confirmed());
         }
         for room in rooms("room", 1000) {
-            wishes.subscribe(room, heard());
+            commands.subscribe(room, confirmed());
         }
-        let first = wishes.next_batch(CHANNELS_MAX);
+        let first = commands.next_batch(CHANNELS_MAX);
         let of_rooms = first.iter().filter(|(room, _)| room.kind() == RoomKind::Room).count();
         assert_eq!((of_rooms, first.len()), (PRIORITY_MAX, CHANNELS_MAX));
     }
 
     #[test]
-    fn the_last_wish_for_a_room_counts_and_is_granted_once() {
-        let (mut wishes, room) = (PendingCommands::default(), rooms("room", 1).next().unwrap());
+    fn the_last_command_for_a_room_counts_and_is_applied_once() {
+        let (mut commands, room) = (PendingCommands::default(), rooms("room", 1).next().unwrap());
         for _ in 0..3 {
-            wishes.unsubscribe(room.clone());
-            wishes.subscribe(room.clone(), heard());
+            commands.unsubscribe(room.clone());
+            commands.subscribe(room.clone(), confirmed());
         }
-        let taken = wishes.next_batch(CHANNELS_MAX);
+        let batch = commands.next_batch(CHANNELS_MAX);
         assert!(
-            matches!(&taken[..], [(_, SubscribeCommand { subscribe: true, waiters, .. })] if waiters.len() == 3)
+            matches!(&batch[..], [(_, SubscribeCommand { subscribe: true, waiters, .. })] if waiters.len() == 3)
         );
-        assert!(wishes.next_batch(CHANNELS_MAX).is_empty());
-        wishes.subscribe(room.clone(), heard());
-        wishes.unsubscribe(room);
+        assert!(commands.next_batch(CHANNELS_MAX).is_empty());
+        commands.subscribe(room.clone(), confirmed());
+        commands.unsubscribe(room);
         assert!(matches!(
-            &wishes.next_batch(CHANNELS_MAX)[..],
+            &commands.next_batch(CHANNELS_MAX)[..],
             [(_, SubscribeCommand { subscribe: false, .. })]
         ));
     }
