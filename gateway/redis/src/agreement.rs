@@ -8,7 +8,7 @@
 //!    data set it replicates. A node continues only when all of its connections lead to one server.
 //! 2. The node *restores* logs: it appends, with the same numbers, the entries that its replicas of
 //!    subscribed rooms hold and the server lacks. It also hands in its [unconfirmed
-//!    publishes](crate::bus::unconfirmed), so that an acknowledged message keeps its number.
+//!    publishes](skein_core::bus::unconfirmed), so that an acknowledged message keeps its number.
 //! 3. It *checks in* at the barrier, with the processes it knows of. The server opens when all of
 //!    those have checked in, or when it has waited for them for longer than a lease lasts. In that
 //!    case rooms continue in a new epoch, since a missing process may have held more of them.

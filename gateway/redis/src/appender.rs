@@ -30,7 +30,7 @@ use super::{
     memory::Pressure,
     position_args,
     probe::PROBE_INTERVAL,
-    requirements::{Detector, is_forbidden},
+    requirements::{Detector, is_denied},
     server::{AgreedServer, RedisServer},
     to_bus_error,
     untrusted::strip_report,
@@ -497,7 +497,7 @@ impl AppendWorker {
                 }
                 Err(error) => {
                     self.server.requirements.record(Detector::Call, &error);
-                    if !is_forbidden(&error) {
+                    if !is_denied(&error) {
                         self.log_rejection(&error, &queued, now);
                     }
                     unconfirmed.discard(&id);
@@ -579,7 +579,7 @@ async fn send_probe(
             server.topology_stale.notify_one();
             Ok(())
         }
-        Err(error) if is_forbidden(&error) => {
+        Err(error) if is_denied(&error) => {
             // Not a lost probe: another connection would be denied as well.
             links.probe.reset();
             server.requirements.record(Detector::Call, &error);

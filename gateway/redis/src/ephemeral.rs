@@ -1,15 +1,15 @@
-//! How what is no entry is passed on in a room's channel. It begins with `!`, and an entry with the
-//! ordinal of its epoch.
+//! The encoding of ephemeral events in a room's channel. An event begins with `!`, an entry with
+//! the ordinal of its epoch.
 //!
 //! ```text
-//! !p <epoch> <number>\n   who came and left, a line each: "+<user> <name>", "-<user>"; by scripts
+//! !p <epoch> <number>\n   presence, a change a line: "+<user> <name>", "-<user>"; by scripts
 //! !t <user> <0 or 1>      typing
-//! !r <user> <seq> <connection>    read on; by a script
-//! !c deleted <connection> the room is no more, and the connection that asked for it; by a script
-//! !e                      the inbox was emptied; by a script
-//! !s                      whether a user is connected has changed; by scripts, to a status
-//! !x <session> <connection>  a connection has taken a session over; by a script, to an inbox
-//! !m\n<envelope>          a message of a room without a log
+//! !r <user> <seq> <connection>    a read mark; by a script
+//! !c deleted <connection> the room was deleted, by this connection; by a script
+//! !e                      the log of the inbox was deleted; by a script
+//! !s                      the user has come online or gone offline; by scripts, to a status room
+//! !x <session> <connection>  a connection has taken over a session; by a script, to an inbox
+//! !m\n<envelope>          a message of an ephemeral room
 //! ```
 
 use bytes::Bytes;
@@ -23,9 +23,9 @@ use uuid::Uuid;
 
 use skein_core::bus::registry::{EphemeralEvent, PresenceChange, PresenceVersion};
 
-/// A notice that a node passes on itself. Those of scripts are not made here.
-pub(super) fn encode(notice: &EphemeralEvent) -> Vec<u8> {
-    match notice {
+/// Encodes an event that a node publishes itself. Scripts encode all others.
+pub(super) fn encode(event: &EphemeralEvent) -> Vec<u8> {
+    match event {
         EphemeralEvent::Typing { user, is_typing } => {
             format!("!t {user} {}", u8::from(*is_typing)).into_bytes()
         }
@@ -35,11 +35,11 @@ pub(super) fn encode(notice: &EphemeralEvent) -> Vec<u8> {
         | EphemeralEvent::Closed { .. }
         | EphemeralEvent::Replaced { .. }
         | EphemeralEvent::Emptied
-        | EphemeralEvent::Status => unreachable!("scripts pass it on"),
+        | EphemeralEvent::Status => unreachable!("scripts publish it"),
     }
 }
 
-/// Reads a notice of a room; `None` where it is none.
+/// Decodes an event of a room; `None` if the payload is not one.
 pub(super) fn decode(payload: &Bytes, room: &RoomId) -> Option<EphemeralEvent> {
     let (kind, rest) = payload.strip_prefix(b"!")?.split_first()?;
     if *kind == b'm' {
@@ -108,40 +108,41 @@ mod tests {
     }
 
     #[track_caller]
-    fn read(text: &str) -> EphemeralEvent {
-        decode(&Bytes::copy_from_slice(text.as_bytes()), &room()).expect("a notice")
+    fn decoded(text: &str) -> EphemeralEvent {
+        decode(&Bytes::copy_from_slice(text.as_bytes()), &room()).expect("an event")
     }
 
     #[test]
-    fn what_scripts_pass_on_is_read() {
-        let EphemeralEvent::Presence(change) = read("!p 7 12\n+ann Ann Lee\n-bob\n-cat\n") else {
+    fn events_of_scripts_are_decoded() {
+        let EphemeralEvent::Presence(change) = decoded("!p 7 12\n+ann Ann Lee\n-bob\n-cat\n")
+        else {
             panic!()
         };
         assert_eq!(change.version, PresenceVersion { epoch: 7, number: 12 });
         assert_eq!(change.joined[0].name.as_str(), "Ann Lee");
         assert_eq!(change.left.len(), 2);
         let id = "6f1c2a0e-93c4-4c59-a9f5-5f3f2d1b7c10";
-        let EphemeralEvent::Read { seq: 5, by, .. } = read(&format!("!r ann 5 {id}")) else {
+        let EphemeralEvent::Read { seq: 5, by, .. } = decoded(&format!("!r ann 5 {id}")) else {
             panic!()
         };
         assert_eq!(by.to_string(), id);
-        assert!(matches!(read("!s"), EphemeralEvent::Status));
-        assert!(matches!(read("!e"), EphemeralEvent::Emptied));
-        let replaced = read(&format!("!x {id} {id}"));
+        assert!(matches!(decoded("!s"), EphemeralEvent::Status));
+        assert!(matches!(decoded("!e"), EphemeralEvent::Emptied));
+        let replaced = decoded(&format!("!x {id} {id}"));
         assert!(matches!(replaced, EphemeralEvent::Replaced { by, .. } if by.to_string() == id));
         assert!(matches!(
-            read(&format!("!c deleted {id}")),
+            decoded(&format!("!c deleted {id}")),
             EphemeralEvent::Closed { by: Some(_), .. }
         ));
-        assert!(matches!(read("!c deleted "), EphemeralEvent::Closed { by: None, .. }));
+        assert!(matches!(decoded("!c deleted "), EphemeralEvent::Closed { by: None, .. }));
     }
 
     #[test]
-    fn what_a_node_passes_on_is_read_back() {
+    fn events_of_a_node_are_decoded_as_encoded() {
         let user: UserId = "ann".parse().unwrap();
-        let packed = encode(&EphemeralEvent::Typing { user, is_typing: true });
-        let read = decode(&packed.into(), &room());
-        let Some(EphemeralEvent::Typing { is_typing: true, .. }) = read else { panic!() };
+        let encoded = encode(&EphemeralEvent::Typing { user, is_typing: true });
+        let decoded = decode(&encoded.into(), &room());
+        let Some(EphemeralEvent::Typing { is_typing: true, .. }) = decoded else { panic!() };
         let id = Uuid::from_u128(1);
         let members =
             format!(r#""room":"r","id":"{id}","from":{{"id":"ann","name":"A"}},"timestamp":"t""#);
@@ -154,15 +155,15 @@ mod tests {
             fields: &members,
             binary_payload: Some(b"\n!"),
         });
-        let packed = encode(&EphemeralEvent::Message(envelope.clone()));
-        let packed = Bytes::from(packed);
-        let Some(EphemeralEvent::Message(read)) = decode(&packed, &room()) else { panic!() };
-        assert_eq!(read, envelope);
-        assert!(decode(&packed, &"s".parse().unwrap()).is_none());
+        let encoded = encode(&EphemeralEvent::Message(envelope.clone()));
+        let encoded = Bytes::from(encoded);
+        let Some(EphemeralEvent::Message(decoded)) = decode(&encoded, &room()) else { panic!() };
+        assert_eq!(decoded, envelope);
+        assert!(decode(&encoded, &"s".parse().unwrap()).is_none());
     }
 
     #[test]
-    fn what_is_none_is_refused() {
+    fn invalid_payloads_are_rejected() {
         for text in [
             "",
             "!",

@@ -469,7 +469,7 @@ fn is_slot_error(error: &RedisError) -> bool {
 /// memory, has too few replicas or a full disk, or denies a permission.
 fn to_bus_error(error: &RedisError) -> BusError {
     match error.code() {
-        _ if requirements::is_forbidden(error) => BusError::Unavailable,
+        _ if requirements::is_denied(error) => BusError::Unavailable,
         Some("FULL") => BusError::MemoryFull,
         Some("UNSEENQUOTA") => BusError::UnseenQuota,
         Some("UNSEENBYTES") => BusError::UnseenBytes,

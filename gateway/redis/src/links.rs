@@ -1,4 +1,5 @@
-//! Which of a node's connections to Redis stand, and which server each leads to.
+//! The state of a node's links to a server: which are up, and which server each leads to. The links
+//! are the connections of appender and subscriber.
 
 use std::sync::Arc;
 
@@ -7,15 +8,15 @@ use tokio::sync::{Notify, watch};
 use super::{probe::Probe, server::RedisServer};
 use skein_core::{bus::node_state::NodeState, delivery::ServerId, telemetry::metrics::Metrics};
 
-/// The state of the links.
+/// The state of both links.
 pub(super) struct LinkStates {
-    /// Where the links lead.
+    /// The server that each link leads to.
     pub(super) targets: watch::Sender<LinkTargets>,
-    /// Counts orders to make all connections again.
+    /// Counts requests to reconnect all links.
     pub(super) reconnect_all: watch::Sender<u64>,
-    /// Somebody wants to be seen.
+    /// Notified when another process asks to renew the lease at once.
     pub(super) wake_up: Notify,
-    /// Whether what is published is heard.
+    /// Checks that this node receives what it publishes.
     pub(super) probe: Probe,
     pub(super) metrics: Arc<Metrics>,
     pub(super) node_state: Arc<NodeState>,
@@ -28,7 +29,7 @@ pub(super) enum LinkKind {
     Subscribe,
 }
 
-/// Which server each link leads to, while it stands.
+/// The server that each link leads to, while it is up.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(super) struct LinkTargets {
     append: Option<ServerId>,
@@ -36,12 +37,12 @@ pub(super) struct LinkTargets {
 }
 
 impl LinkTargets {
-    /// Whether both lead to `token`.
+    /// Whether both links lead to `server_id`.
     pub(super) fn both_lead_to(self, server_id: ServerId) -> bool {
         self.append == Some(server_id) && self.subscribe == Some(server_id)
     }
 
-    /// Whether one leads to another server than `token`.
+    /// Whether a link leads to another server than `server_id`.
     pub(super) fn any_leads_elsewhere(self, server_id: ServerId) -> bool {
         [self.append, self.subscribe].into_iter().flatten().any(|leads_to| leads_to != server_id)
     }
@@ -63,7 +64,7 @@ impl LinkStates {
         }
     }
 
-    /// Notes that a link leads to `token`, or is lost.
+    /// Records that a link leads to `server_id`, or is down.
     pub(super) fn set(&self, server: &RedisServer, link: LinkKind, server_id: Option<ServerId>) {
         if let Some(server_id) = server_id {
             self.observed_server(server, server_id);
@@ -82,25 +83,25 @@ impl LinkStates {
             tracing::info!(?link, "Redis link is up");
         } else if changed {
             self.metrics.bus_reconnects.inc();
-            tracing::warn!(?link, "Redis link is lost; reconnecting");
+            tracing::warn!(?link, "Redis link is down; reconnecting");
         }
     }
 
-    /// A connection has met `token`: where that is another server than the one agreed on, nothing
-    /// is to be read or written until the nodes have agreed on it.
+    /// Records that a connection leads to `server_id`. If that is not the agreed server, nothing is
+    /// read or written until the nodes have agreed on it.
     pub(super) fn observed_server(&self, server: &RedisServer, server_id: ServerId) {
         if server.revoke_agreement(|agreed| agreed != server_id) {
             self.node_state.set_agreed(server.owned.borrow().iter().copied(), false);
         }
     }
 
-    /// The server turned out to be none that the nodes have agreed on.
+    /// Records that a script has found no agreement on the server.
     pub(super) fn found_unagreed(&self, server: &RedisServer, server_id: ServerId) {
         server.revoke_agreement(|agreed| agreed == server_id);
         self.node_state.set_agreed(server.owned.borrow().iter().copied(), false);
     }
 
-    /// Whether both links stand.
+    /// Whether both links are up.
     pub(super) fn are_up(&self) -> bool {
         self.targets.borrow().are_up()
     }

@@ -1,4 +1,4 @@
-//! Reads of rooms' logs, over connections of their own: they are few, and a large one does not
+//! Reads of rooms' logs, over connections of their own: they are few, and a large one must not
 //! delay publishes. Each waits until the nodes have agreed on the server.
 
 use std::{collections::BTreeSet, sync::Arc};
@@ -25,7 +25,7 @@ use skein_core::{
     telemetry::metrics::{InvalidValue, Metrics},
 };
 
-/// The most heads in one pipeline, so that a node with many rooms does not hold Redis up.
+/// The most heads in one pipeline, so that a node with many rooms does not block Redis.
 const HEADS_MAX: usize = 512;
 
 #[derive(Clone)]
@@ -55,7 +55,7 @@ impl RedisLog {
             let server_id = log.agreed(&room).await;
             let mut page = log
                 .server
-                .query(async |reader| log.read_by(reader, &room, range, server_id).await)
+                .query(async |connection| log.read_by(connection, &room, range, server_id).await)
                 .await?;
             if range.keeps_newest() {
                 page.entries.reverse();
@@ -69,13 +69,13 @@ impl RedisLog {
         Box::pin(async move {
             let server_id = log.agreed(&room).await;
             log.server
-                .query(async |reader| log.delete_by(reader, &room, server_id, None).await)
+                .query(async |connection| log.delete_by(connection, &room, server_id, None).await)
                 .await?;
             Ok(())
         })
     }
 
-    /// Deletes a room as a whole: its log, its record, and who is in it.
+    /// Deletes a whole room: its log, settings and presence.
     pub(super) fn delete_room(
         &self,
         room: RoomId,
@@ -85,19 +85,23 @@ impl RedisLog {
         let log = self.clone();
         Box::pin(async move {
             let server_id = log.agreed(&room).await;
-            let asked = Some((owner, by));
+            let room_deletion = Some((owner, by));
             log.server
-                .query(async |reader| log.delete_by(reader, &room, server_id, asked).await)
+                .query(async |connection| {
+                    log.delete_by(connection, &room, server_id, room_deletion).await
+                })
                 .await
         })
     }
 
-    pub(super) fn restore(&self, held: ReplicaSnapshot) -> BoxFuture<Result<(), BusError>> {
+    pub(super) fn restore(&self, replica: ReplicaSnapshot) -> BoxFuture<Result<(), BusError>> {
         let log = self.clone();
         Box::pin(async move {
-            let server_id = log.agreed(&held.room).await;
+            let server_id = log.agreed(&replica.room).await;
             log.server
-                .query(async |reader| log.restorer.restore(reader, server_id, vec![held]).await)
+                .query(async |connection| {
+                    log.restorer.restore(connection, server_id, vec![replica]).await
+                })
                 .await
         })
     }
@@ -116,7 +120,7 @@ impl RedisLog {
                 }
                 let some = log
                     .server
-                    .query(async |reader| log.heads_by(reader, rooms, server_id).await)
+                    .query(async |connection| log.heads_by(connection, rooms, server_id).await)
                     .await?;
                 heads.extend(some);
             }
@@ -130,7 +134,7 @@ impl RedisLog {
 
     async fn heads_by(
         &self,
-        reader: &mut ReadConnection,
+        connection: &mut ReadConnection,
         rooms: &[RoomId],
         server_id: ServerId,
     ) -> Result<Vec<Option<Position>>, RedisError> {
@@ -146,43 +150,45 @@ impl RedisLog {
             pipeline.cmd("HMGET").arg(format!("{channel}:unheard")).arg("t");
         }
         pipeline.ignore_errors();
-        let answers: Vec<RedisResult<Value>> = pipeline.query_async(&mut **reader).await?;
-        // A room whose keys are of other types has no head: a read of it finds that, and repairs it.
-        let row = |answer: RedisResult<Value>| {
-            let row: Vec<Option<Lossy>> = or_default(&self.metrics, "head of a log", answer)?;
+        let replies: Vec<RedisResult<Value>> = pipeline.query_async(&mut **connection).await?;
+        // A room whose keys have other types has no head: a read detects and repairs that.
+        let row = |reply: RedisResult<Value>| {
+            let row: Vec<Option<Lossy>> = or_default(&self.metrics, "head of a log", reply)?;
             Ok(row.into_iter().map(|text| text.map(|Lossy(text)| text)).collect())
         };
         let rows: Vec<Vec<Option<String>>> =
-            answers.into_iter().map(row).collect::<RedisResult<_>>()?;
+            replies.into_iter().map(row).collect::<RedisResult<_>>()?;
         let server_id = Some(server_id.to_string());
         let (agreed, rows) = rows.split_at(groups.len());
         if agreed.iter().any(|row| row.first() != Some(&server_id) || row.get(1) == Some(&None)) {
             return Err(unagreed());
         }
-        self.extend_head_ttls(reader, rooms, rows).await?;
+        self.extend_head_ttls(connection, rooms, rows).await?;
         let head = |row: &[Vec<Option<String>>]| {
-            let [place, handed_in] = row else { return None };
-            // Who was to put that where it was may have ended, so that a read has to.
-            if handed_in.first() == Some(&server_id) {
+            let [head_row, unconfirmed] = row else { return None };
+            // Unconfirmed publishes were handed in, and the process that would touch the room next
+            // may have ended. A read puts them in their place.
+            if unconfirmed.first() == Some(&server_id) {
                 return None;
             }
-            let [Some(epoch), Some(top), _] = place.as_slice() else { return None };
+            let [Some(epoch), Some(top), _] = head_row.as_slice() else { return None };
             Some(Position::new(epoch.parse().ok()?, seq_of(top)?))
         };
         Ok(rows.chunks(2).map(head).collect())
     }
 
-    /// A room that is followed in silence does not lose its numbers, or its epoch where it has none.
+    /// Extends the retention of idle rooms' heads, so that a subscribed room keeps its numbers, or
+    /// the epoch of its empty log.
     async fn extend_head_ttls(
         &self,
-        reader: &mut ReadConnection,
+        connection: &mut ReadConnection,
         rooms: &[RoomId],
         rows: &[Vec<Option<String>>],
     ) -> Result<(), RedisError> {
         let mut pipeline = redis::Pipeline::with_capacity(rooms.len());
-        for (room, place) in rooms.iter().zip(rows.chunks(2)) {
+        for (room, head_row) in rooms.iter().zip(rows.chunks(2)) {
             let meta = format!("{}:meta", self.server.keyspace.channel(room));
-            let has_numbers = match place.first().map(Vec::as_slice) {
+            let has_numbers = match head_row.first().map(Vec::as_slice) {
                 Some([_, top, deleted]) => {
                     deleted.is_some() || top.as_deref().is_some_and(|top| top != "0")
                 }
@@ -194,12 +200,12 @@ impl RedisLog {
             };
             pipeline.cmd("PEXPIRE").arg(meta).arg(ttl).ignore();
         }
-        pipeline.query_async(&mut **reader).await
+        pipeline.query_async(&mut **connection).await
     }
 
     async fn read_by(
         &self,
-        reader: &mut ReadConnection,
+        connection: &mut ReadConnection,
         room: &RoomId,
         range: ReadRange,
         server_id: ServerId,
@@ -209,7 +215,7 @@ impl RedisLog {
             ReadRange::After { seq, .. } => ("after", seq),
             ReadRange::Before { seq, .. } => ("before", seq),
         };
-        let answer: Value = self
+        let reply: Value = self
             .read
             .key(&self.server.keyspace.keys(room))
             .arg(self.server.common_args(room, server_id))
@@ -217,49 +223,49 @@ impl RedisLog {
             .arg(seq)
             .arg(range.limit())
             .arg(READ_BYTES_MAX)
-            .invoke_async(&mut **reader)
+            .invoke_async(&mut **connection)
             .await?;
-        let answer = strip_report(&self.metrics, room, answer);
-        page(answer, room, &self.metrics)
-            .ok_or_else(|| (ErrorKind::Parse, "read.lua answered no page").into())
+        let reply = strip_report(&self.metrics, room, reply);
+        page(reply, room, &self.metrics)
+            .ok_or_else(|| (ErrorKind::Parse, "read.lua returned no page").into())
     }
 
     async fn delete_by(
         &self,
-        reader: &mut ReadConnection,
+        connection: &mut ReadConnection,
         room: &RoomId,
         server_id: ServerId,
-        whole: Option<(Option<UserId>, Option<ConnectionId>)>,
+        room_deletion: Option<(Option<UserId>, Option<ConnectionId>)>,
     ) -> Result<DeleteOutcome, RedisError> {
         let keyspace = self.server.keyspace;
         let mut delete = self.delete.key(&keyspace.keys(room));
         delete.arg(self.server.common_args(room, server_id));
-        if let Some((owner, by)) = whole {
+        if let Some((owner, by)) = room_deletion {
             let channel = keyspace.channel(room);
             delete.key(format!("{channel}:who")).key(format!("{channel}:record"));
             delete.key(keyspace.rooms(keyspace.group_of(room))).key(format!("{channel}:marks"));
             delete.arg(room.as_str()).arg(owner.as_ref().map_or("", UserId::as_str));
             delete.arg(by.map(|by| by.to_string()).unwrap_or_default());
         }
-        let answer: Value = delete.invoke_async(&mut **reader).await?;
-        let answer: String = read(&self.metrics, room, answer)?;
-        match answer.as_str() {
+        let reply: Value = delete.invoke_async(&mut **connection).await?;
+        let reply: String = read(&self.metrics, room, reply)?;
+        match reply.as_str() {
             "deleted" => Ok(DeleteOutcome::Deleted),
             "not_owner" => Ok(DeleteOutcome::NotOwner),
             "not_found" => Ok(DeleteOutcome::NotFound),
-            _ => Err((ErrorKind::Parse, "delete.lua answered something else").into()),
+            _ => Err((ErrorKind::Parse, "delete.lua returned an unknown result").into()),
         }
     }
 }
 
-/// As a script says that finds itself on another server.
+/// The error of a script on a server that the nodes have not agreed on.
 fn unagreed() -> RedisError {
     (ErrorKind::Io, "the nodes have not agreed on this server").into()
 }
 
-/// Reads what the script answers.
-fn page(answer: Value, room: &RoomId, metrics: &Metrics) -> Option<LogPage> {
-    let Value::Array(parts) = answer else { return None };
+/// Parses the result of `read.lua`.
+fn page(reply: Value, room: &RoomId, metrics: &Metrics) -> Option<LogPage> {
+    let Value::Array(parts) = reply else { return None };
     let [epoch, top, oldest, former, former_top, deleted, generation, entries]: [Value; 8] =
         parts.try_into().ok()?;
     let Value::Array(entries) = entries else { return None };
@@ -271,7 +277,7 @@ fn page(answer: Value, room: &RoomId, metrics: &Metrics) -> Option<LogPage> {
     let entries = entries.into_iter().filter_map(|value| {
         let entry = entry(value, room).filter(|entry| may_be_before(entry, &epoch));
         if entry.is_none() {
-            // It leaves a step, which readers are told of.
+            // It leaves a gap, which is signalled to readers.
             untrusted::report(metrics, InvalidValue::Entry, room);
         }
         entry
@@ -289,7 +295,7 @@ fn page(answer: Value, room: &RoomId, metrics: &Metrics) -> Option<LogPage> {
     Some(page)
 }
 
-/// Whether a log that is in `epoch` may have an entry: of this epoch, or of an earlier one.
+/// Whether a log in `epoch` may contain the entry: it is of this epoch or an earlier one.
 fn may_be_before(entry: &Entry, epoch: &Epoch) -> bool {
     entry.position.epoch == *epoch || ordinal(&entry.position.epoch) < ordinal(epoch)
 }

@@ -1,10 +1,10 @@
-//! Whether what this node publishes comes back to its ear.
+//! Probes: whether this node receives what it publishes.
 //!
-//! A connection that stands but passes nothing on looks healthy from either end: behind a link
-//! that swallows packets, or where one of the two connections leads to a server that is no longer
-//! the one in charge. So a number goes out on the append connection every [`PROBE_INTERVAL`], to a
-//! channel of this node's own, and has to come back on the subscriber's within [`PROBE_TIMEOUT`].
-//! Where it does not, both connections are made again: 3 s at most from silence to that.
+//! A connection that is up but transmits nothing looks healthy from either end: on a network that
+//! drops packets, or when one of the two connections leads to a server that is no longer the
+//! primary. So a number is sent on the appender's connection every [`PROBE_INTERVAL`], to a channel
+//! of this process, and must arrive on the subscriber's connection within [`PROBE_TIMEOUT`]. If it
+//! does not, both connections are made anew: at most 3 s after they have fallen silent.
 
 use std::time::Duration;
 
@@ -14,16 +14,16 @@ use tokio::{sync::Notify, time::Instant};
 use super::keyspace::Keyspace;
 use skein_core::bus::random_epoch;
 
-/// How often a probe goes out.
+/// How often a probe is sent.
 pub(super) const PROBE_INTERVAL: Duration = Duration::from_millis(500);
-/// How often it is looked whether one is overdue.
+/// How often overdue probes are looked for.
 pub(super) const CHECK_INTERVAL: Duration = Duration::from_millis(250);
 /// How long a probe may take.
 const PROBE_TIMEOUT: Duration = Duration::from_secs(2);
 
-/// The probes of one node.
+/// The probes of one process.
 pub(super) struct Probe {
-    /// Of this process alone.
+    /// A name that is unique to this process.
     process: String,
     state: Mutex<ProbeState>,
     lost: Notify,
@@ -31,13 +31,13 @@ pub(super) struct Probe {
 
 #[derive(Default)]
 struct ProbeState {
-    /// A group, and a channel there.
+    /// A channel for probes and its placement group.
     channel: Option<(u16, String)>,
-    /// The last one sent.
+    /// The last number sent.
     sent: u64,
-    /// The oldest one that has not come back, and since when it is out.
+    /// The oldest number that has not arrived, and when it was sent.
     outstanding: Option<(u64, Instant)>,
-    /// How many have come back.
+    /// How many have arrived.
     received: u64,
 }
 
@@ -46,24 +46,24 @@ impl Probe {
         Self { process: random_epoch(), state: Mutex::default(), lost: Notify::new() }
     }
 
-    /// Chooses where probes go: to a channel in a group of this server.
+    /// Chooses the channel for probes, in a group of this server.
     pub(super) fn choose_channel(&self, keyspace: Keyspace, group: u16) -> String {
         let channel = keyspace.probe(group, &self.process);
         self.state.lock().channel = Some((group, channel.clone()));
         channel
     }
 
-    /// Where they go, and the group it is in, once that is chosen.
+    /// The channel for probes and its group, once it is chosen.
     pub(super) fn channel(&self) -> Option<(u16, String)> {
         self.state.lock().channel.clone()
     }
 
-    /// Whether `channel` is the one.
+    /// Whether `channel` is the channel for probes.
     pub(super) fn is_to(&self, channel: &str) -> bool {
         self.state.lock().channel.as_ref().is_some_and(|(_, own)| own == channel)
     }
 
-    /// The number to send now.
+    /// The next number to send.
     pub(super) fn send(&self, now: Instant) -> u64 {
         let mut state = self.state.lock();
         state.sent += 1;
@@ -72,29 +72,30 @@ impl Probe {
         sent
     }
 
-    /// A number has come back.
+    /// Records that a number has arrived.
     pub(super) fn received(&self, number: u64) {
         let state = &mut *self.state.lock();
         state.received += 1;
         state.outstanding.take_if(|(oldest, _)| *oldest <= number);
     }
 
-    /// How many have come back so far.
+    /// How many have arrived so far.
     pub(super) fn received_count(&self) -> u64 {
         self.state.lock().received
     }
 
-    /// Nothing sent so far is expected any more: the ear is a new one.
+    /// Expects no earlier probe any more: the subscriber's connection is a new one.
     pub(super) fn reset(&self) {
         self.state.lock().outstanding = None;
     }
 
-    /// Whether one should have come back by now.
+    /// Whether a probe is overdue.
     pub(super) fn is_overdue(&self, now: Instant) -> bool {
         self.state.lock().outstanding.is_some_and(|(_, since)| now - since >= PROBE_TIMEOUT)
     }
 
-    /// Has the append connection made again as well: it is not known which of the two is at fault.
+    /// Makes the appender reconnect as well: it is not known which of the two connections is at
+    /// fault.
     pub(super) fn report_lost(&self) {
         self.lost.notify_one();
     }
@@ -110,7 +111,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_probe_is_overdue_until_it_or_a_later_one_comes_back() {
+    fn a_probe_is_overdue_until_it_or_a_later_one_arrives() {
         let (probe, now) = (Probe::new(), Instant::now());
         assert_eq!((probe.send(now), probe.send(now + PROBE_INTERVAL)), (1, 2));
         assert!(!probe.is_overdue(now + PROBE_TIMEOUT - PROBE_INTERVAL));
@@ -118,7 +119,7 @@ mod tests {
         probe.received(2);
         assert!(!probe.is_overdue(now + PROBE_TIMEOUT));
         assert_eq!(probe.send(now), 3);
-        // One that was on its way for long says nothing of what was sent later.
+        // A late probe says nothing about those sent after it.
         probe.received(1);
         assert!(probe.is_overdue(now + PROBE_TIMEOUT));
         probe.reset();

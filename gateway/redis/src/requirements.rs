@@ -1,8 +1,8 @@
-//! What a server has to be, and a gateway has to be allowed there: looked at when a connection is made,
-//! and again while it lasts, since an operator may change it.
+//! Requirements: the version, settings and permissions that a Redis server must have. They are
+//! checked when a connection is made and while it lasts, since an operator may change them.
 //!
-//! Each condition that is not met has a name in `/ready` and one line a minute in the log. Where it is a
-//! permission, what is asked of Redis is answered `unavailable` meanwhile, and attempts become rare.
+//! Each unmet requirement has a name in `/ready` and one log line a minute. While a permission is
+//! missing, requests to Redis are answered `unavailable`, and attempts become rare.
 
 use std::collections::BTreeMap;
 
@@ -14,14 +14,14 @@ use redis::{
 use super::{server::RedisServer, untrusted};
 use skein_core::telemetry::log_limiter::LogLimiter;
 
-/// The first version with what is needed: sharded pub/sub, flags of scripts.
+/// The first version with the required features: sharded pub/sub and script flags.
 const MAJOR_MIN: u32 = 7;
-/// In how many looks one is at the permissions, while nothing shows that one is missing: every 10 s.
+/// One in this many checks covers the permissions while none is known to be missing: every 10 s.
 const PERMISSIONS_EVERY: u32 = 5;
-/// What a user of Redis for gateways is allowed.
+/// The permissions of a Redis user for gateways.
 const PERMISSIONS: &str = "~gw:* &gw:* +@all -@dangerous +info +config|get";
 
-/// The conditions of one server.
+/// The requirements of one server.
 #[derive(Debug, Default)]
 pub(super) struct Requirements {
     state: Mutex<RequirementState>,
@@ -32,42 +32,43 @@ pub(super) struct Requirements {
 
 #[derive(Debug, Default)]
 struct RequirementState {
-    /// What is forbidden, by what finds that out.
-    forbidden: BTreeMap<Detector, String>,
-    /// The user of Redis that this node is, where it may be asked.
+    /// Denied permissions, by what detected them.
+    denied: BTreeMap<Detector, String>,
+    /// The Redis user of this node, if it may be queried.
     user: Option<String>,
-    /// The policy by which keys are thrown away when the memory is full.
+    /// The policy by which Redis evicts keys when its memory is full.
     policy: Option<String>,
-    /// How often it was looked.
+    /// The number of checks so far.
     checks: u32,
-    /// It could not be found out, which was said.
+    /// The policy cannot be read, which was logged.
     policy_unknown: bool,
-    /// The version, where it is too old.
+    /// The server's version, if it is too old.
     too_old: Option<String>,
 }
 
-/// What finds out that something is forbidden, and that it is no longer.
+/// Detects that a permission is denied, and that it is granted again.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) enum Detector {
-    /// A call; the next look tells whether that still is so.
+    /// A call; the next check finds out whether the permission is still denied.
     Call,
-    /// A look at all commands.
+    /// A check of all commands.
     Check,
     /// The subscriber.
     Subscriber,
 }
 
-/// Whether the user of Redis that this node is may not do what it has to.
-pub(super) fn is_forbidden(error: &RedisError) -> bool {
-    // Of a command in a script it is no code, and Redis 7.0 says it otherwise than 7.2.
+/// Whether Redis denies its user a permission.
+pub(super) fn is_denied(error: &RedisError) -> bool {
+    // An error of a command in a script has no such code, and Redis 7.0 words it differently than
+    // 7.2.
     let in_script = ["The user executing the script", "ACL failure in script"];
     error.code() == Some("NOPERM")
         || error.detail().is_some_and(|text| in_script.iter().any(|said| text.contains(said)))
 }
 
-/// Whether an error stays until an operator does something.
+/// Whether an error persists until an operator acts.
 pub(super) fn is_persistent(error: &RedisError) -> bool {
-    is_forbidden(error) || error.kind() == ErrorKind::RESP3NotSupported || is_too_old(error)
+    is_denied(error) || error.kind() == ErrorKind::RESP3NotSupported || is_too_old(error)
 }
 
 const TOO_OLD: &str = "Redis is older than 7.0";
@@ -77,88 +78,89 @@ fn is_too_old(error: &RedisError) -> bool {
 }
 
 impl Requirements {
-    /// The name of what is not met, for `/ready`.
+    /// The name of the first unmet requirement, as `/ready` reports it.
     pub(super) fn unmet(&self) -> Option<&'static str> {
         let state = self.state.lock();
         if state.too_old.is_some() {
             Some("redis_version")
-        } else if !state.forbidden.is_empty() {
+        } else if !state.denied.is_empty() {
             Some("redis_permission")
         } else {
             None
         }
     }
 
-    /// Whether Redis may throw keys away when its memory is full, and with them acknowledged messages.
+    /// Whether Redis may evict keys, and acknowledged messages with them, when its memory is full.
     pub(super) fn evicts_keys(&self) -> bool {
         self.state.lock().policy.as_ref().is_some_and(|policy| policy != "noeviction")
     }
 
-    /// The version, where it is too old.
+    /// The server's version, if it is too old.
     pub(super) fn too_old(&self) -> Option<String> {
         self.state.lock().too_old.clone()
     }
 
-    /// Whether something is forbidden.
-    pub(super) fn is_forbidden(&self) -> bool {
-        !self.state.lock().forbidden.is_empty()
+    /// Whether a permission is denied.
+    pub(super) fn is_denied(&self) -> bool {
+        !self.state.lock().denied.is_empty()
     }
 
-    /// Notes an error, if it is about a permission.
-    pub(super) fn record(&self, finder: Detector, error: &RedisError) {
-        if is_forbidden(error) {
-            self.forbid(finder, error.to_string());
+    /// Records an error, if it is a denied permission.
+    pub(super) fn record(&self, detector: Detector, error: &RedisError) {
+        if is_denied(error) {
+            self.deny(detector, error.to_string());
         }
     }
 
-    fn forbid(&self, finder: Detector, what: String) {
+    fn deny(&self, detector: Detector, permission: String) {
         let user = {
             let state = &mut *self.state.lock();
-            state.forbidden.insert(finder, what.clone());
+            state.denied.insert(detector, permission.clone());
             state.user.clone()
         };
         if let Some(suppressed) = self.permission_line.should_log() {
             let user = user.unwrap_or_else(|| "of cluster.redis_url, or `default`".to_owned());
-            tracing::error!(%user, what, needs = PERMISSIONS, suppressed,
-                "Redis forbids its user what a gateway has to do: ACL SETUSER; not ready until then");
+            tracing::error!(%user, permission, needs = PERMISSIONS, suppressed,
+                "Redis denies its user a permission that gateways need: grant it with ACL SETUSER; not ready until then");
         }
     }
 
-    /// What `finder` had found is allowed now.
-    pub(super) fn allow(&self, finder: Detector) {
-        if self.state.lock().forbidden.remove(&finder).is_some() && !self.is_forbidden() {
-            tracing::info!("Redis allows its user what a gateway has to do");
+    /// Records that the permission that `detector` found denied is granted.
+    pub(super) fn allow(&self, detector: Detector) {
+        if self.state.lock().denied.remove(&detector).is_some() && !self.is_denied() {
+            tracing::info!("Redis grants its user all permissions that gateways need");
         }
     }
 
-    /// Checks what `INFO server` says.
+    /// Checks the version in the reply of `INFO server`.
     ///
     /// # Errors
     ///
-    /// The version, where it is older than 7.0.
+    /// The version is older than 7.0.
     pub(super) fn check_version(&self, info: &str) -> RedisResult<()> {
-        let version = field(info, "redis_version").unwrap_or("of no version").trim();
+        let version = field(info, "redis_version").unwrap_or("of unknown version").trim();
         let major = version.split('.').next().and_then(|major| major.parse::<u32>().ok());
         let is_old = major.is_none_or(|major| major < MAJOR_MIN);
         self.record_version(is_old.then(|| version.to_owned()))
     }
 
-    /// Notes the version, where it is too old.
+    /// Records the version, if it is too old.
     pub(super) fn record_version(&self, too_old: Option<String>) -> RedisResult<()> {
         self.state.lock().too_old.clone_from(&too_old);
         let Some(found) = too_old else { return Ok(()) };
         if let Some(suppressed) = self.version_line.should_log() {
-            tracing::error!(%found, suppressed, "{TOO_OLD}, which gateways need; not ready until then");
+            tracing::error!(%found, suppressed, "{TOO_OLD}: upgrade it to 7.0 or newer; not ready until then");
         }
         Err((ErrorKind::Client, TOO_OLD, found).into())
     }
 
-    /// Looks at what may have changed: the policy, and where something was forbidden what is.
+    /// Checks what may have changed: the eviction policy, and the permissions if it is their turn
+    /// or one is denied.
     pub(super) async fn check(
         &self,
         server: &RedisServer,
         connection: &mut MultiplexedConnection,
-        permitted: &redis::Script,
+        permission_check: &redis::Script,
     ) -> RedisResult<()> {
         let is_due = {
             let looks = &mut self.state.lock().checks;
@@ -171,8 +173,8 @@ impl Requirements {
                 redis::cmd("ACL").arg("WHOAMI").query_async(connection).await;
             self.state.lock().user = user.ok();
         }
-        if is_due || self.is_forbidden() {
-            self.check_permissions(server, connection, permitted).await?;
+        if is_due || self.is_denied() {
+            self.check_permissions(server, connection, permission_check).await?;
         }
         Ok(())
     }
@@ -181,11 +183,11 @@ impl Requirements {
         &self,
         server: &RedisServer,
         connection: &mut MultiplexedConnection,
-        permitted: &redis::Script,
+        permission_check: &redis::Script,
     ) -> RedisResult<()> {
         let Some(group) = server.owned.borrow().first().copied() else { return Ok(()) };
         let named = |name: &str| server.keyspace.key(group, name);
-        let reply: RedisResult<Value> = permitted
+        let reply: RedisResult<Value> = permission_check
             .key(named("permitted"))
             .arg(named("permitted"))
             .invoke_async(connection)
@@ -197,12 +199,12 @@ impl Requirements {
                     self.allow(Detector::Call);
                     self.allow(Detector::Check);
                 } else {
-                    self.forbid(Detector::Check, untrusted::texts(missing).join(" "));
+                    self.deny(Detector::Check, untrusted::texts(missing).join(" "));
                 }
                 Ok(())
             }
-            Err(error) if is_forbidden(&error) => {
-                self.forbid(Detector::Check, error.to_string());
+            Err(error) if is_denied(&error) => {
+                self.deny(Detector::Check, error.to_string());
                 Ok(())
             }
             Err(error) => Err(error),
@@ -215,7 +217,7 @@ impl Requirements {
         let policy = match asked {
             Ok((_, policy)) => Some(policy),
             Err(error) if is_answer(&error) => {
-                // A hosted Redis forbids CONFIG; this it mostly allows.
+                // A hosted Redis denies CONFIG, but mostly allows INFO.
                 let info: RedisResult<String> =
                     redis::cmd("INFO").arg("memory").query_async(connection).await;
                 match info {
@@ -239,8 +241,8 @@ impl Requirements {
         };
         if is_news {
             tracing::warn!(
-                "Redis tells its maxmemory-policy neither by CONFIG GET nor by INFO memory: it has to be \
-                 noeviction, or acknowledged messages are thrown away when the memory is full"
+                "neither CONFIG GET nor INFO memory shows the maxmemory-policy of Redis: make sure that it is \
+                 noeviction, or Redis evicts acknowledged messages when its memory is full"
             );
         }
         if self.evicts_keys()
@@ -248,13 +250,13 @@ impl Requirements {
         {
             let policy = policy.unwrap_or_default();
             tracing::error!(%policy, suppressed,
-                "Redis has a maxmemory-policy that throws keys away, and with them acknowledged \
-                 messages: set it to noeviction; not ready until then");
+                "the maxmemory-policy of Redis evicts keys, and acknowledged messages with them: set \
+                 it to noeviction; not ready until then");
         }
     }
 }
 
-/// Whether Redis has answered, if only by an error.
+/// Whether Redis has replied, if only with an error.
 fn is_answer(error: &RedisError) -> bool {
     match error.kind() {
         ErrorKind::Server(kind) => !matches!(
@@ -266,7 +268,7 @@ fn is_answer(error: &RedisError) -> bool {
     }
 }
 
-/// A field of what `INFO` says.
+/// The value of a field of `INFO`.
 fn field<'a>(info: &'a str, name: &str) -> Option<&'a str> {
     info.lines().find_map(|line| Some(line.strip_prefix(name)?.strip_prefix(':')?.trim_end()))
 }
@@ -276,41 +278,41 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_redis_before_7_is_too_old_and_valkey_is_not() {
-        let conditions = Requirements::default();
-        let error = conditions.check_version("redis_version:6.2.14\r\nx:y").unwrap_err();
+    fn redis_before_7_is_too_old_and_valkey_is_not() {
+        let requirements = Requirements::default();
+        let error = requirements.check_version("redis_version:6.2.14\r\nx:y").unwrap_err();
         assert!(is_persistent(&error) && error.to_string().contains("6.2.14"), "{error}");
-        assert_eq!(conditions.unmet(), Some("redis_version"));
+        assert_eq!(requirements.unmet(), Some("redis_version"));
         for good in
             ["redis_version:7.0.15\r\n", "a:b\r\nredis_version:7.2.4\r\nvalkey_version:8.0.1"]
         {
-            assert!(conditions.check_version(good).is_ok());
+            assert!(requirements.check_version(good).is_ok());
         }
-        assert_eq!((conditions.unmet(), conditions.too_old()), (None, None));
-        assert!(conditions.check_version("").is_err());
+        assert_eq!((requirements.unmet(), requirements.too_old()), (None, None));
+        assert!(requirements.check_version("").is_err());
     }
 
     #[test]
-    fn what_is_forbidden_is_so_until_whoever_found_it_finds_it_allowed() {
-        let conditions = Requirements::default();
-        let forbidden = redis::make_extension_error("NOPERM".to_owned(), None);
-        conditions.record(Detector::Subscriber, &forbidden);
-        conditions.record(Detector::Call, &redis::make_extension_error("OOM".to_owned(), None));
-        assert_eq!(conditions.unmet(), Some("redis_permission"));
-        conditions.allow(Detector::Call);
-        assert!(conditions.is_forbidden());
-        conditions.allow(Detector::Subscriber);
-        assert_eq!(conditions.unmet(), None);
+    fn a_permission_is_denied_until_its_detector_finds_it_granted() {
+        let requirements = Requirements::default();
+        let denied = redis::make_extension_error("NOPERM".to_owned(), None);
+        requirements.record(Detector::Subscriber, &denied);
+        requirements.record(Detector::Call, &redis::make_extension_error("OOM".to_owned(), None));
+        assert_eq!(requirements.unmet(), Some("redis_permission"));
+        requirements.allow(Detector::Call);
+        assert!(requirements.is_denied());
+        requirements.allow(Detector::Subscriber);
+        assert_eq!(requirements.unmet(), None);
     }
 
     #[test]
-    fn a_policy_that_is_not_noeviction_evicts() {
-        let conditions = Requirements::default();
-        conditions.record_policy(None);
-        assert!(!conditions.evicts_keys());
-        conditions.record_policy(Some("volatile-lru".to_owned()));
-        assert!(conditions.evicts_keys());
-        conditions.record_policy(Some("noeviction".to_owned()));
-        assert!(!conditions.evicts_keys());
+    fn every_policy_but_noeviction_evicts() {
+        let requirements = Requirements::default();
+        requirements.record_policy(None);
+        assert!(!requirements.evicts_keys());
+        requirements.record_policy(Some("volatile-lru".to_owned()));
+        assert!(requirements.evicts_keys());
+        requirements.record_policy(Some("noeviction".to_owned()));
+        assert!(!requirements.evicts_keys());
     }
 }

@@ -1,4 +1,5 @@
-//! Giving rooms back to a server that came back without some of what it had acknowledged.
+//! Log restore: appends entries to a server that came back without some of those it had
+//! acknowledged.
 
 use std::sync::Arc;
 
@@ -12,11 +13,11 @@ use skein_core::{
     telemetry::metrics::{Metrics, RestoreResult},
 };
 
-/// The most rooms asked about, and the most bytes given back, in one pipeline.
+/// The most rooms that are compared, and the most bytes that are sent, in one pipeline.
 const ROOMS_MAX: usize = 256;
 const BYTES_MAX: usize = 1 << 20;
 
-/// Heals rooms by `restore.lua`, and gives numbers back by `restore_unconfirmed.lua`.
+/// Restores logs by `restore.lua`, and hands in unconfirmed publishes by `restore_unconfirmed.lua`.
 #[derive(Clone)]
 pub(super) struct LogRestorer {
     server: Arc<RedisServer>,
@@ -28,29 +29,29 @@ pub(super) struct LogRestorer {
 impl LogRestorer {
     pub(super) fn new(server: Arc<RedisServer>, metrics: Arc<Metrics>) -> Self {
         let script = server.keyspace.script(include_str!("scripts/restore.lua"));
-        let unheard = server.keyspace.script(include_str!("scripts/restore_unconfirmed.lua"));
-        Self { server, script, unconfirmed_script: unheard, metrics }
+        let unconfirmed = server.keyspace.script(include_str!("scripts/restore_unconfirmed.lua"));
+        Self { server, script, unconfirmed_script: unconfirmed, metrics }
     }
 
-    /// Gives back what `holdings` have of their rooms and the server lacks. Rooms that are whole, all
-    /// of them after an ordinary restart, cost one question each.
+    /// Appends the entries of `replicas` that the server lacks. A complete log, as every log is
+    /// after an ordinary restart, costs a single comparison.
     pub(super) async fn restore(
         &self,
         connection: &mut MultiplexedConnection,
         server_id: ServerId,
-        holdings: Vec<ReplicaSnapshot>,
+        replicas: Vec<ReplicaSnapshot>,
     ) -> RedisResult<()> {
         self.script.load_async(connection).await?;
-        let mut lacking = Vec::new();
-        for rooms in holdings.chunks(ROOMS_MAX) {
-            let answers = self.compare(connection, server_id, rooms, false).await?;
-            for (room, answer) in rooms.iter().zip(answers) {
-                if answer == "ask" { lacking.push(room) } else { self.count(room, &answer) }
+        let mut incomplete = Vec::new();
+        for rooms in replicas.chunks(ROOMS_MAX) {
+            let replies = self.compare(connection, server_id, rooms, false).await?;
+            for (room, reply) in rooms.iter().zip(replies) {
+                if reply == "ask" { incomplete.push(room) } else { self.count(room, &reply) }
             }
         }
         let mut rooms: Vec<ReplicaSnapshot> = Vec::new();
         let mut bytes = 0;
-        for room in lacking {
+        for room in incomplete {
             bytes += room.entries.iter().map(|entry| entry.bytes()).sum::<usize>();
             rooms.push(room.clone());
             if bytes >= BYTES_MAX {
@@ -67,9 +68,9 @@ impl LogRestorer {
         server_id: ServerId,
         rooms: &[ReplicaSnapshot],
     ) -> RedisResult<()> {
-        let answers = self.compare(connection, server_id, rooms, true).await?;
-        for (room, answer) in rooms.iter().zip(answers) {
-            self.count(room, &answer);
+        let replies = self.compare(connection, server_id, rooms, true).await?;
+        for (room, reply) in rooms.iter().zip(replies) {
+            self.count(room, &reply);
         }
         Ok(())
     }
@@ -79,15 +80,16 @@ impl LogRestorer {
         connection: &mut MultiplexedConnection,
         server_id: ServerId,
         rooms: &[ReplicaSnapshot],
-        give: bool,
+        send_all: bool,
     ) -> Result<Vec<String>, RedisError> {
-        let command =
-            |held: &ReplicaSnapshot| (held.room.clone(), self.command(server_id, held, give));
+        let command = |replica: &ReplicaSnapshot| {
+            (replica.room.clone(), self.command(server_id, replica, send_all))
+        };
         self.call_all(connection, rooms.iter().map(command).collect()).await
     }
 
-    /// Gives back what this node has published and not heard since, by which numbers that were
-    /// acknowledged are kept: `process` says whose it is.
+    /// Hands in the unconfirmed publishes of `process`, so that acknowledged messages keep their
+    /// numbers.
     pub(super) async fn restore_unconfirmed(
         &self,
         connection: &mut MultiplexedConnection,
@@ -121,55 +123,60 @@ impl LogRestorer {
         self.call_all(connection, calls).await.map(drop)
     }
 
-    fn command(&self, server_id: ServerId, held: &ReplicaSnapshot, give: bool) -> redis::Cmd {
-        let mut command = self.server.call(&self.script, &held.room, server_id);
-        let (former, former_top) = position_args(held.former.as_ref());
+    fn command(
+        &self,
+        server_id: ServerId,
+        replica: &ReplicaSnapshot,
+        send_all: bool,
+    ) -> redis::Cmd {
+        let mut command = self.server.call(&self.script, &replica.room, server_id);
+        let (former, former_top) = position_args(replica.former.as_ref());
         command
-            .arg(held.top.epoch.as_str())
-            .arg(held.top.seq)
+            .arg(replica.top.epoch.as_str())
+            .arg(replica.top.seq)
             .arg(former)
             .arg(former_top)
-            .arg(if give { "give" } else { "ask" });
-        let newest = held.entries.last().filter(|last| last.position.seq == held.top.seq);
+            .arg(if send_all { "give" } else { "ask" });
+        let newest = replica.entries.last().filter(|last| last.position.seq == replica.top.seq);
         add_identity(&mut command, newest);
-        let oldest = held.entries.first();
-        command.arg(held.generation).arg(oldest.map_or(0, |oldest| oldest.position.seq));
+        let oldest = replica.entries.first();
+        command.arg(replica.generation).arg(oldest.map_or(0, |oldest| oldest.position.seq));
         add_identity(&mut command, oldest);
-        if !give {
+        if !send_all {
             command.arg(0);
             return command;
         }
-        command.arg(held.entries.len());
-        for entry in &held.entries {
+        command.arg(replica.entries.len());
+        for entry in &replica.entries {
             command
                 .arg(entry.position.seq)
                 .arg(entry.position.epoch.as_str())
                 .arg(entry.origin.to_string())
                 .arg(&entry.envelope.as_bytes()[..]);
         }
-        for (id, at) in &held.ids {
+        for (id, at) in &replica.ids {
             command.arg(&id[..]).arg(at.to_string());
         }
         command
     }
 
-    fn count(&self, room: &ReplicaSnapshot, answer: &str) {
-        let outcome = match answer {
+    fn count(&self, room: &ReplicaSnapshot, reply: &str) {
+        let result = match reply {
             "whole" => RestoreResult::Unchanged,
             "healed" => RestoreResult::Restored,
             "conflict" => RestoreResult::Conflict,
             "refused" => RestoreResult::Failed,
             _ => RestoreResult::EpochChanged,
         };
-        if outcome == RestoreResult::Conflict {
+        if result == RestoreResult::Conflict {
             tracing::error!(room = %room.room, top = %room.top,
-                "two servers have taken entries for this room at the same time; it goes on in a new \
-                 epoch");
+                "two servers have numbered entries of this room at the same time; it continues in a \
+                 new epoch");
         }
-        self.metrics.log_restores.of(outcome).inc();
+        self.metrics.log_restores.of(result).inc();
     }
 
-    /// Calls scripts of rooms in one pipeline. Returns what each answered.
+    /// Calls scripts of rooms in one pipeline. Returns their results.
     async fn call_all(
         &self,
         connection: &mut MultiplexedConnection,
@@ -184,20 +191,20 @@ impl LogRestorer {
         for command in commands {
             pipeline.add_command(command);
         }
-        let answers: Vec<RedisResult<Value>> = pipeline.query_async(connection).await?;
-        let answer = |(room, answer): (RoomId, RedisResult<Value>)| match answer {
-            // It will be so with every try, and keeps the others from nothing.
+        let replies: Vec<RedisResult<Value>> = pipeline.query_async(connection).await?;
+        let reply = |(room, reply): (RoomId, RedisResult<Value>)| match reply {
+            // It would fail with every attempt, and the other rooms do not depend on it.
             Err(error) if to_bus_error(&error) == BusError::Rejected => {
-                tracing::error!(%room, %error, "Redis refused to be given a room back");
+                tracing::error!(%room, %error, "Redis rejected the restore of a room");
                 Ok("refused".to_owned())
             }
-            answer => untrusted::read(&self.metrics, &room, answer?),
+            reply => untrusted::read(&self.metrics, &room, reply?),
         };
-        rooms.into_iter().zip(answers).map(answer).collect()
+        rooms.into_iter().zip(replies).map(reply).collect()
     }
 }
 
-/// Adds the stamp and the id key of an entry, by which the script knows it again.
+/// Adds the origin and the dedup key that identify an entry.
 fn add_identity(command: &mut redis::Cmd, entry: Option<&Entry>) {
     match entry {
         Some(entry) => command.arg(entry.origin.to_string()).arg(&entry.envelope.dedup_key()[..]),

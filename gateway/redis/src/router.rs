@@ -1,15 +1,20 @@
-//! Which server each room is with, and the way of every call to it.
+//! Routes every call to the server that serves the room.
 //!
-//! Each server has a *set* of connections of its own, and each [placement group](skein_core::bus::placement) a *lane* that
-//! leads to one set. Behind a single address there is one of each, for good. In a Redis Cluster there
-//! is a set per primary, and groups move between them: when a replica takes over, and when a slot
-//! migrates. Both are the same here, a *hand-over*:
+//! Each server has connections of its own ([`ServerConnections`]), and each [placement
+//! group](skein_core::bus::placement) has a [`Route`] that leads to the connections of one server.
+//! Behind a single address there is one of each, for good. A Redis Cluster has connections per
+//! primary, and groups move between primaries: when a replica takes over, and when a slot migrates.
+//! Both are handled as a *hand-over*:
 //!
-//! 1. Publishes of the group wait in its lane, and the old set takes nothing of it in any more.
-//! 2. What waits at the old set comes back, once its answers have come or its connection has ended.
-//! 3. The new set follows the rooms, and gets what came back and behind it what waited.
+//! 1. New publishes of the group wait in its route, and the former connections take no more of
+//!    them.
+//! 2. The former connections return the group's queued publishes, once those in flight are answered
+//!    or the connection has ended.
+//! 3. The new connections subscribe to the rooms, and get the returned publishes followed by the
+//!    waiting ones.
 //!
-//! Before that one sends anything, the nodes agree on it for this group ([`agreement`](super::agreement)).
+//! The nodes agree on the new server for this group before it gets any of them
+//! ([`agreement`](super::agreement)).
 
 use std::{
     collections::{BTreeMap, BTreeSet, VecDeque},
@@ -50,16 +55,17 @@ use skein_core::{
     telemetry::metrics::Metrics,
 };
 
-/// The most that may wait to be sent or answered. Above it publishes are `Overloaded`.
+/// The most bytes of publishes that wait to be sent or answered. Further publishes are
+/// `Overloaded`.
 const QUEUE_BYTES_MAX: usize = 64 << 20;
-/// What an entry counts beside its own bytes, so that small ones are bounded in number.
+/// Bytes that count for each entry beside its own, so that the number of small ones is bounded.
 const ENTRY_OVERHEAD_BYTES: usize = 512;
-/// How often a Redis Cluster is asked who serves what, unless something shows a change.
+/// How often a Redis Cluster is asked for its slots, unless an answer shows a change.
 const POLL_INTERVAL: Duration = Duration::from_secs(1);
-/// How often it is asked at most.
+/// The shortest time between two such requests.
 const POLL_PAUSE_MIN: Duration = Duration::from_millis(50);
 
-/// The connections to one server, and who uses them.
+/// The connections to one server and the tasks that use them.
 pub(super) struct ServerConnections {
     pub(super) server: Arc<RedisServer>,
     links: Arc<LinkStates>,
@@ -69,16 +75,16 @@ pub(super) struct ServerConnections {
     tasks: Tasks,
 }
 
-/// What a group's calls go through.
+/// The way of a group's calls to its server.
 #[derive(Default)]
 struct Route {
     connections: Option<Arc<ServerConnections>>,
-    /// Publishes that wait for a set.
+    /// Publishes that wait for connections.
     pending: VecDeque<QueuedAppend>,
     subscribed: BTreeSet<RoomId>,
 }
 
-/// What the sets are made of.
+/// Everything that new connections need.
 struct ConnectionContext {
     keyspace: Keyspace,
     retention: Retention,
@@ -86,30 +92,30 @@ struct ConnectionContext {
     metrics: Arc<Metrics>,
     process: Arc<ProcessIdentity>,
     topology_stale: Arc<Notify>,
-    usages: Arc<MemoryOfAllServers>,
+    memory_of_all: Arc<MemoryOfAllServers>,
     tasks: Tasks,
 }
 
-/// The lanes of all groups.
+/// The routes of all groups.
 pub(super) struct Router {
     context: ConnectionContext,
     routes: Mutex<Vec<Route>>,
-    /// Changes when a lane does.
+    /// Changes when a route does.
     changed: watch::Sender<()>,
-    /// What the queues have room for.
+    /// The free capacity of the queues, bytes.
     capacity: Arc<Semaphore>,
     was_up: AtomicBool,
 }
 
 impl Router {
     pub(super) fn start(
-        way: Topology,
+        topology: Topology,
         options: RedisOptions,
         mailboxes: Mailboxes,
         metrics: Arc<Metrics>,
         tasks: &Tasks,
     ) -> Arc<Self> {
-        let sharded = matches!(way, Topology::Cluster(_));
+        let sharded = matches!(topology, Topology::Cluster(_));
         let keyspace = Keyspace { partitions: options.partitions, sharded };
         let node_state = mailboxes.node_state();
         node_state.drop_lease();
@@ -125,7 +131,7 @@ impl Router {
                     LeaseTimes::of(options.lease),
                 )),
                 topology_stale: Arc::default(),
-                usages: Arc::default(),
+                memory_of_all: Arc::default(),
                 tasks: tasks.clone(),
             },
             routes: Mutex::new((0..keyspace.groups()).map(|_| Route::default()).collect()),
@@ -133,7 +139,7 @@ impl Router {
             capacity: Arc::new(Semaphore::new(QUEUE_BYTES_MAX)),
             was_up: AtomicBool::new(false),
         });
-        match way {
+        match topology {
             Topology::Single(dial) => {
                 router.routes.lock()[0].connections = Some(router.context.connect(dial, &[0]))
             }
@@ -153,38 +159,39 @@ impl Router {
         router
     }
 
-    /// What is known of this node's own state.
+    /// This node's own state.
     pub(super) fn node_state(&self) -> &Arc<NodeState> {
         self.context.mailboxes.node_state()
     }
 
-    /// This run of this node.
+    /// The identity of this process.
     pub(super) fn process(&self) -> &Arc<ProcessIdentity> {
         &self.context.process
     }
 
-    /// The server that a group is with, if the nodes have agreed on it.
+    /// The server of a group, if the nodes have agreed on it.
     pub(super) fn agreed_server(&self, group: u16) -> Option<Arc<RedisServer>> {
-        let set = self.routes.lock()[usize::from(group)].connections.clone()?;
-        let has_agreed = set.server.agreed.borrow().groups.contains(&group);
-        has_agreed.then(|| set.server.clone())
+        let connections = self.routes.lock()[usize::from(group)].connections.clone()?;
+        let has_agreed = connections.server.agreed.borrow().groups.contains(&group);
+        has_agreed.then(|| connections.server.clone())
     }
 
-    /// The groups whose servers the nodes have agreed on.
+    /// The groups with an agreed server.
     pub(super) fn agreed_groups(&self) -> BTreeSet<u16> {
-        let sets = self.connections_by_groups();
-        let agreed = sets.iter().flat_map(|(set, groups)| {
-            let agreed = set.server.agreed.borrow().groups.clone();
+        let all_connections = self.connections_by_groups();
+        let agreed = all_connections.iter().flat_map(|(connections, groups)| {
+            let agreed = connections.server.agreed.borrow().groups.clone();
             groups.iter().copied().filter(move |group| agreed.contains(group))
         });
         agreed.collect()
     }
 
-    /// The server of each group, once the nodes have agreed on all, and how often they had by then.
+    /// The server of each group and the number of agreements so far, once all groups have an agreed
+    /// server.
     pub(super) fn agreed_servers(&self) -> Option<BTreeMap<u16, (ServerId, u64)>> {
         let mut targets = BTreeMap::new();
-        for (set, groups) in self.connections_by_groups() {
-            let agreed = set.server.agreed.borrow().clone();
+        for (connections, groups) in self.connections_by_groups() {
+            let agreed = connections.server.agreed.borrow().clone();
             targets.extend(groups.iter().filter_map(|group| {
                 let server_id = agreed.id.filter(|_| agreed.groups.contains(group))?;
                 Some((*group, (server_id, agreed.count)))
@@ -201,16 +208,16 @@ impl Router {
         self.context.keyspace
     }
 
-    /// Whether this node can publish and hear, and the others count on it.
+    /// Whether this node can publish and receive, and holds its lease.
     pub(super) fn is_up(&self) -> bool {
-        let sets = self.connections_by_groups();
-        let all = sets.iter().map(|(_, groups)| groups.len()).sum::<usize>();
+        let all_connections = self.connections_by_groups();
+        let all = all_connections.iter().map(|(_, groups)| groups.len()).sum::<usize>();
         all == usize::from(self.keyspace().groups())
-            && sets.iter().all(|(set, groups)| set.is_up_for(groups))
+            && all_connections.iter().all(|(connections, groups)| connections.is_up_for(groups))
             && self.context.mailboxes.node_state().holds_lease(Instant::now())
     }
 
-    /// Shows in the metrics whether all is well.
+    /// Sets the metric that shows whether the bus is up.
     pub(super) fn update_metrics(&self) {
         let up = self.is_up();
         if self.was_up.swap(up, Ordering::AcqRel) != up {
@@ -218,70 +225,77 @@ impl Router {
         }
     }
 
-    /// Whether a server throws keys away.
+    /// Whether a server may evict keys.
     pub(super) fn evicts_keys(&self) -> bool {
-        self.connections_by_groups().iter().any(|(set, _)| set.server.requirements.evicts_keys())
+        self.connections_by_groups()
+            .iter()
+            .any(|(connections, _)| connections.server.requirements.evicts_keys())
     }
 
-    /// What a server is not, or does not allow.
+    /// The first requirement that a server does not meet.
     pub(super) fn unmet_requirement(&self) -> Option<&'static str> {
-        self.connections_by_groups().iter().find_map(|(set, _)| set.server.requirements.unmet())
+        self.connections_by_groups()
+            .iter()
+            .find_map(|(connections, _)| connections.server.requirements.unmet())
     }
 
-    /// All sets, with the groups that lead to them.
+    /// All connections, each with the groups that they serve.
     fn connections_by_groups(&self) -> Vec<(Arc<ServerConnections>, Vec<u16>)> {
-        let mut sets: Vec<(Arc<ServerConnections>, Vec<u16>)> = Vec::new();
-        for (group, lane) in (0..).zip(&*self.routes.lock()) {
-            let Some(set) = &lane.connections else { continue };
-            match sets.iter_mut().find(|(known, _)| Arc::ptr_eq(known, set)) {
+        let mut all_connections: Vec<(Arc<ServerConnections>, Vec<u16>)> = Vec::new();
+        for (group, route) in (0..).zip(&*self.routes.lock()) {
+            let Some(connections) = &route.connections else { continue };
+            match all_connections.iter_mut().find(|(known, _)| Arc::ptr_eq(known, connections)) {
                 Some((_, groups)) => groups.push(group),
-                None => sets.push((set.clone(), vec![group])),
+                None => all_connections.push((connections.clone(), vec![group])),
             }
         }
-        sets
+        all_connections
     }
 
     pub(super) fn append(&self, append: Append) {
         let bytes = append.envelope.as_bytes().len() + ENTRY_OVERHEAD_BYTES;
-        let Ok(room) = self.capacity.clone().try_acquire_many_owned(bytes as u32) else {
+        let Ok(permit) = self.capacity.clone().try_acquire_many_owned(bytes as u32) else {
             return (append.done)(Err(BusError::Overloaded));
         };
         let group = usize::from(self.keyspace().group_of(&append.room));
-        let queued = QueuedAppend::new(append, room);
-        let refused = {
-            let lane = &mut self.routes.lock()[group];
-            match &lane.connections {
-                Some(set) => set.appender.send(queued),
+        let queued = QueuedAppend::new(append, permit);
+        let rejected = {
+            let route = &mut self.routes.lock()[group];
+            match &route.connections {
+                Some(connections) => connections.appender.send(queued),
                 None => {
-                    lane.pending.push_back(queued);
+                    route.pending.push_back(queued);
                     None
                 }
             }
         };
-        complete_rejected(refused);
+        complete_rejected(rejected);
     }
 
-    /// The set that a group leads to, once there is one.
+    /// Waits for the connections of a group.
     pub(super) async fn connections_for(&self, group: u16) -> Arc<ServerConnections> {
         let mut changed = self.changed.subscribe();
         loop {
-            if let Some(set) = self.routes.lock()[usize::from(group)].connections.clone() {
-                return set;
+            if let Some(connections) = self.routes.lock()[usize::from(group)].connections.clone() {
+                return connections;
             }
             // The sender lives as long as `self`.
             let _ = changed.changed().await;
         }
     }
 
-    fn routes_to(&self, group: u16, set: &Arc<ServerConnections>) -> bool {
-        let lanes = self.routes.lock();
-        lanes[usize::from(group)].connections.as_ref().is_some_and(|other| Arc::ptr_eq(other, set))
+    fn routes_to(&self, group: u16, connections: &Arc<ServerConnections>) -> bool {
+        let routes = self.routes.lock();
+        routes[usize::from(group)]
+            .connections
+            .as_ref()
+            .is_some_and(|other| Arc::ptr_eq(other, connections))
     }
 
-    /// Waits until a group leads elsewhere. Cancel-safe.
-    async fn moved_away(&self, group: u16, set: &Arc<ServerConnections>) {
+    /// Waits until a group's route leads to other connections. Cancel-safe.
+    async fn moved_away(&self, group: u16, connections: &Arc<ServerConnections>) {
         let mut changed = self.changed.subscribe();
-        while self.routes_to(group, set) {
+        while self.routes_to(group, connections) {
             let _ = changed.changed().await;
         }
     }
@@ -290,39 +304,39 @@ impl Router {
         let group = self.keyspace().group_of(&room);
         self.routes.lock()[usize::from(group)].subscribed.insert(room.clone());
         loop {
-            let set = self.connections_for(group).await;
-            let followed = set.subscriber.subscribe(room.clone()).await;
-            if followed.is_ok() || self.routes_to(group, &set) {
-                return followed;
+            let connections = self.connections_for(group).await;
+            let subscribed = connections.subscriber.subscribe(room.clone()).await;
+            if subscribed.is_ok() || self.routes_to(group, &connections) {
+                return subscribed;
             }
         }
     }
 
     pub(super) fn unsubscribe(&self, room: RoomId) {
-        let set = {
-            let lane = &mut self.routes.lock()[usize::from(self.keyspace().group_of(&room))];
-            lane.subscribed.remove(&room);
-            lane.connections.clone()
+        let connections = {
+            let route = &mut self.routes.lock()[usize::from(self.keyspace().group_of(&room))];
+            route.subscribed.remove(&room);
+            route.connections.clone()
         };
-        if let Some(set) = set {
-            set.subscriber.unsubscribe(room);
+        if let Some(connections) = connections {
+            connections.subscriber.unsubscribe(room);
         }
     }
 
-    /// Asks something of the log of a room, where it is at this moment.
+    /// Queries the log of a room on the server that serves the group at this moment.
     pub(super) async fn query<T>(
         self: Arc<Self>,
         group: u16,
-        question: impl Fn(&RedisLog) -> BoxFuture<Result<T, BusError>>,
+        query: impl Fn(&RedisLog) -> BoxFuture<Result<T, BusError>>,
     ) -> Result<T, BusError> {
         loop {
-            let set = self.connections_for(group).await;
-            let mut answer = question(&set.log);
-            // Where the group moves meanwhile nobody agrees on the old server any more.
+            let connections = self.connections_for(group).await;
+            let mut reply = query(&connections.log);
+            // If the group moves meanwhile, the nodes never agree on the former server again.
             tokio::select! {
                 biased;
-                answer = &mut answer => return answer,
-                () = self.moved_away(group, &set) => {}
+                reply = &mut reply => return reply,
+                () = self.moved_away(group, &connections) => {}
             }
         }
     }
@@ -336,30 +350,30 @@ impl Router {
         let mut left: Vec<usize> = (0..rooms.len()).collect();
         while let Some(first) = left.first() {
             let group = keyspace.group_of(&rooms[*first]);
-            let set = self.connections_for(group).await;
+            let connections = self.connections_for(group).await;
             let (here, others) = left
                 .into_iter()
-                .partition(|at| self.routes_to(keyspace.group_of(&rooms[*at]), &set));
+                .partition(|at| self.routes_to(keyspace.group_of(&rooms[*at]), &connections));
             let here: Vec<usize> = here;
             left = others;
             if here.is_empty() {
                 return Err(BusError::Unavailable);
             }
             let asked = here.iter().map(|at| rooms[*at].clone()).collect();
-            let mut answer = set.log.heads(asked);
-            let answer = tokio::select! {
+            let mut reply = connections.log.heads(asked);
+            let reply = tokio::select! {
                 biased;
-                answer = &mut answer => answer?,
-                () = set.lost_group() => return Err(BusError::Unavailable),
+                reply = &mut reply => reply?,
+                () = connections.lost_group() => return Err(BusError::Unavailable),
             };
-            for (at, head) in here.into_iter().zip(answer) {
+            for (at, head) in here.into_iter().zip(reply) {
                 heads[at] = head;
             }
         }
         Ok(heads)
     }
 
-    /// Follows the changes of a Redis Cluster, for ever.
+    /// Tracks the slots of a Redis Cluster, for ever.
     async fn track_topology(&self, cluster: &RedisCluster) {
         let mut failures = 0_u32;
         loop {
@@ -372,14 +386,14 @@ impl Router {
                 }
                 Err(error) => {
                     if failures.is_multiple_of(40) {
-                        tracing::warn!(%error, "cannot find out who serves what in Redis Cluster");
+                        tracing::warn!(%error, "cannot read the slots of the Redis Cluster");
                     }
                     failures += 1;
                 }
             }
             self.expire_pending();
             tokio::time::sleep(POLL_PAUSE_MIN).await;
-            // Cancel-safe, both.
+            // Both arms are cancel-safe.
             tokio::select! {
                 biased;
                 () = self.context.topology_stale.notified() => {}
@@ -388,33 +402,33 @@ impl Router {
         }
     }
 
-    /// Leads groups to their owners. A group that nobody owns stays where it is.
+    /// Hands groups over to their owners. A group without an owner stays where it is.
     async fn update_routes(&self, cluster: &RedisCluster, owners: Vec<Option<Address>>) {
-        let mut sets: BTreeMap<Address, Arc<ServerConnections>> = BTreeMap::new();
+        let mut all_connections: BTreeMap<Address, Arc<ServerConnections>> = BTreeMap::new();
         let mut moves: BTreeMap<Address, Vec<u16>> = BTreeMap::new();
-        for (set, groups) in self.connections_by_groups() {
-            if let Some(address) = &set.server.address {
-                sets.insert(address.clone(), set.clone());
+        for (connections, groups) in self.connections_by_groups() {
+            if let Some(address) = &connections.server.address {
+                all_connections.insert(address.clone(), connections.clone());
             }
             for group in groups {
                 let owner = owners[usize::from(group)].as_ref();
                 if let Some(owner) =
-                    owner.filter(|owner| set.server.address.as_ref() != Some(owner))
+                    owner.filter(|owner| connections.server.address.as_ref() != Some(owner))
                 {
                     moves.entry(owner.clone()).or_default().push(group);
                 }
             }
         }
-        let led: BTreeSet<u16> =
+        let routed: BTreeSet<u16> =
             self.connections_by_groups().into_iter().flat_map(|(_, groups)| groups).collect();
         for (group, owner) in (0..).zip(&owners) {
-            if let Some(owner) = owner.as_ref().filter(|_| !led.contains(&group)) {
+            if let Some(owner) = owner.as_ref().filter(|_| !routed.contains(&group)) {
                 moves.entry(owner.clone()).or_default().push(group);
             }
         }
         for (owner, groups) in moves {
-            let set = sets.get(&owner).cloned();
-            self.hand_over(cluster, &owner, set, groups).await;
+            let connections = all_connections.get(&owner).cloned();
+            self.hand_over(cluster, &owner, connections, groups).await;
         }
     }
 
@@ -422,67 +436,67 @@ impl Router {
         &self,
         cluster: &RedisCluster,
         owner: &Address,
-        set: Option<Arc<ServerConnections>>,
+        connections: Option<Arc<ServerConnections>>,
         groups: Vec<u16>,
     ) {
-        let set = match set {
-            Some(set) => set,
+        let connections = match connections {
+            Some(connections) => connections,
             None => match cluster.dial(owner) {
                 Ok(dial) => self.context.connect_at(Some(owner.clone()), dial, &[]),
                 Err(error) => {
-                    tracing::error!(%owner, %error, "no connections can be made to a primary");
+                    tracing::error!(%owner, %error, "cannot make connections to a primary");
                     return;
                 }
             },
         };
-        tracing::info!(%owner, groups = groups.len(), "a primary serves partitions from now on");
+        tracing::info!(%owner, groups = groups.len(), "handing partitions over to a primary");
         let mut released = Vec::new();
-        for (old, gone) in self.detach(&groups) {
-            old.server.update_owned(&[], &gone);
-            self.context.mailboxes.node_state().set_agreed(gone.iter().copied(), false);
-            released.extend(old.appender.drain_groups(gone).await);
+        for (old, moved) in self.detach(&groups) {
+            old.server.update_owned(&[], &moved);
+            self.context.mailboxes.node_state().set_agreed(moved.iter().copied(), false);
+            released.extend(old.appender.drain_groups(moved).await);
             if old.server.owned.borrow().is_empty() {
                 old.tasks.stopped().cancel();
             }
         }
-        set.server.update_owned(&groups, &[]);
-        let (mut refused, mut followed) = (Vec::new(), Vec::new());
+        connections.server.update_owned(&groups, &[]);
+        let (mut rejected, mut subscribed) = (Vec::new(), Vec::new());
         {
-            let lanes = &mut *self.routes.lock();
-            let mut send = |queued| refused.extend(set.appender.send(queued));
+            let routes = &mut *self.routes.lock();
+            let mut send = |queued| rejected.extend(connections.appender.send(queued));
             released.into_iter().for_each(&mut send);
             for group in groups {
-                let lane = &mut lanes[usize::from(group)];
-                lane.connections = Some(set.clone());
-                lane.pending.drain(..).for_each(&mut send);
-                followed.extend(lane.subscribed.iter().cloned());
+                let route = &mut routes[usize::from(group)];
+                route.connections = Some(connections.clone());
+                route.pending.drain(..).for_each(&mut send);
+                subscribed.extend(route.subscribed.iter().cloned());
             }
         }
-        set.subscriber.resubscribe(followed);
-        complete_rejected(refused);
+        connections.subscriber.resubscribe(subscribed);
+        complete_rejected(rejected);
         self.changed.send_replace(());
     }
 
-    /// Takes groups from the sets that they lead to.
+    /// Detaches groups from their connections. Returns those connections with the groups.
     fn detach(&self, groups: &[u16]) -> Vec<(Arc<ServerConnections>, Vec<u16>)> {
-        let mut parted = self.connections_by_groups();
-        for (_, theirs) in &mut parted {
+        let mut detached = self.connections_by_groups();
+        for (_, theirs) in &mut detached {
             theirs.retain(|group| groups.contains(group));
         }
-        parted.retain(|(_, theirs)| !theirs.is_empty());
+        detached.retain(|(_, theirs)| !theirs.is_empty());
         for group in groups {
             self.routes.lock()[usize::from(*group)].connections = None;
         }
         self.changed.send_replace(());
-        parted
+        detached
     }
 
-    /// Answers what waits in lanes and is past its deadline.
+    /// Answers publishes in routes that are past their deadline.
     fn expire_pending(&self) {
         let (now, mut expired) = (Instant::now(), Vec::new());
-        for lane in &mut *self.routes.lock() {
+        for route in &mut *self.routes.lock() {
             while let Some(queued) =
-                lane.pending.pop_front_if(|queued| queued.append.deadline <= now)
+                route.pending.pop_front_if(|queued| queued.append.deadline <= now)
             {
                 expired.push((queued, BusError::Unavailable));
             }
@@ -491,23 +505,23 @@ impl Router {
     }
 
     fn reject_all_pending(&self) {
-        let mut held = Vec::new();
-        for lane in &mut *self.routes.lock() {
-            held.extend(lane.pending.drain(..).map(|queued| (queued, BusError::Unavailable)));
+        let mut pending = Vec::new();
+        for route in &mut *self.routes.lock() {
+            pending.extend(route.pending.drain(..).map(|queued| (queued, BusError::Unavailable)));
         }
-        complete_rejected(held);
+        complete_rejected(pending);
     }
 }
 
-/// Answers publishes, outside of any lock.
-fn complete_rejected(refused: impl IntoIterator<Item = (QueuedAppend, BusError)>) {
-    for (queued, error) in refused {
+/// Completes rejected publishes, outside of any lock.
+fn complete_rejected(rejected: impl IntoIterator<Item = (QueuedAppend, BusError)>) {
+    for (queued, error) in rejected {
         (queued.append.done)(Err(error));
     }
 }
 
 impl ConnectionContext {
-    /// The set of the only server there is.
+    /// The connections to a single server.
     fn connect(&self, dial: Arc<dyn Dial>, groups: &[u16]) -> Arc<ServerConnections> {
         self.connect_at(None, dial, groups)
     }
@@ -539,19 +553,19 @@ impl ConnectionContext {
             subscriber::start(server.clone(), links.clone(), mailboxes.clone(), &tasks);
         let process = self.process.clone();
         agreement::start(server.clone(), links.clone(), mailboxes, process, &tasks);
-        memory::start(server.clone(), self.usages.clone(), self.metrics.clone(), &tasks);
+        memory::start(server.clone(), self.memory_of_all.clone(), self.metrics.clone(), &tasks);
         Arc::new(ServerConnections { server, links, appender, subscriber, log, tasks })
     }
 }
 
 impl ServerConnections {
-    /// Whether its links stand and the nodes have agreed on it for these groups.
+    /// Whether both links are up and the nodes have agreed on the server for `groups`.
     fn is_up_for(&self, groups: &[u16]) -> bool {
         let agreed = self.server.agreed.borrow().clone();
         self.links.are_up() && groups.iter().all(|group| agreed.groups.contains(group))
     }
 
-    /// Waits until a group is taken away. Cancel-safe.
+    /// Waits until the server loses a group. Cancel-safe.
     async fn lost_group(&self) {
         let mut owned = self.server.owned.subscribe();
         let before = owned.borrow_and_update().clone();

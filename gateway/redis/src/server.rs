@@ -1,4 +1,4 @@
-//! One server, what it serves, and what the nodes have agreed on about it.
+//! One server: the groups that it serves, and the agreement of the nodes on it.
 
 use std::{collections::BTreeSet, sync::Arc};
 
@@ -21,22 +21,22 @@ use skein_core::{
     delivery::ServerId,
 };
 
-/// What all parts need to know.
+/// A server, as all its tasks share it.
 pub(super) struct RedisServer {
-    /// Where it is, in a Redis Cluster.
+    /// Its address in a Redis Cluster.
     pub(super) address: Option<Address>,
     pub(super) dial: Arc<dyn Dial>,
     pub(super) keyspace: Keyspace,
     pub(super) retention: Retention,
-    /// How much memory it has left.
+    /// The memory pressure of the server.
     pub(super) memory: ServerMemory,
     /// The groups that it serves.
     pub(super) owned: watch::Sender<BTreeSet<u16>>,
-    /// What the nodes have agreed on.
+    /// The agreement of the nodes.
     pub(super) agreed: watch::Sender<AgreedServer>,
-    /// Told when something shows that a group may be with another server.
+    /// Notified when an answer shows that a group may be on another server.
     pub(super) topology_stale: Arc<Notify>,
-    /// What it has to be, and a gateway has to be allowed there.
+    /// The version, settings and permissions that gateways require.
     pub(super) requirements: Requirements,
 }
 
@@ -45,31 +45,32 @@ pub(super) struct RedisServer {
 pub(super) struct AgreedServer {
     pub(super) id: Option<ServerId>,
     pub(super) groups: Arc<BTreeSet<u16>>,
-    /// How often they have, on whichever: a server that was flushed is agreed on again.
+    /// The number of agreements so far, on any server: the nodes agree anew on a server that was
+    /// flushed.
     pub(super) count: u64,
 }
 
 impl AgreedServer {
-    /// Whether it is on `id`, for `group`.
+    /// Whether the agreement is on `server_id`, for `group`.
     pub(super) fn is_on(&self, server_id: ServerId, group: u16) -> bool {
         self.id == Some(server_id) && self.groups.contains(&group)
     }
 }
 
 impl RedisServer {
-    /// The server agreed on for `group`, once it is.
+    /// Waits until the nodes have agreed on a server for `group`, and returns it.
     pub(super) async fn agreed(&self, group: u16) -> ServerId {
         let mut agreed = self.agreed.subscribe();
         let agreed = agreed.wait_for(|agreed| agreed.groups.contains(&group)).await;
         agreed.ok().and_then(|agreed| agreed.id).unwrap_or_default()
     }
 
-    /// How long epoch and number of a room are kept.
+    /// How long the head of a room's log is kept, ms.
     pub(super) fn meta_ttl_ms(&self, room: &RoomId) -> u64 {
         self.retention.of(room).head_ttl().as_millis() as u64
     }
 
-    /// The first arguments of each script of a room.
+    /// The arguments that every script of a room begins with.
     pub(super) fn common_args(
         &self,
         room: &RoomId,
@@ -82,7 +83,7 @@ impl RedisServer {
         (server_id.to_string(), channel, random_epoch(), ms(ttl), meta_ttl, ms(dedup_window))
     }
 
-    /// A call of a room's script, which the server has to know, as far as it is the same for all.
+    /// A call of a room's script by its hash, with the common keys and arguments.
     pub(super) fn call(
         &self,
         script: &redis::Script,
@@ -92,17 +93,17 @@ impl RedisServer {
         self.call_with(script, room, server_id, &[])
     }
 
-    /// The same with further keys.
+    /// Like [`RedisServer::call`], with further keys.
     pub(super) fn call_with(
         &self,
         script: &redis::Script,
         room: &RoomId,
         server_id: ServerId,
-        further: &[String],
+        more_keys: &[String],
     ) -> redis::Cmd {
         let keys = self.keyspace.keys(room);
         let mut command = redis::cmd("EVALSHA");
-        command.arg(script.get_hash()).arg(keys.len() + further.len()).arg(&keys).arg(further);
+        command.arg(script.get_hash()).arg(keys.len() + more_keys.len()).arg(&keys).arg(more_keys);
         command.arg(self.common_args(room, server_id));
         command
     }
@@ -110,14 +111,14 @@ impl RedisServer {
     /// The number of partitions that the first node recorded.
     pub(super) async fn recorded_partition_count(&self) -> Result<u16, RedisError> {
         let (mut connection, _) = self.connect(config()).await?;
-        let recorded = self.keyspace.partition_count();
-        // Asked first, since a Redis that is full takes no SET, not even one that would do nothing.
-        let get = redis::cmd("GET").arg(&recorded).to_owned();
+        let key = self.keyspace.partition_count();
+        // Read first: a full Redis takes no SET, not even one without effect.
+        let get = redis::cmd("GET").arg(&key).to_owned();
         if let Some(recorded) = get.query_async(&mut connection).await? {
             return Ok(recorded);
         }
         redis::cmd("SET")
-            .arg(&recorded)
+            .arg(&key)
             .arg(self.keyspace.partitions)
             .arg("NX")
             .query_async::<()>(&mut connection)
@@ -125,7 +126,8 @@ impl RedisServer {
         get.query_async(&mut connection).await
     }
 
-    /// One connection, which does not reconnect by itself, and the server it leads to.
+    /// Makes a connection, which does not reconnect by itself. Returns it with the server it leads
+    /// to.
     pub(super) async fn connect(
         &self,
         config: AsyncConnectionConfig,
@@ -165,45 +167,45 @@ impl RedisServer {
         let server_id = server_id.and_then(|(run, history)| format!("{run}{history}").parse().ok());
         match server_id {
             Some(server_id) => Ok((connection, server_id)),
-            None => Err((ErrorKind::Parse, "INFO tells no run_id and master_replid").into()),
+            None => Err((ErrorKind::Parse, "INFO has no run_id and master_replid").into()),
         }
     }
 
-    /// Asks something over a reader, which is thrown away where it leads to another server than the
-    /// one agreed on.
+    /// Runs a query on a pooled connection. Discards the connection if it leads to another server
+    /// than the agreed one.
     pub(super) async fn query<T>(
         &self,
-        question: impl AsyncFnOnce(&mut ReadConnection) -> Result<T, RedisError>,
+        query: impl AsyncFnOnce(&mut ReadConnection) -> Result<T, RedisError>,
     ) -> Result<T, BusError> {
-        if self.requirements.is_forbidden() {
-            // It would be refused; the appender finds out when it is not any more.
+        if self.requirements.is_denied() {
+            // It would be denied; the appender finds out when the permission is granted.
             return Err(BusError::Unavailable);
         }
-        let mut reader = self.dial.read_connection().await.map_err(|error| {
-            tracing::debug!(%error, "no connection to ask by");
+        let mut connection = self.dial.read_connection().await.map_err(|error| {
+            tracing::debug!(%error, "no connection for a query");
             BusError::Unavailable
         })?;
-        question(&mut reader).await.map_err(|error| {
+        query(&mut connection).await.map_err(|error| {
             if is_slot_error(&error) {
                 self.topology_stale.notify_one();
                 return BusError::Unavailable;
             }
             if is_unagreed(&error) || error.kind() == ErrorKind::Io {
-                reader.discard();
+                connection.discard();
                 return BusError::Unavailable;
             }
             self.requirements.record(Detector::Call, &error);
-            let failed = to_bus_error(&error);
-            if failed == BusError::Rejected {
-                tracing::error!(%error, "Redis refused what it was asked");
+            let bus_error = to_bus_error(&error);
+            if bus_error == BusError::Rejected {
+                tracing::error!(%error, "Redis rejected a query");
             } else {
-                tracing::debug!(%error, "Redis could not be asked");
+                tracing::debug!(%error, "cannot query Redis");
             }
-            failed
+            bus_error
         })
     }
 
-    /// Whether it serves `group`, as far as known.
+    /// Whether the server serves `group`, as far as known.
     pub(super) fn owns(&self, group: u16) -> bool {
         self.owned.borrow().contains(&group)
     }
@@ -213,7 +215,7 @@ impl RedisServer {
         self.agreed.borrow().is_on(server_id, group)
     }
 
-    /// Notes that the nodes have agreed on it for some more groups.
+    /// Records an agreement on the server for further groups.
     pub(super) fn record_agreement(&self, server_id: ServerId, groups: &[u16]) {
         self.agreed.send_modify(|agreed| {
             let before =
@@ -224,31 +226,30 @@ impl RedisServer {
         });
     }
 
-    /// Takes the agreement back, if it is one on which `gone` says so. Returns whether it was.
+    /// Revokes the agreement if `gone` selects its server. Returns whether it did.
     pub(super) fn revoke_agreement(&self, gone: impl Fn(ServerId) -> bool) -> bool {
         self.agreed.send_if_modified(|agreed| {
-            let taken = agreed.id.is_some_and(&gone);
-            if taken {
+            let revoked = agreed.id.is_some_and(&gone);
+            if revoked {
                 *agreed = AgreedServer { count: agreed.count, ..AgreedServer::default() };
             }
-            taken
+            revoked
         })
     }
 
-    /// Gives groups to it, or takes them away; what was agreed on for the latter does not count any
-    /// more.
-    pub(super) fn update_owned(&self, more: &[u16], fewer: &[u16]) {
+    /// Adds and removes groups that the server serves. An agreement for removed groups ends.
+    pub(super) fn update_owned(&self, added: &[u16], removed: &[u16]) {
         self.owned.send_modify(|owned| {
-            owned.extend(more);
-            owned.retain(|group| !fewer.contains(group));
+            owned.extend(added);
+            owned.retain(|group| !removed.contains(group));
         });
         self.agreed.send_modify(|agreed| {
-            let left = agreed.groups.iter().copied().filter(|group| !fewer.contains(group));
+            let left = agreed.groups.iter().copied().filter(|group| !removed.contains(group));
             agreed.groups = Arc::new(left.collect());
         });
     }
 
-    /// The groups that it serves and that the nodes have not agreed on it for.
+    /// The groups that the server serves without an agreement.
     pub(super) fn unagreed_groups(&self, server_id: ServerId) -> Vec<u16> {
         let agreed = self.agreed.borrow().clone();
         let owned = self.owned.borrow();

@@ -1,5 +1,5 @@
-//! What clients are told of the bus: `down` when it has been away for a moment, `up` when every
-//! room that this node follows is proven whole.
+//! The bus status of clients: `down` when the bus has been down for a moment, `up` when every
+//! subscribed room was verified again.
 
 use std::{
     sync::Arc,
@@ -15,9 +15,9 @@ use skein_core::{
     drain::Tasks,
 };
 
-/// How often it is looked.
+/// How often the state of the bus is checked.
 const CHECK_INTERVAL: Duration = Duration::from_millis(100);
-/// A link that is back and made good within this is nothing that clients need to hear of.
+/// Clients are not notified of an outage that ends, with all rooms verified, within this time.
 const GRACE: Duration = Duration::from_millis(500);
 
 pub(super) fn start(router: Arc<Router>, mailboxes: Mailboxes, tasks: &Tasks) {
@@ -33,24 +33,24 @@ pub(super) fn start(router: Arc<Router>, mailboxes: Mailboxes, tasks: &Tasks) {
 
 async fn watch(router: &Router, mailboxes: &Mailboxes) {
     let node_state = mailboxes.node_state();
-    let mut look = tokio::time::interval(CHECK_INTERVAL);
-    let mut since: Option<(Instant, SystemTime)> = None;
-    let mut told = BusState::Up;
+    let mut check = tokio::time::interval(CHECK_INTERVAL);
+    let mut down_since: Option<(Instant, SystemTime)> = None;
+    let mut status = BusState::Up;
     loop {
-        look.tick().await;
+        check.tick().await;
         router.update_metrics();
         if router.is_up() && mailboxes.all_synced() {
-            if told == BusState::Down {
-                told = BusState::Up;
-                node_state.set_status(BusStatus { bus: told, since: Some(SystemTime::now()) });
+            if status == BusState::Down {
+                status = BusState::Up;
+                node_state.set_status(BusStatus { bus: status, since: Some(SystemTime::now()) });
             }
-            since = None;
+            down_since = None;
             continue;
         }
-        let (began, at) = *since.get_or_insert_with(|| (Instant::now(), SystemTime::now()));
-        if told == BusState::Up && began.elapsed() >= GRACE {
-            told = BusState::Down;
-            node_state.set_status(BusStatus { bus: told, since: Some(at) });
+        let (began, at) = *down_since.get_or_insert_with(|| (Instant::now(), SystemTime::now()));
+        if status == BusState::Up && began.elapsed() >= GRACE {
+            status = BusState::Down;
+            node_state.set_status(BusStatus { bus: status, since: Some(at) });
         }
     }
 }

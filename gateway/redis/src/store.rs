@@ -33,7 +33,7 @@ mod queries;
 use super::{
     RETRY_PAUSE_MAX, RetryPause, ephemeral, is_slot_error,
     keyspace::{Keyspace, ScopeKeys, scope_name},
-    requirements::{Detector, is_forbidden},
+    requirements::{Detector, is_denied},
     router::Router,
     server::RedisServer,
     sessions::SessionOp,
@@ -456,7 +456,7 @@ impl StoreWorker {
         ops: NumberedOps,
         incarnation: &str,
     ) -> NumberedOps {
-        if server.requirements.is_forbidden() {
+        if server.requirements.is_denied() {
             return ops;
         }
         let Ok(mut reader) = server.dial.read_connection().await else { return ops };
@@ -502,7 +502,7 @@ impl StoreWorker {
                     left.push((number, op));
                 }
                 Err(error) => match to_bus_error(&error) {
-                    _ if is_forbidden(&error) => {
+                    _ if is_denied(&error) => {
                         server.requirements.record(Detector::Call, &error);
                         match op {
                             // Nobody waits for these, and they are told when it is allowed again.

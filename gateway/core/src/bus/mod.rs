@@ -2,8 +2,8 @@
 //!
 //! A [`Bus`] keeps one log per room and publishes each new entry to the nodes that are subscribed
 //! to the room. There are two implementations: [`memory`], the reference, for a single node without
-//! other services; and [`redis`], for a cluster. Both pass the same conformance suite
-//! (`tests/it/bus.rs`).
+//! other services; and the crate `skein-redis`, for a cluster. Both pass the same conformance suite
+//! (`gateway/server/tests/it/bus.rs`).
 //!
 //! Guarantees of every implementation:
 //! - **Append** is atomic per room: an id known within the dedup window gets the position it has,

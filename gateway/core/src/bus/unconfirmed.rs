@@ -6,7 +6,7 @@
 //! an entry with its *id* was delivered here, or for `KEEP_MAX` after the acknowledgement, as long
 //! as logs answer. A number would not do: another message may have got it.
 //!
-//! Before the nodes agree on another server, they [restore](super::redis) what they keep, so that
+//! Before the nodes agree on another server, they restore what they keep, so that
 //! an acknowledged message keeps its number where that is possible. After the agreement they
 //! republish what is still unconfirmed, with the same id and the position that was acknowledged as
 //! a hint.
