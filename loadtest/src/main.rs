@@ -93,12 +93,12 @@ async fn run(command: LoadCommand) -> ExitCode {
         LoadCommand::Compare(args) => {
             exit_code(compare::run(&args.first, &args.second), |comparison| {
                 print!("{comparison}");
-                comparison.is_good()
+                comparison.is_valid()
             })
         }
         LoadCommand::Bench(args) => exit_code(bench::run(args).await, |table| {
             print!("{table}");
-            table.is_good()
+            table.is_valid()
         }),
     }
 }

@@ -69,8 +69,8 @@ impl ServerMonitor {
         let (phase_name, unit) = match phase {
             ScenarioPhase::Opening => ("opening", "connection"),
             ScenarioPhase::Held => ("while held", "connection"),
-            ScenarioPhase::Reconnected => ("coming back", "connection"),
-            ScenarioPhase::Traffic => ("talking", "delivery"),
+            ScenarioPhase::Reconnected => ("reconnecting", "connection"),
+            ScenarioPhase::Traffic => ("traffic", "delivery"),
         };
         for (server, before) in self.servers.iter_mut().zip(&mut self.cpu_ms) {
             // A server that has died keeps its last values.

@@ -78,7 +78,7 @@ impl Table {
     }
 
     /// Whether every row counts.
-    pub(crate) fn is_good(&self) -> bool {
+    pub(crate) fn is_valid(&self) -> bool {
         self.rows.iter().all(TableRow::counts)
     }
 }

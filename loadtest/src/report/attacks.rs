@@ -1,4 +1,4 @@
-//! What attacks did, as rows of a table.
+//! Attacks as rows of a table.
 //!
 //! Pure.
 
@@ -11,18 +11,18 @@ use crate::abuse::verdict::{AttackMeasurement, AttackVerdict};
 /// One attack.
 #[derive(Clone, Debug, Serialize)]
 pub(crate) struct AttackRow {
-    /// Its group.
+    /// Group of the attack.
     pub(crate) group: &'static str,
-    /// Its name.
+    /// Name of the attack.
     pub(crate) name: &'static str,
-    /// What was measured.
+    /// Measurements.
     #[serde(flatten)]
     pub(crate) measured: AttackMeasurement,
-    /// What came of it.
+    /// Verdict on them.
     pub(crate) verdict: AttackVerdict,
 }
 
-/// The columns.
+/// Column headings.
 pub(crate) const HEADINGS: [&str; 14] = [
     "attack",
     "sent",
@@ -41,7 +41,7 @@ pub(crate) const HEADINGS: [&str; 14] = [
 ];
 
 impl AttackRow {
-    /// The values, as the headings have them.
+    /// The cells, in the order of [`HEADINGS`].
     pub(crate) fn cells(&self) -> [String; HEADINGS.len()] {
         let Self { group, name, measured, verdict } = self;
         let times = |p50: f64, p99: f64| format!("{p50:.1}/{p99:.1} ms");
@@ -92,10 +92,10 @@ pub(crate) fn table(rows: &[AttackRow]) -> String {
     table
 }
 
-/// The most frequent of the ends that connections of the attacker came to.
+/// The most frequent close reason, with its count.
 fn most_frequent(close_reasons: &BTreeMap<String, u64>) -> String {
-    let most = close_reasons.iter().max_by_key(|(_, many)| **many);
-    most.map(|(how, many)| format!("{many} × {how}")).unwrap_or_else(|| "–".to_owned())
+    let most = close_reasons.iter().max_by_key(|(_, count)| **count);
+    most.map(|(reason, count)| format!("{count} × {reason}")).unwrap_or_else(|| "–".to_owned())
 }
 
 fn bytes(bytes: u64) -> String {
@@ -112,7 +112,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_row_has_a_cell_for_each_heading() {
+    fn row_has_a_cell_for_each_heading() {
         let verdict = AttackVerdict { failures: vec!["1 lost".to_owned()], invalid: None };
         let close_reasons =
             [("1008 rate_limited".to_owned(), 9), ("HTTP 429".to_owned(), 2)].into();
@@ -132,14 +132,14 @@ mod tests {
     }
 
     #[test]
-    fn a_verdict_is_told_in_a_word() {
-        let told = |failures: &[&str], invalid: Option<&str>| {
+    fn verdict_begins_with_its_result() {
+        let text = |failures: &[&str], invalid: Option<&str>| {
             let failures = failures.iter().map(|one| (*one).to_owned()).collect();
             AttackVerdict { failures, invalid: invalid.map(str::to_owned) }.to_string()
         };
-        assert_eq!(told(&[], None), "holds");
-        assert_eq!(told(&[], Some("late")), "INVALID: late");
-        assert_eq!(told(&["a", "b"], None), "FAILED: a; b");
-        assert_eq!(told(&["a"], Some("late")), "FAILED: a (late)");
+        assert_eq!(text(&[], None), "holds");
+        assert_eq!(text(&[], Some("late")), "INVALID: late");
+        assert_eq!(text(&["a", "b"], None), "FAILED: a; b");
+        assert_eq!(text(&["a"], Some("late")), "FAILED: a (late)");
     }
 }

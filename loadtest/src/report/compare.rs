@@ -1,46 +1,46 @@
-//! Two reports beside each other.
+//! Comparison of two reports.
 //!
-//! Pure. It compares whatever numbers two reports have under the same names, so that it needs to know
-//! of no scenario, and works with those of `bench` too.
+//! Pure. It compares all numbers that two reports have under the same names, so that it depends on
+//! no scenario and works for `bench` too.
 
 use std::{collections::BTreeMap, fmt, fs, io, path::PathBuf};
 
 use serde_json::Value;
 
-/// Lists that are left out: what happened when is told by the page.
+/// Lists that are not compared: time series, which the HTML page shows.
 const SERIES: [&str; 6] = ["seconds", "samples", "gauges", "faults", "curve", "examples"];
-/// A ratio nearer to 1 than this is not pointed at.
+/// Ratios that differ from 1 by more than this are marked.
 const NOTABLE: f64 = 0.1;
 
-/// Two reports cannot be compared.
+/// Why two reports cannot be compared.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum CompareError {
     /// A file cannot be read.
     #[error("{}: {source}", file.display())]
     Read {
-        /// Which.
+        /// The file.
         file: PathBuf,
-        /// Why.
+        /// The cause.
         source: io::Error,
     },
-    /// It is no report.
-    #[error("{} is no report of --json: {source}", file.display())]
+    /// A file is no report.
+    #[error("{} is not a report of --json: {source}", file.display())]
     Parse {
-        /// Which.
+        /// The file.
         file: PathBuf,
-        /// Why.
+        /// The cause.
         source: serde_json::Error,
     },
-    /// They are of different things.
-    #[error("the first is a report of {0}, the second of {1}")]
+    /// The reports have different scenarios.
+    #[error("the first report is of {0}, the second of {1}")]
     Scenario(String, String),
 }
 
-/// What two reports say under the same name.
+/// Numbers of two reports by name.
 #[derive(Debug)]
 pub(crate) struct Comparison {
     rows: Vec<ComparisonRow>,
-    /// Why one of them does not count.
+    /// Why one of them is invalid.
     invalid: Vec<String>,
 }
 
@@ -51,7 +51,7 @@ struct ComparisonRow {
     b: Option<f64>,
 }
 
-/// Reads two reports and lays them beside each other.
+/// Reads and compares two reports.
 pub(crate) fn run(a: &PathBuf, b: &PathBuf) -> Result<Comparison, CompareError> {
     let read = |file: &PathBuf| {
         let text = fs::read_to_string(file)
@@ -86,20 +86,20 @@ impl Comparison {
         }));
         let reason = |(name, report): (&str, &Value)| {
             let why = report["invalid"].as_str()?;
-            Some(format!("{name} does not count: {why}"))
+            Some(format!("{name} report is invalid: {why}"))
         };
         let invalid =
             [("the first", a), ("the second", b)].into_iter().filter_map(reason).collect();
         Ok(Self { rows, invalid })
     }
 
-    /// Whether both count.
-    pub(crate) fn is_good(&self) -> bool {
+    /// Whether both reports are valid.
+    pub(crate) fn is_valid(&self) -> bool {
         self.invalid.is_empty()
     }
 }
 
-/// All numbers in a report, by the way to them.
+/// Collects all numbers of a report by their path.
 fn numbers(value: &Value, name: String, found: &mut Vec<(String, f64)>) {
     let below =
         |part: &str| if name.is_empty() { part.to_owned() } else { format!("{name}.{part}") };
@@ -110,7 +110,7 @@ fn numbers(value: &Value, name: String, found: &mut Vec<(String, f64)>) {
             told.for_each(|(part, value)| numbers(value, below(part), found));
         }
         Value::Array(items) => {
-            // Processes have other numbers in each run.
+            // Indexed by position: process ids differ from run to run.
             for (index, item) in items.iter().enumerate() {
                 numbers(item, below(&index.to_string()), found);
             }
@@ -154,7 +154,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_has_the_same_name_stands_beside_each_other() {
+    fn numbers_of_the_same_name_are_compared() {
         let a = json!({"scenario": "rooms", "lost": 0, "latency": {"p50_us": 100}, "seconds": [1]});
         let b = json!({"scenario": "rooms", "lost": 2, "latency": {"p50_us": 150}, "new": 1,
                        "invalid": "slow"});
@@ -166,8 +166,8 @@ mod tests {
             |name: &str| text.lines().find(|line| line.starts_with(name)).unwrap().to_owned();
         assert!(line("latency.p50_us").ends_with("1.50 *"));
         assert!(line("lost").ends_with('*') && line("new").contains('–'));
-        assert!(line("INVALID").contains("the second does not count: slow"));
-        assert!(!comparison.is_good());
+        assert!(line("INVALID").contains("the second report is invalid: slow"));
+        assert!(!comparison.is_valid());
     }
 
     #[test]

@@ -1,4 +1,4 @@
-//! What became of connections.
+//! Outcome of connections.
 //!
 //! Pure.
 
@@ -6,39 +6,39 @@ use std::{collections::BTreeMap, time::Duration};
 
 use serde::{Deserialize, Serialize};
 
-/// How many different texts are counted one by one; the rest goes into one line.
+/// Number of different reasons that are counted separately; the rest counts as one.
 const TEXTS_MAX: usize = 50;
 const OTHERS: &str = "others";
 
-/// What became of a connection.
+/// Outcome of one connection.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum ConnectOutcome {
-    /// It is open. Times count from when it was due, so that a server which makes others wait does
-    /// not look fast.
+    /// It opened. Times count from when it was due, so that a server which delays others does not
+    /// look fast.
     Opened {
-        /// Until `connected`.
+        /// Time until `connected`.
         connected: Duration,
-        /// Until `joined`, where a room was asked for.
+        /// Time until `joined`, if a room was requested.
         joined: Option<Duration>,
     },
-    /// The handshake was answered with another status than 101.
+    /// The handshake response had a status other than 101.
     Rejected {
-        /// The HTTP status.
+        /// HTTP status.
         status: u16,
     },
-    /// It did not come to be otherwise.
+    /// It failed to open in another way.
     Failed {
-        /// Why, in few different words.
+        /// Reason, with few distinct values.
         reason: String,
     },
-    /// It was open and ended before it was told to.
+    /// It was open and closed before the end.
     Closed {
-        /// How: a close code, or what went wrong.
+        /// Close code, or the error.
         reason: String,
     },
 }
 
-/// Counts what becomes of connections.
+/// Counters of connections.
 #[derive(Clone, Debug, Default, Deserialize, Serialize)]
 pub(crate) struct ConnectionCounters {
     opened: u64,
@@ -51,7 +51,7 @@ pub(crate) struct ConnectionCounters {
 }
 
 impl ConnectionCounters {
-    /// Counts what servers sent.
+    /// Counts received bytes.
     pub(crate) fn add_received(&mut self, bytes: usize) {
         self.received_bytes += bytes as u64;
     }
@@ -64,13 +64,15 @@ impl ConnectionCounters {
                 self.connected_us.push(connected.as_micros() as u64);
                 self.joined_us.extend(joined.map(|joined| joined.as_micros() as u64));
             }
-            ConnectOutcome::Rejected { status } => count(&mut self.rejected, status.to_string(), 1),
-            ConnectOutcome::Failed { reason } => count(&mut self.failed, reason, 1),
-            ConnectOutcome::Closed { reason } => count(&mut self.closed, reason, 1),
+            ConnectOutcome::Rejected { status } => {
+                add_count(&mut self.rejected, status.to_string(), 1)
+            }
+            ConnectOutcome::Failed { reason } => add_count(&mut self.failed, reason, 1),
+            ConnectOutcome::Closed { reason } => add_count(&mut self.closed, reason, 1),
         }
     }
 
-    /// Adds what another process counted.
+    /// Adds the counters of another worker.
     pub(crate) fn merge(&mut self, other: Self) {
         self.opened += other.opened;
         let pairs = [
@@ -79,55 +81,55 @@ impl ConnectionCounters {
             (&mut self.closed, other.closed),
         ];
         for (counts, others) in pairs {
-            others.into_iter().for_each(|(text, many)| count(counts, text, many));
+            others.into_iter().for_each(|(text, count)| add_count(counts, text, count));
         }
         self.received_bytes += other.received_bytes;
         self.connected_us.extend(other.connected_us);
         self.joined_us.extend(other.joined_us);
     }
 
-    /// How many are open now.
+    /// Number of connections that are open.
     pub(crate) fn held(&self) -> u64 {
         self.opened - total(&self.closed).min(self.opened)
     }
 
-    /// How many were opened in all.
+    /// Number of connections that were opened.
     pub(crate) fn opened(&self) -> u64 {
         self.opened
     }
 }
 
-fn count(counts: &mut BTreeMap<String, u64>, text: String, many: u64) {
+fn add_count(counts: &mut BTreeMap<String, u64>, text: String, count: u64) {
     let known = counts.contains_key(&text) || counts.len() < TEXTS_MAX;
-    *counts.entry(if known { text } else { OTHERS.to_owned() }).or_default() += many;
+    *counts.entry(if known { text } else { OTHERS.to_owned() }).or_default() += count;
 }
 
 fn total(counts: &BTreeMap<String, u64>) -> u64 {
     counts.values().sum()
 }
 
-/// What became of connections.
+/// Summary of connections.
 #[derive(Clone, Debug, Default, Serialize)]
 pub(crate) struct ConnectionReport {
     pub(crate) requested: u64,
     pub(crate) opened: u64,
-    /// Open from then until the end.
+    /// Connections that were open until the end.
     pub(crate) held: u64,
     /// By HTTP status.
     pub(crate) rejected: BTreeMap<String, u64>,
-    /// By what went wrong.
+    /// By error.
     pub(crate) failed: BTreeMap<String, u64>,
     /// By close code and reason.
     pub(crate) closed_while_held: BTreeMap<String, u64>,
-    /// From when the connection was due.
+    /// Time from when the connection was due.
     pub(crate) connected_ms: Option<LatencySummary>,
     pub(crate) joined_ms: Option<LatencySummary>,
-    /// What servers sent, handshakes included.
+    /// Bytes that servers sent, handshakes included.
     pub(crate) received_bytes: u64,
     pub(crate) opening_s: f64,
 }
 
-/// A distribution, in milliseconds.
+/// Percentiles in milliseconds.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize)]
 pub(crate) struct LatencySummary {
     pub(crate) p50: f64,
@@ -136,7 +138,7 @@ pub(crate) struct LatencySummary {
 }
 
 impl ConnectionReport {
-    /// Of so many that were asked for.
+    /// Summarizes the counters of `requested` connections.
     pub(crate) fn of(counters: ConnectionCounters, requested: u64, opening: Duration) -> Self {
         Self {
             requested,
@@ -152,7 +154,7 @@ impl ConnectionReport {
         }
     }
 
-    /// What does not hold: all that was asked for is to be opened and held.
+    /// Failed expectations: every requested connection must be opened and held.
     pub(super) fn failures(&self) -> Vec<String> {
         let mut failures = Vec::new();
         if self.held != self.requested {
@@ -166,14 +168,14 @@ impl ConnectionReport {
         let mut line = |name: &str, value: String| lines.push((name.to_owned(), value));
         line("opened", format!("{} of {} in {:.1} s", self.opened, self.requested, self.opening_s));
         line("held", self.held.to_string());
-        for (status, many) in &self.rejected {
-            line("rejected", format!("{many} with HTTP {status}"));
+        for (status, count) in &self.rejected {
+            line("rejected", format!("{count} with HTTP {status}"));
         }
-        for (why, many) in &self.failed {
-            line("failed", format!("{many}: {why}"));
+        for (reason, count) in &self.failed {
+            line("failed", format!("{count}: {reason}"));
         }
-        for (how, many) in &self.closed_while_held {
-            line("closed while held", format!("{many}: {how}"));
+        for (reason, count) in &self.closed_while_held {
+            line("closed while held", format!("{count}: {reason}"));
         }
         for (name, times) in [("connected", self.connected_ms), ("joined", self.joined_ms)] {
             if let Some(times) = times {
@@ -187,7 +189,7 @@ impl ConnectionReport {
 }
 
 impl LatencySummary {
-    /// The distribution of times in µs; `None` where there are none.
+    /// Summarizes times in µs; `None` if there are none.
     pub(crate) fn of(mut times_us: Vec<u64>) -> Option<Self> {
         times_us.sort_unstable();
         let at = |share| percentile(&times_us, share).map(|us| us as f64 / 1e3);
@@ -202,7 +204,7 @@ impl std::fmt::Display for LatencySummary {
     }
 }
 
-/// The smallest of the sorted values that at least `share` of them do not exceed.
+/// The smallest of the sorted values that at least `share` of the values do not exceed.
 fn percentile<T: Copy>(sorted: &[T], share: f64) -> Option<T> {
     let rank = (sorted.len() as f64 * share).ceil() as usize;
     sorted.get(rank.max(1) - 1).copied()
@@ -226,7 +228,7 @@ mod tests {
     }
 
     #[test]
-    fn a_percentile_is_a_value_that_was_measured() {
+    fn percentile_is_a_measured_value() {
         let hundred: Vec<u32> = (1..=100).collect();
         let at = |share| percentile(&hundred, share);
         assert_eq!((at(0.0), at(0.5), at(0.99), at(1.0)), (Some(1), Some(50), Some(99), Some(100)));
@@ -235,7 +237,7 @@ mod tests {
     }
 
     #[test]
-    fn all_opened_and_held_is_good_and_nothing_else() {
+    fn connections_pass_if_all_are_opened_and_held() {
         let check = |outcomes: &[ConnectOutcome], expected: &[&str]| {
             assert_eq!(connections(outcomes).failures(), expected);
         };
@@ -248,7 +250,7 @@ mod tests {
     }
 
     #[test]
-    fn each_outcome_has_its_line() {
+    fn each_outcome_has_a_line() {
         let mut counters = ConnectionCounters::default();
         counters.add(opened());
         counters.add(ConnectOutcome::Rejected { status: 503 });
@@ -263,7 +265,7 @@ mod tests {
     }
 
     #[test]
-    fn endless_kinds_of_failure_are_counted_together() {
+    fn excess_reasons_are_counted_together() {
         let mut counters = ConnectionCounters::default();
         for number in 0..200 {
             counters.add(ConnectOutcome::Failed { reason: number.to_string() });

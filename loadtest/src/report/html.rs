@@ -1,4 +1,4 @@
-//! A report as one page that needs nothing else: a table and plots.
+//! A report as a self-contained HTML page: tables and plots.
 //!
 //! Pure.
 
@@ -20,17 +20,17 @@ td{font-variant-numeric:tabular-nums}svg{width:100%;height:auto}\
 .good{background:#00754f}.bad{background:#b3261e}.invalid{background:#8a5a00}\
 p.note{color:#555;margin:.2rem 0}li{margin:.2rem 0}";
 
-/// The page.
+/// Renders the page.
 pub(crate) fn page(report: &Report) -> Result<String, PlotError> {
     let mut page = String::new();
     let scenario = escaped(&report.scenario);
     let (class, verdict) = match (report.passed, &report.invalid) {
-        (true, _) => ("good", "holds"),
-        (false, Some(_)) if report.failures.is_empty() => ("invalid", "does not count"),
+        (true, _) => ("good", "passed"),
+        (false, Some(_)) if report.failures.is_empty() => ("invalid", "invalid"),
         (false, _) => ("bad", "failed"),
     };
     let mut put = |text: std::fmt::Arguments<'_>| {
-        page.write_fmt(text).expect("a String takes all");
+        page.write_fmt(text).expect("writing to a String succeeds");
         page.push('\n');
     };
     put(format_args!("<!DOCTYPE html>\n<html lang=\"en\">\n<meta charset=\"utf-8\">"));
@@ -47,7 +47,7 @@ pub(crate) fn page(report: &Report) -> Result<String, PlotError> {
     put(format_args!("<p><code>loadtest {command}</code></p>"));
     let wrong: Vec<&String> = report.invalid.iter().chain(&report.failures).collect();
     if !wrong.is_empty() {
-        put(format_args!("<h2>What does not hold</h2>\n<ul>"));
+        put(format_args!("<h2>Failures</h2>\n<ul>"));
         let examples = report.messages.iter().flat_map(|messages| &messages.examples);
         for line in wrong.into_iter().chain(examples) {
             put(format_args!("<li>{}</li>", escaped(line)));
@@ -88,7 +88,7 @@ pub(crate) fn page(report: &Report) -> Result<String, PlotError> {
 }
 
 fn plots(report: &Report) -> Vec<(String, Plot<'_>)> {
-    // What was still on its way when the talking was over belongs to no whole second.
+    // Deliveries after the end of the traffic belong to no whole second.
     let talked = report.messages.as_ref().map_or(0.0, |messages| messages.traffic_s);
     let whole = if talked >= 2.0 { talked as usize } else { usize::MAX };
     let seconds = || report.seconds.iter().enumerate().take(whole);
@@ -106,7 +106,7 @@ fn plots(report: &Report) -> Vec<(String, Plot<'_>)> {
         let lines = vec![("p50", times(50.0)), ("p99", times(99.0)), ("max", times(100.0))];
         plots.push(("Latency over time".to_owned(), over_time("ms", lines, true)));
         let curve = &messages.latency.curve;
-        // Each step to the right is ten times fewer.
+        // Each unit on the x axis is ten times fewer deliveries.
         let nines = |percent: f64| -(1.0 - percent / 100.0).log10();
         let points = curve.iter().filter(|(percent, _)| *percent < 100.0);
         let points = points.map(|(percent, us)| (nines(*percent), *us as f64 / 1e3)).collect();
@@ -129,7 +129,7 @@ fn plots(report: &Report) -> Vec<(String, Plot<'_>)> {
     }
     let open = seconds().map(|(at, second)| (at as f64, second.open as f64)).collect();
     let connects = seconds().map(|(at, second)| (at as f64, second.connects as f64)).collect();
-    let lines = vec![("open", open), ("opened in the second", connects)];
+    let lines = vec![("open", open), ("opened per second", connects)];
     plots.push(("Connections".to_owned(), over_time("connections", lines, false)));
     for server in &report.servers {
         let cpu = server.samples.iter().map(|sample| (sample.at_s, sample.cpu_percent));
@@ -190,7 +190,7 @@ mod tests {
     }
 
     #[test]
-    fn it_is_one_file_that_asks_for_nothing() {
+    fn page_is_self_contained() {
         let page = page(&report()).unwrap();
         for outside in ["http://", "https://", "src=", "href=", "<script", "url("] {
             let found = page
@@ -200,11 +200,11 @@ mod tests {
         }
         assert!(page.contains("&lt;b&gt;") && page.contains("a &amp; b"));
         assert!(page.contains("class=\"verdict bad\">failed"));
-        assert_eq!(page.matches("<svg").count(), 4, "two latencies need more than a point each");
+        assert_eq!(page.matches("<svg").count(), 4, "plots with one point are omitted");
     }
 
     #[test]
-    fn a_report_of_nothing_is_a_page_too() {
+    fn empty_report_is_a_page() {
         assert!(page(&Report::of("connect")).unwrap().contains("loadtest connect"));
     }
 }

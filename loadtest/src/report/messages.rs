@@ -1,4 +1,4 @@
-//! What became of messages.
+//! Outcome of messages.
 //!
 //! Pure.
 
@@ -10,16 +10,16 @@ use serde::Serialize;
 
 use crate::args::Thresholds;
 
-/// The percentiles of a curve, in percent: closer to each other towards the end.
+/// Percentiles of the latency curve, in percent; closer to each other towards 100.
 const CURVE: [f64; 16] = [
     0.0, 10.0, 25.0, 50.0, 75.0, 90.0, 95.0, 97.5, 99.0, 99.5, 99.75, 99.9, 99.95, 99.99, 99.999,
     100.0,
 ];
 
-/// What became of messages.
+/// Summary of messages.
 #[derive(Clone, Debug, Default, Serialize)]
 pub(crate) struct MessageReport {
-    /// Who was to get them.
+    /// Number of receivers.
     pub(crate) members: usize,
     pub(crate) acknowledged: u64,
     pub(crate) delivered: u64,
@@ -29,32 +29,32 @@ pub(crate) struct MessageReport {
     pub(crate) gaps: u64,
     pub(crate) unsignalled_discontinuities: u64,
     pub(crate) disagreements: u64,
-    /// Anything else that the protocol does not allow.
+    /// Other violations of the protocol.
     pub(crate) other_violations: u64,
     /// Messages that were neither acknowledged nor rejected.
     pub(crate) unanswered: u64,
-    /// Rooms in which not all had what was sent when the run was over, and why.
+    /// Rooms that were incomplete at the end of the run, and why.
     pub(crate) unfinished: Vec<String>,
-    /// The first of what was wrong, in words.
+    /// The first violations, in words.
     pub(crate) examples: Vec<String>,
-    /// How often continuity was lost and that was told.
+    /// Discontinuities that were signalled to members.
     pub(crate) signalled_discontinuities: u64,
-    /// Acknowledged messages that such a break jumped over, once for each member.
+    /// Acknowledged messages that a discontinuity skipped, once for each member.
     pub(crate) skipped: u64,
     /// Sends that were rejected.
     pub(crate) sends_rejected: u64,
-    /// Deliveries later than `late_after_ms`, in percent.
+    /// Share of deliveries later than `late_after_ms`, in percent.
     pub(crate) late_percent: f64,
     pub(crate) late_after_ms: u64,
-    /// The longest time that a member was without a delivery.
+    /// Longest time that a member was without a delivery.
     pub(crate) longest_silence_ms: u64,
-    /// How long it was talked.
+    /// Duration of the traffic.
     pub(crate) traffic_s: f64,
-    /// From when a message was due until a copy of it arrived.
+    /// Time from when a message was due until a copy arrived.
     pub(crate) latency: Latency,
 }
 
-/// Latencies, in µs.
+/// Latencies in µs.
 #[derive(Clone, Debug, Default, Serialize)]
 pub(crate) struct Latency {
     pub(crate) p50_us: u64,
@@ -62,12 +62,12 @@ pub(crate) struct Latency {
     pub(crate) p99_us: u64,
     pub(crate) p999_us: u64,
     pub(crate) max_us: u64,
-    /// Percent, and what that many do not exceed.
+    /// Percentiles in percent, with their latencies.
     pub(crate) curve: Vec<(f64, u64)>,
 }
 
 impl Latency {
-    /// Of times in µs.
+    /// Summarizes times in µs.
     pub(crate) fn of(times_us: &Histogram<u64>) -> Self {
         let at = |percent| times_us.value_at_percentile(percent);
         Self {
@@ -91,7 +91,7 @@ pub(crate) fn late_percent(times_us: &Histogram<u64>, after: Duration) -> f64 {
 }
 
 impl MessageReport {
-    /// The counts of a ledger.
+    /// The counts of a delivery checker.
     pub(crate) fn of(delivery: DeliveryReport, unfinished: Vec<String>) -> Self {
         let wrong = |wrong| delivery.count(wrong) as u64;
         Self {
@@ -115,7 +115,7 @@ impl MessageReport {
         }
     }
 
-    /// Adds how long deliveries took.
+    /// Adds the latency of deliveries.
     pub(crate) fn with_latency(
         self,
         times_us: &Histogram<u64>,
@@ -131,7 +131,7 @@ impl MessageReport {
         }
     }
 
-    /// What was wrong, by its name, and how often.
+    /// Violations by name, with their counts.
     fn wrong(&self) -> [(&'static str, u64); 8] {
         [
             ("lost", self.lost),
@@ -145,27 +145,27 @@ impl MessageReport {
         ]
     }
 
-    /// What does not hold of what was asked for.
+    /// Failed expectations.
     pub(super) fn failures(&self, thresholds: &Thresholds) -> Vec<String> {
         let mut failures = self.unfinished.clone();
         let wrong = self.wrong().into_iter().filter(|(_, count)| *count > 0);
         failures.extend(wrong.map(|(name, count)| format!("{count} {name}")));
         if self.acknowledged == 0 {
-            failures.push("nothing was acknowledged".to_owned());
+            failures.push("no message was acknowledged".to_owned());
         }
         if let Some(max) = thresholds.late_max_percent
             && self.late_percent > max
         {
             let Self { late_percent, late_after_ms, .. } = self;
             failures.push(format!(
-                "{late_percent:.2} % of deliveries took longer than {late_after_ms} ms, {max} % may"
+                "{late_percent:.2} % of deliveries took longer than {late_after_ms} ms, at most {max} % may"
             ));
         }
         if let Some(max) = thresholds.p99_max
             && u128::from(self.latency.p99_us) > max.as_micros()
         {
             let p99 = milliseconds(self.latency.p99_us);
-            failures.push(format!("p99 is {p99}, {} is the most", humantime::format_duration(max)));
+            failures.push(format!("p99 is {p99}, more than {}", humantime::format_duration(max)));
         }
         failures
     }
@@ -200,7 +200,7 @@ impl MessageReport {
     }
 }
 
-/// Microseconds as people read them.
+/// Formats microseconds as milliseconds.
 pub(crate) fn milliseconds(us: u64) -> String {
     let ms = us as f64 / 1e3;
     if ms < 10.0 { format!("{ms:.2} ms") } else { format!("{ms:.0} ms") }
@@ -232,16 +232,16 @@ mod tests {
     }
 
     #[test]
-    fn what_is_later_than_allowed_fails() {
+    fn late_deliveries_fail() {
         assert_eq!(of(9).failures(&thresholds()), [""; 0]);
         let failures = of(20).failures(&thresholds());
         assert_eq!(failures.len(), 2, "{failures:?}");
         assert!(failures[0].starts_with("2.00 % of deliveries took longer than 100 ms"));
-        assert!(failures[1].starts_with("p99 is 200 ms, 150ms"), "{failures:?}");
+        assert!(failures[1].starts_with("p99 is 200 ms, more than 150ms"), "{failures:?}");
     }
 
     #[test]
-    fn each_kind_of_wrong_fails() {
+    fn each_violation_fails() {
         let all = [
             Violation::Lost,
             Violation::Duplicated,
@@ -262,6 +262,6 @@ mod tests {
             assert!(failures[0].starts_with("3 "), "{failures:?}");
         }
         let nothing = MessageReport::of(DeliveryReport::default(), vec!["room 1".to_owned()]);
-        assert_eq!(nothing.failures(&thresholds()), ["room 1", "nothing was acknowledged"]);
+        assert_eq!(nothing.failures(&thresholds()), ["room 1", "no message was acknowledged"]);
     }
 }

@@ -1,5 +1,5 @@
-//! What is told at the end of a run, whatever the scenario: for people as a table, for programs as
-//! JSON, for both as a page ([`html`]).
+//! The report at the end of a run of any scenario: a table in text, JSON, or an HTML page
+//! ([`html`]).
 //!
 //! Pure.
 
@@ -24,94 +24,94 @@ pub(crate) mod messages;
 pub(crate) mod plot;
 pub(crate) mod servers;
 
-/// Above this share of a core the tool is what is measured.
+/// Above this share of a core the load generator may be the bottleneck.
 const CPU_PERCENT_MAX: f64 = 80.0;
-/// The same for how late it is, p99.
+/// Above this lateness (p99) the load generator may be the bottleneck.
 const LAG_MAX: Duration = Duration::from_millis(1);
 
-/// What a run came to.
+/// The report of a run.
 #[derive(Debug, Default, Serialize)]
 pub(crate) struct Report {
-    /// The subcommand.
+    /// Subcommand.
     pub(crate) scenario: String,
-    /// All of the command line, to run it again.
+    /// The whole command line, to repeat the run.
     pub(crate) command: String,
-    /// Of this tool.
+    /// Version of this tool.
     pub(crate) version: &'static str,
-    /// When it began, seconds since 1970.
+    /// Start of the run, seconds since 1970.
     pub(crate) began_unix_s: u64,
-    /// The seed of the plan, where there was one.
+    /// Seed of the fault plan or of the users, if there is one.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(crate) seed: Option<u64>,
-    /// What was done to the servers.
+    /// Faults that were injected.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub(crate) faults: Vec<FaultWindow>,
-    /// What attacks did, where there were some.
+    /// Attacks.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub(crate) attacks: Vec<AttackRow>,
-    /// What became of connections, where they were what it was about.
+    /// Connections, if the scenario reports on them.
     #[serde(flatten)]
     pub(crate) connections: Option<ConnectionReport>,
-    /// What became of messages, where some were sent.
+    /// Messages, if some were sent.
     #[serde(flatten)]
     pub(crate) messages: Option<MessageReport>,
-    /// What else the scenario tells.
+    /// Further results of the scenario.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub(crate) steps: Vec<StepResult>,
-    /// What happened in each second.
+    /// Counters of each second.
     #[serde(serialize_with = "with_percentiles")]
     pub(crate) seconds: Vec<Second>,
-    /// The processes that were asked for.
+    /// Observed server processes.
     pub(crate) servers: Vec<ServerReport>,
-    /// What servers tell of themselves.
+    /// Gauges of the servers.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub(crate) gauges: Vec<GaugeSeries>,
-    /// This tool.
+    /// The load generator itself.
     pub(crate) generator: GeneratorReport,
-    /// Whether somebody ended it early.
+    /// Whether a signal ended the run early.
     pub(crate) interrupted: bool,
-    /// What does not hold of what was asked for. Empty where all is well.
+    /// Failed expectations; empty if the run passed.
     pub(crate) failures: Vec<String>,
-    /// Why the result says more about this tool than about the servers; nothing where it does not.
+    /// Why the result may reflect the load generator more than the servers; `None` if it is valid.
     pub(crate) invalid: Option<String>,
-    /// Neither of these.
+    /// No failures, and valid.
     pub(crate) passed: bool,
 }
 
-/// Something that was done to the servers.
+/// A fault that was injected.
 #[derive(Clone, Debug, Serialize)]
 pub(crate) struct FaultWindow {
-    /// What, and to which gateway.
+    /// Kind of the fault, and the gateway.
     pub(crate) fault: String,
-    /// When it began, from when members were first allowed to talk.
+    /// Begin of the fault, from when members were first allowed to send.
     #[serde(rename = "from_ms", serialize_with = "millis")]
     pub(crate) from: Duration,
-    /// When it was mended.
+    /// End of the fault.
     #[serde(rename = "until_ms", serialize_with = "millis")]
     pub(crate) until: Duration,
 }
 
-/// One step of a scenario that has some.
+/// One result of a scenario.
 #[derive(Clone, Debug, Serialize)]
 pub(crate) struct StepResult {
-    /// What was done.
+    /// Name of the result.
     pub(crate) name: String,
-    /// What came of it.
+    /// The result.
     pub(crate) result: String,
-    /// Whether that is as it should be.
+    /// Whether it is as expected.
     pub(crate) passed: bool,
 }
 
-/// What this tool cost, all its processes together, and how late it did what was due.
+/// Resource usage and lateness of the load generator.
 #[derive(Clone, Copy, Debug, Default, Serialize)]
 pub(crate) struct GeneratorReport {
-    /// How many processes it was.
+    /// Number of processes.
     pub(crate) processes: u32,
-    /// CPU time of the busiest of them while the scenario ran, in percent of a core.
+    /// CPU time of the busiest process during the scenario, in percent of a core.
     pub(crate) cpu_percent: f64,
-    /// How late what was due was done, p99.
+    /// How late due operations began, p99.
     pub(crate) lag_p99_us: u64,
-    /// What all of them grew by, for each connection that was open.
+    /// Memory growth of all processes per open connection.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(crate) memory_per_connection_bytes: Option<i64>,
 }
@@ -120,7 +120,7 @@ fn millis<S: Serializer>(duration: &Duration, serializer: S) -> Result<S::Ok, S:
     serializer.serialize_u64(duration.as_millis() as u64)
 }
 
-/// A second as a reader wants it.
+/// A second with percentiles, for JSON.
 #[derive(Serialize)]
 struct SecondSummary {
     deliveries: u64,
@@ -151,16 +151,16 @@ fn with_percentiles<S: Serializer>(seconds: &[Second], serializer: S) -> Result<
 }
 
 impl GeneratorReport {
-    /// Why the result says more about this tool than about the servers; nothing where it does not.
+    /// Why the result may reflect the load generator more than the servers; `None` if it is valid.
     pub(crate) fn invalid_reason(&self) -> Option<String> {
         let Self { cpu_percent, lag_p99_us, .. } = *self;
         if cpu_percent > CPU_PERCENT_MAX {
             Some(format!(
-                "this tool took {cpu_percent:.0} % of a core, {CPU_PERCENT_MAX} is the most"
+                "the load generator used {cpu_percent:.0} % of a core, more than {CPU_PERCENT_MAX} %"
             ))
         } else if u128::from(lag_p99_us) > LAG_MAX.as_micros() {
             let max = LAG_MAX.as_micros();
-            Some(format!("this tool was {lag_p99_us} µs late (p99), {max} is the most"))
+            Some(format!("the load generator was {lag_p99_us} µs late (p99), more than {max} µs"))
         } else {
             None
         }
@@ -168,7 +168,7 @@ impl GeneratorReport {
 }
 
 impl Report {
-    /// A report that tells nothing yet.
+    /// An empty report.
     pub(crate) fn of(scenario: &str) -> Self {
         let began = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
         Self {
@@ -180,7 +180,7 @@ impl Report {
         }
     }
 
-    /// Holds what came of it against what was asked for.
+    /// Compares the results with the expectations, and sets the failures.
     pub(crate) fn evaluate(&mut self, thresholds: &Thresholds) {
         let mut failures = Vec::new();
         if self.interrupted {
@@ -199,13 +199,13 @@ impl Report {
         self.failures = failures;
     }
 
-    /// How many kinds of faults there were.
+    /// Number of different kinds of faults.
     pub(crate) fn fault_kinds(&self) -> usize {
         let kind = |window: &FaultWindow| window.fault.split(' ').next().map(str::to_owned);
         self.faults.iter().filter_map(kind).collect::<BTreeSet<_>>().len()
     }
 
-    /// All of it as names and values, in the order of reading.
+    /// The report as names and values, in reading order.
     pub(crate) fn lines(&self) -> Vec<(String, String)> {
         let mut lines = Vec::new();
         let mut line = |name: &str, value: String| lines.push((name.to_owned(), value));
@@ -236,10 +236,10 @@ impl GeneratorReport {
         let Self { processes, cpu_percent, lag_p99_us, memory_per_connection_bytes } = *self;
         let many = if processes > 1 { format!("{processes} processes, ") } else { String::new() };
         let own = format!("{many}{cpu_percent:.0} % of a core, p99 {lag_p99_us} µs late");
-        let mut lines = vec![("this tool".to_owned(), own)];
+        let mut lines = vec![("load generator".to_owned(), own)];
         if let Some(each) = memory_per_connection_bytes {
             let each = format!("{:.2} KiB per connection", each as f64 / 1024.0);
-            lines.push(("this tool memory".to_owned(), each));
+            lines.push(("load generator memory".to_owned(), each));
         }
         lines
     }

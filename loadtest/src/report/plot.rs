@@ -1,4 +1,4 @@
-//! Plots as SVG, to stand in a page.
+//! Plots as SVG.
 //!
 //! Pure.
 
@@ -14,9 +14,9 @@ use plotters::{
 
 use super::FaultWindow;
 
-/// Pixels, before the page scales it.
+/// Size in pixels, before the page scales it.
 const SIZE: (u32, u32) = (960, 260);
-/// Told apart by people who see colours otherwise, too (Okabe and Ito, 2008).
+/// Colours that people with colour vision deficiency can distinguish (Okabe and Ito, 2008).
 const COLOURS: [RGBColor; 5] = [
     RGBColor(0, 114, 178),
     RGBColor(213, 94, 0),
@@ -25,32 +25,32 @@ const COLOURS: [RGBColor; 5] = [
     RGBColor(86, 180, 233),
 ];
 const FAULT: RGBColor = RGBColor(230, 159, 0);
-/// The shortest that a fault is drawn, so that it can be seen.
+/// Shortest time that a fault is drawn, so that it is visible.
 const FAULT_MIN: Duration = Duration::from_millis(50);
 
-/// What is drawn.
+/// A plot.
 pub(super) struct Plot<'a> {
-    /// What stands along the axes.
+    /// Labels of the axes.
     pub(super) x: &'a str,
     pub(super) y: &'a str,
     /// Names and points.
     pub(super) lines: Vec<(&'a str, Vec<(f64, f64)>)>,
-    /// What was done meanwhile, where x is time in seconds.
+    /// Faults to shade, if x is time in seconds.
     pub(super) marks: &'a [FaultWindow],
-    /// Whether y is drawn by its logarithm.
+    /// Whether the y axis is logarithmic.
     pub(super) logarithmic: bool,
 }
 
-/// It cannot be drawn.
+/// A plot cannot be drawn.
 #[derive(Debug, thiserror::Error)]
-#[error("a plot of {y}: {why}")]
+#[error("cannot plot {y}: {why}")]
 pub(crate) struct PlotError {
     y: String,
     why: String,
 }
 
 impl Plot<'_> {
-    /// It, as an `svg` element.
+    /// Draws the plot as an `svg` element.
     pub(super) fn svg(&self) -> Result<String, PlotError> {
         let mut svg = String::new();
         let drawn = self.draw(&mut svg).map_err(|error| error.to_string());
@@ -110,7 +110,7 @@ impl Plot<'_> {
             .x_label_formatter(&|value| short(*value))
             .draw()?;
         for ((name, points), colour) in self.lines.iter().zip(COLOURS.iter().cycle()) {
-            // What is nothing has no place on a logarithmic axis.
+            // Zero has no place on a logarithmic axis.
             let shown = points.iter().filter(|point| !self.logarithmic || point.1 > 0.0).copied();
             let stroke = colour.stroke_width(2);
             let path = move |(x, y): (i32, i32)| PathElement::new([(x, y), (x + 16, y)], stroke);
@@ -126,7 +126,7 @@ impl Plot<'_> {
     }
 }
 
-/// A number as it stands beside an axis.
+/// Formats a number for an axis.
 fn short(value: f64) -> String {
     match value.abs() {
         large if large >= 1e6 => format!("{}M", value / 1e6),

@@ -1,4 +1,4 @@
-//! What server processes cost while a scenario ran.
+//! Resource usage of server processes during a scenario.
 //!
 //! Pure.
 
@@ -8,65 +8,66 @@ use serde::Serialize;
 
 use crate::procfs::ProcessUsage;
 
-/// What a process cost.
+/// Resource usage of one process.
 #[derive(Clone, Debug, Default, Serialize)]
 pub(crate) struct ServerReport {
     pub(crate) pid: u32,
     pub(crate) memory_before_bytes: u64,
     pub(crate) memory_after_bytes: u64,
-    /// What it grew by, for each connection that is open; nothing where none is.
+    /// Memory growth per open connection; `None` without connections.
     pub(crate) memory_per_connection_bytes: Option<i64>,
-    /// The parts of the scenario.
+    /// Usage in each phase of the scenario.
     pub(crate) phases: Vec<PhaseUsage>,
-    /// One for each second.
+    /// One sample per second.
     pub(crate) samples: Vec<ServerSample>,
 }
 
-/// What a process cost in a part of a scenario.
+/// CPU time of a process in one phase.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub(crate) struct PhaseUsage {
-    /// Which.
+    /// Name of the phase.
     pub(crate) phase: &'static str,
     pub(crate) cpu_ms: u64,
-    /// For each of these.
+    /// The unit that CPU time is divided by.
     pub(crate) unit: &'static str,
-    /// CPU time for each; nothing where there was none.
+    /// CPU time per unit; `None` if there were none.
     pub(crate) cpu_per_unit_us: Option<f64>,
 }
 
-/// What a process cost in a second.
+/// Usage of a process in one second.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize)]
 pub(crate) struct ServerSample {
-    /// When, from the start of the scenario.
+    /// Time from the start of the scenario.
     pub(crate) at_s: f64,
-    /// Of a core.
+    /// CPU time, in percent of a core.
     pub(crate) cpu_percent: f64,
-    /// Resident, shared pages included: to read the proportional size each second would disturb.
+    /// Resident memory, shared pages included: reading the proportional size each second would
+    /// disturb the process.
     pub(crate) resident_bytes: u64,
 }
 
-/// What a server tells of itself by `/metrics`: for each gauge its values, all labels together.
+/// Gauges of a `/metrics` page; the values of all labels of a gauge are added up.
 #[derive(Clone, Debug, Default, Serialize)]
 pub(crate) struct GaugeSeries {
     pub(crate) url: String,
-    /// Seconds from the start of the scenario, and the value.
+    /// Seconds from the start of the scenario, and values.
     pub(crate) series: BTreeMap<String, Vec<(f64, f64)>>,
 }
 
 impl ServerReport {
-    /// A process that cost this before anything began.
+    /// A process with its usage before the scenario.
     pub(crate) fn new(pid: u32, before: ProcessUsage) -> Self {
         Self { pid, memory_before_bytes: before.pss_bytes, ..Self::default() }
     }
 
-    /// Notes what it costs now, with so many connections open.
+    /// Records the memory while `open` connections are open.
     pub(crate) fn record_memory(&mut self, now: ProcessUsage, open: u64) {
         self.memory_after_bytes = now.pss_bytes;
         let grown = now.pss_bytes as i64 - self.memory_before_bytes as i64;
         self.memory_per_connection_bytes = grown.checked_div(open as i64);
     }
 
-    /// Adds a part of the scenario in which this many of something happened.
+    /// Adds a phase in which `count` units happened.
     pub(crate) fn add_phase(
         &mut self,
         phase: &'static str,
@@ -97,7 +98,7 @@ impl ServerReport {
     }
 }
 
-/// The gauges of a page in Prometheus' text format, all labels of one added up.
+/// Parses the gauges of a page in Prometheus' text format, and adds up all labels of each.
 pub(crate) fn gauges(page: &str) -> BTreeMap<String, f64> {
     let mut values = BTreeMap::new();
     let mut gauge = "";
@@ -121,7 +122,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn cost_is_told_for_each() {
+    fn usage_is_reported_per_unit() {
         let mut server = ServerReport::new(7, ProcessUsage { pss_bytes: 1 << 20, cpu_ms: 0 });
         server.add_phase("opening", 200, "connection", 3);
         server.add_phase("held", 50, "connection", 0);
@@ -135,7 +136,7 @@ mod tests {
     }
 
     #[test]
-    fn gauges_are_read_and_nothing_else() {
+    fn only_gauges_are_parsed() {
         let page = "# HELP a b\n# TYPE a gauge\na{x=\"1\"} 2\na{x=\"2\"} 3.5\n# TYPE c counter\nc 9\n\
                     # TYPE d gauge\nd 1e3\n";
         let expected = [("a".to_owned(), 5.5), ("d".to_owned(), 1000.0)];

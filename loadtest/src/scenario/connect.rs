@@ -1,4 +1,4 @@
-//! `loadtest connect`: opens connections on a schedule, holds them, sums up.
+//! `loadtest connect`: opens connections on a schedule, holds them, and reports.
 
 use std::sync::{Arc, atomic::AtomicBool};
 
@@ -11,7 +11,7 @@ use crate::{
     virtual_users::{RoomAssignment, workers::ScenarioPhase},
 };
 
-/// Runs it.
+/// Runs `loadtest connect`.
 pub(crate) async fn run(args: ConnectArgs) -> Result<Option<Report>, ScenarioError> {
     let (common, process, requested) = (args.common.clone(), args.process, args.connections);
     run_scenario("connect", common, process, requested, false, move |stop| hold(&args, &stop)).await

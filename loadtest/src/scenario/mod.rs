@@ -1,5 +1,5 @@
-//! The scenarios that virtual users run, and what they have in common: where to connect, whether there
-//! are descriptors and ports enough, and the report.
+//! Scenarios that virtual users run, and their common parts: the address, the limits of descriptors
+//! and ports, and the report.
 
 use std::{
     io,
@@ -33,74 +33,74 @@ pub(crate) mod storm;
 pub(crate) mod sweep;
 pub(crate) mod traffic;
 
-/// Descriptors for everything that is no connection.
+/// Descriptors that are not connections.
 const SPARE_DESCRIPTORS: u64 = 64;
-/// How long servers have to see that connections say goodbye.
+/// Time for servers to handle close frames.
 const CLOSE_GRACE: Duration = Duration::from_millis(200);
 
 /// Why a scenario has no result.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum ScenarioError {
-    /// There are fewer descriptors than connections.
+    /// The limit of open files is lower than the connections need.
     #[error(
         "{connections} connections in one process need {needed} open files, and it may have \
-         {have}: share them out (--processes), raise the limit (`ulimit -Hn`, LimitNOFILE) or ask \
+         {have}: divide them (--processes), raise the limit (`ulimit -Hn`, LimitNOFILE) or ask \
          for fewer"
     )]
     Descriptors {
-        /// In one process.
+        /// Connections of this process.
         connections: u32,
-        /// That many files.
+        /// Descriptors that they need.
         needed: u64,
-        /// Of so many.
+        /// Limit of descriptors.
         have: u64,
     },
-    /// The limit could not be read or raised.
-    #[error("the limit of open files: {0}")]
+    /// The limit cannot be read or raised.
+    #[error("cannot raise the limit of open files: {0}")]
     Limit(#[source] io::Error),
-    /// There are fewer ports than connections.
+    /// There are fewer local ports than connections.
     #[error(
         "{connections} connections from {addresses} address(es) of {ports} ports each are too \
          many: give more addresses, such as --sources 127.0.0.1-127.0.0.{enough}"
     )]
     Ports {
-        /// In all.
+        /// Connections of all workers.
         connections: u32,
-        /// From so many addresses.
+        /// Source addresses.
         addresses: u32,
-        /// Of so many ports.
+        /// Ports of each address.
         ports: u32,
-        /// How many addresses would be enough.
+        /// Number of addresses that suffices.
         enough: u32,
     },
-    /// The URL's host has no address.
+    /// The URL's host cannot be resolved.
     #[error("{authority}: {source}")]
     Lookup {
         /// Host and port.
         authority: String,
-        /// Why.
+        /// The cause.
         source: io::Error,
     },
-    /// The cost of a server process cannot be read.
-    #[error("{0} (is the process there, and is it yours?)")]
+    /// The usage of a server process cannot be read.
+    #[error("{0} (does the process exist, and does it belong to this user?)")]
     Process(#[from] ProcfsError),
-    /// Sockets, or other processes of the load.
-    #[error("the load: {0}")]
+    /// Sockets or worker processes failed.
+    #[error("load generator: {0}")]
     Io(#[from] io::Error),
-    /// The thread of the load.
-    #[error("the load ended in panic")]
+    /// The thread of the virtual users panicked.
+    #[error("the load generator panicked")]
     Panic,
 }
 
-/// What a scenario leaves in one process.
+/// Result of a scenario in one process.
 pub(crate) struct ScenarioOutput {
-    /// What was seen. Nothing where another process tells all.
+    /// The report and the monitor; `None` in a worker, which has sent its report.
     all: Option<(WorkerReport, ServerMonitor)>,
-    /// What it tells besides.
+    /// Further results of the scenario.
     steps: Vec<StepResult>,
 }
 
-/// A scenario in one process.
+/// One run of a scenario in one process.
 pub(crate) struct ScenarioRun {
     pub(crate) users: VirtualUsers,
     pub(crate) sync: PhaseSync,
@@ -110,8 +110,8 @@ pub(crate) struct ScenarioRun {
 }
 
 impl ScenarioRun {
-    /// Opens all connections, and measures what they cost. Where messages are to be read they are
-    /// counted from here on.
+    /// Opens all connections and measures their cost. With `counts_messages` messages are counted
+    /// from then on.
     pub(crate) fn open(
         args: &CommonArgs,
         worker: Option<WorkerShare>,
@@ -133,14 +133,14 @@ impl ScenarioRun {
         run.usage.stop();
         run.usage.record_memory();
         if counts_messages {
-            // Before others may send: what they send is to be counted.
+            // Before the other workers may send, so that their messages are counted.
             run.users.start_measuring();
         }
         run.end_phase(ScenarioPhase::Opening)?;
         Ok(run)
     }
 
-    /// Ends a phase together with the others.
+    /// Ends a phase together with the other workers.
     fn end_phase(&mut self, phase: ScenarioPhase) -> Result<PhaseTotals, ScenarioError> {
         let (counters, open) = (&self.users.metrics.counters, self.users.open_count());
         let done = match phase {
@@ -152,7 +152,7 @@ impl ScenarioRun {
         Ok(self.sync.end_phase(&mut self.users, phase, own)?)
     }
 
-    /// Says goodbye, and tells what was seen.
+    /// Closes all connections, and returns the result.
     fn end(mut self, steps: Vec<StepResult>) -> Result<ScenarioOutput, ScenarioError> {
         let report = WorkerReport {
             opening_s: self.opening.as_secs_f64(),
@@ -168,8 +168,8 @@ impl ScenarioRun {
     }
 }
 
-/// Plays a scenario, in this process or in several, and makes a report of what they saw. `None`:
-/// this is one of several.
+/// Runs a scenario in this process or in several, and builds the report. Returns `None` in a
+/// worker.
 pub(crate) async fn run_scenario<F>(
     scenario: &'static str,
     args: CommonArgs,
@@ -197,10 +197,10 @@ where
     Ok(Some(build_report(scenario, report, monitor, steps, requested, sends, &args)))
 }
 
-/// Waits for something that ends soon where `stop` is set, and sets it when somebody interrupts.
+/// Waits for a future that ends soon after `stop` is set, and sets `stop` on a signal.
 pub(crate) async fn ending_early<T>(stop: &AtomicBool, future: impl Future<Output = T>) -> T {
     let mut future = std::pin::pin!(future);
-    // Both arms are cancel-safe: the future goes on where it was.
+    // Both arms are cancel-safe: the future continues.
     tokio::select! {
         done = &mut future => return done,
         () = crate::interrupt_signal() => stop.store(true, Ordering::Relaxed),

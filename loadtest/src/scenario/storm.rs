@@ -1,6 +1,6 @@
-//! `loadtest storm`: all connections are cut at once, and all come back at once, again and again.
+//! `loadtest storm`: all connections are dropped at once and reconnect at once, repeatedly.
 //!
-//! It shows how long they are away, and what each of them leaves behind in the memory of a server.
+//! It measures how long they are away, and how much memory a server retains of each.
 
 use std::sync::{Arc, atomic::AtomicBool};
 
@@ -14,11 +14,11 @@ use crate::{
     virtual_users::{RoomAssignment, workers::ScenarioPhase},
 };
 
-/// Memory comes and goes in pieces of 2 MiB where the kernel has huge pages: one piece more or less
-/// says nothing, and a run in which the bound is less than two cannot tell.
-const STEPS_BYTES: u64 = 4 << 20;
+/// Granularity of the measured memory. With huge pages memory grows and shrinks by 2 MiB: one page
+/// more or less has no meaning, and a run whose bound is below two pages is not conclusive.
+const GRANULARITY_BYTES: u64 = 4 << 20;
 
-/// Runs it.
+/// Runs `loadtest storm`.
 pub(crate) async fn run(args: StormArgs) -> Result<Option<Report>, ScenarioError> {
     let (common, connections) = (args.common.clone(), args.connections);
     run_scenario("storm", common, ProcessArgs::SINGLE, connections, false, move |stop| {
@@ -59,29 +59,33 @@ fn storm(args: &StormArgs, stop: &Arc<AtomicBool>) -> Result<ScenarioOutput, Sce
     for (number, pid) in args.common.monitor.pid.iter().enumerate() {
         let bytes: Vec<u64> =
             memory.iter().filter_map(|round| round.get(number)).copied().collect();
-        let Some(each) = left_behind(&bytes, args.connections) else { continue };
-        let gone = u64::from(args.connections) * (bytes.len() / 2) as u64;
-        let tells = gone * u64::from(args.leak_max) >= STEPS_BYTES;
-        let of = if tells { "that is gone" } else { "that is gone, but they are too few to tell" };
+        let Some(each) = retained_per_connection(&bytes, args.connections) else { continue };
+        let closed = u64::from(args.connections) * (bytes.len() / 2) as u64;
+        let is_conclusive = closed * u64::from(args.leak_max) >= GRANULARITY_BYTES;
+        let of = if is_conclusive {
+            "closed connection"
+        } else {
+            "closed connection, but too few connections for a conclusion"
+        };
         steps.push(StepResult {
             name: format!("server {pid} keeps"),
-            result: format!("{each:.0} bytes of each connection {of}"),
-            passed: !tells || each <= f64::from(args.leak_max),
+            result: format!("{each:.0} bytes per {of}"),
+            passed: !is_conclusive || each <= f64::from(args.leak_max),
         });
     }
     run.end(steps)
 }
 
 fn memory(args: &StormArgs) -> Vec<u64> {
-    // A server that died shows by who is not back.
+    // A server that died is noticed by the missing connections.
     let pss = |pid: &u32| ProcessUsage::read(Some(*pid)).map_or(0, |cost| cost.pss_bytes);
     args.common.monitor.pid.iter().map(pss).collect()
 }
 
-/// What memory grew by from round to round, for each connection of a round: the median of the slopes
-/// between any two (Theil and Sen), which a few odd rounds do not move. The first half does not
-/// count: until then a server finds the memory that it keeps for all.
-fn left_behind(bytes: &[u64], connections: u32) -> Option<f64> {
+/// Growth of memory from round to round, per connection of a round: the median of the slopes
+/// between any two rounds (Theil and Sen), which is robust against outliers. The first half is
+/// ignored, because until then a server allocates memory that it keeps for reuse.
+fn retained_per_connection(bytes: &[u64], connections: u32) -> Option<f64> {
     let settled = &bytes[bytes.len() / 2..];
     let mut slopes = Vec::new();
     for (from, a) in settled.iter().enumerate() {
@@ -99,15 +103,15 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_grows_from_round_to_round_is_found_beside_what_does_not() {
-        // 100 bytes of each of 1,000 connections, with a step in the beginning and one odd round.
+    fn growth_per_connection_is_found_despite_outliers() {
+        // 100 bytes of each of 1,000 connections, with a step at the beginning and one outlier.
         let mut bytes: Vec<u64> = (0..12).map(|round| 5_000_000 + round * 100_000).collect();
         bytes[1] += 3_000_000;
         bytes[8] += 400_000;
-        let each = left_behind(&bytes, 1_000).unwrap();
+        let each = retained_per_connection(&bytes, 1_000).unwrap();
         assert!((80.0..=120.0).contains(&each), "{each}");
-        assert_eq!(left_behind(&[7, 9, 7, 7, 7, 7], 10), Some(0.0));
-        assert_eq!(left_behind(&[], 10), None);
-        assert_eq!(left_behind(&[7], 10), None);
+        assert_eq!(retained_per_connection(&[7, 9, 7, 7, 7, 7], 10), Some(0.0));
+        assert_eq!(retained_per_connection(&[], 10), None);
+        assert_eq!(retained_per_connection(&[7], 10), None);
     }
 }

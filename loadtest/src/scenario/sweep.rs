@@ -1,7 +1,7 @@
 //! `loadtest sweep`: the highest rate at which p99 stays under a bound.
 //!
-//! The rate doubles until something does not hold, then the gap is halved a few times. Where this
-//! tool is what does not keep up, it says so and stops there.
+//! The rate doubles until the bound is exceeded, then the interval is halved a few times. If this
+//! tool is the bottleneck, the sweep says so and stops there.
 
 use std::{
     sync::{Arc, atomic::AtomicBool},
@@ -20,22 +20,22 @@ use crate::{
     virtual_users::{RoomAssignment, workers::WorkerReport},
 };
 
-/// How often the gap is halved.
+/// Number of bisections.
 const HALVINGS: u32 = 4;
-/// What connections rest between two rates, so that one does not pay for the other.
+/// Pause between two rates, so that one does not affect the next.
 const REST: Duration = Duration::from_millis(500);
 
-/// What a rate came to.
+/// Outcome of one rate.
 #[derive(Debug, PartialEq)]
 enum RateOutcome {
     Sustained,
-    /// The servers did not keep up.
+    /// The servers were too slow.
     Overloaded,
-    /// This tool did not.
+    /// This tool was too slow.
     GeneratorOverloaded,
 }
 
-/// Runs it.
+/// Runs `loadtest sweep`.
 pub(crate) async fn run(args: SweepArgs) -> Result<Option<Report>, ScenarioError> {
     let (common, connections) = (args.common.clone(), args.size.connections());
     let run = move |stop| sweep(&args, connections, &stop);
@@ -67,8 +67,8 @@ fn sweep(
         let (p50, p99) = (milliseconds(latency.p50_us), milliseconds(latency.p99_us));
         let word = match outcome {
             RateOutcome::Sustained => "",
-            RateOutcome::Overloaded => ": too much",
-            RateOutcome::GeneratorOverloaded => ": too much for this tool",
+            RateOutcome::Overloaded => ": overloaded",
+            RateOutcome::GeneratorOverloaded => ": too much for the load generator",
         };
         steps.push(StepResult {
             name: format!("{rate:.0} messages/s"),
@@ -108,15 +108,15 @@ fn sweep(
         Some((rate, deliveries, _)) => {
             let text = format!(
                 "at least {rate:.0} messages/s, {deliveries:.0} deliveries/s: more is too much for \
-                 this tool"
+                 the load generator"
             );
             (text, true)
         }
-        None => ("not even the lowest rate".to_owned(), false),
+        None => ("exceeded at the lowest rate".to_owned(), false),
     };
     steps.push(StepResult { name: format!("p99 ≤ {bound}"), result, passed });
     let mut output = run.end(steps)?;
-    // The report is of the best rate, whatever was tried after it.
+    // The report covers the best rate, whatever was tried after it.
     if let (Some((report, _)), Some((.., of_best))) = (&mut output.all, best) {
         let (connections, opening_s) = (std::mem::take(&mut report.connections), report.opening_s);
         let traffic_s = args.step.as_secs_f64();

@@ -1,5 +1,5 @@
-//! `loadtest fanout`, `rooms` and `slow`: members of rooms talk at a rate, and each counts what
-//! arrives.
+//! `loadtest fanout`, `rooms` and `slow`: members of rooms send at a rate, and each counts its
+//! deliveries.
 
 use std::{
     sync::{Arc, atomic::AtomicBool},
@@ -15,22 +15,22 @@ use crate::{
     virtual_users::{RoomAssignment, workers::ScenarioPhase},
 };
 
-/// How long messages under way have to be answered, and to arrive.
+/// Time limit for pending messages to be answered, and then to be delivered.
 const ARRIVE_MAX: Duration = Duration::from_secs(5);
-/// How long who did not read has to catch up.
+/// Time limit for stalled readers to catch up.
 const CATCH_UP_MAX: Duration = Duration::from_secs(10);
-/// How often it is looked whether something has come about.
+/// Interval at which a condition is checked.
 const POLL_INTERVAL: Duration = Duration::from_millis(5);
 
-/// Who talks, and how.
+/// Messages to send.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Traffic {
-    /// How many of the connections send, the first ones, in turn.
+    /// Number of connections that send in turn: the first ones.
     pub(crate) senders: u64,
-    /// Messages of all together.
+    /// Messages per second of all senders together.
     pub(crate) rate: ArrivalRate,
     pub(crate) duration: Duration,
-    /// The size of a content.
+    /// Size of a content, bytes.
     pub(crate) bytes: usize,
 }
 
@@ -41,7 +41,7 @@ impl Traffic {
     }
 }
 
-/// One publisher, and a room of members.
+/// Runs `loadtest fanout`.
 pub(crate) async fn fanout(args: FanoutArgs) -> Result<Option<Report>, ScenarioError> {
     let (common, process, members) = (args.common.clone(), args.process, args.members);
     let body = move |stop: Arc<AtomicBool>| {
@@ -58,7 +58,7 @@ pub(crate) async fn fanout(args: FanoutArgs) -> Result<Option<Report>, ScenarioE
     run_scenario("fanout", common, process, members, true, body).await
 }
 
-/// Many rooms in which everybody talks.
+/// Runs `loadtest rooms`.
 pub(crate) async fn rooms(args: RoomsArgs) -> Result<Option<Report>, ScenarioError> {
     let (common, process, connections) =
         (args.common.clone(), args.process, args.size.connections());
@@ -75,11 +75,11 @@ fn run_traffic(mut run: ScenarioRun, traffic: Traffic) -> Result<ScenarioOutput,
     run.end(Vec::new())
 }
 
-/// The same, while some do not read.
+/// Runs `loadtest slow`.
 pub(crate) async fn slow(args: SlowArgs) -> Result<Option<Report>, ScenarioError> {
     let (common, connections) = (args.common.clone(), args.size.connections());
-    // Who is in a room are the numbers behind each other by as many as there are rooms: the last
-    // of each room do not read, and do not talk.
+    // Members of a room have indices that differ by the number of rooms. The last ones of each room
+    // stall, and do not send.
     let silent = (f64::from(args.size.members) * args.stalled_percent / 100.0).round() as u32;
     let readers = args.size.members.saturating_sub(silent.max(1)).max(1) * args.size.rooms;
     let body = move |stop: Arc<AtomicBool>| {
@@ -95,7 +95,7 @@ pub(crate) async fn slow(args: SlowArgs) -> Result<Option<Report>, ScenarioError
     };
     let report = run_scenario("slow", common, ProcessArgs::SINGLE, connections, true, body).await?;
     Ok(report.map(|mut report| {
-        // That a reader who does not read is closed is no failure of the server.
+        // A server may close a stalled reader; that is no failure.
         report.failures.retain(|failure| !failure.ends_with("connections were held"));
         report.passed = report.failures.is_empty() && report.invalid.is_none();
         report
@@ -103,7 +103,7 @@ pub(crate) async fn slow(args: SlowArgs) -> Result<Option<Report>, ScenarioError
 }
 
 impl ScenarioRun {
-    /// Talks, and waits until what was acknowledged has arrived everywhere.
+    /// Sends messages, and waits until the acknowledged ones are delivered everywhere.
     pub(crate) fn send_traffic(&mut self, traffic: Traffic) -> Result<(), ScenarioError> {
         self.usage.start();
         let began = Instant::now();
@@ -145,7 +145,7 @@ impl ScenarioRun {
         Ok(())
     }
 
-    /// Waits until something holds, or for as long as it may take.
+    /// Waits until a condition is true, at most for `max`.
     fn wait(&mut self, max: Duration, holds: impl Fn(&Self) -> bool) -> Result<(), ScenarioError> {
         let deadline = Instant::now() + max;
         while !holds(self) && Instant::now() < deadline && !self.users.is_stopped() {
@@ -154,7 +154,7 @@ impl ScenarioRun {
         Ok(())
     }
 
-    /// Has those who did not read do so, and tells how far they come.
+    /// Lets stalled readers read again, and counts how they end.
     fn resume_reading(&mut self, stalled: &[usize]) -> Result<Vec<StepResult>, ScenarioError> {
         let before = self.users.metrics.counters.signalled_discontinuities;
         for member in stalled {

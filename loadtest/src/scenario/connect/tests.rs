@@ -1,4 +1,4 @@
-//! The whole command against a server of a few lines, over real sockets.
+//! The whole command against a minimal server over real sockets.
 
 use clap::Parser;
 use futures_util::{SinkExt, StreamExt};
@@ -19,12 +19,12 @@ use crate::{
     report::connections::ConnectionReport,
 };
 
-/// What the server does with each of its connections.
+/// Behaviour of the server for each of its connections.
 type BehaviourOf = fn(number: u32) -> PeerBehaviour;
 
 #[derive(Clone, Copy, Debug, PartialEq)]
 enum PeerBehaviour {
-    /// Says `connected`, answers a `join`, then waits for the close.
+    /// Sends `connected`, answers a `join`, then waits for the close.
     Serve,
     /// Answers with HTTP 429.
     Reject,
@@ -32,7 +32,7 @@ enum PeerBehaviour {
     Close,
     /// Rejects the `join`.
     RejectJoin,
-    /// Serves, pings, and closes with 1012 when the pong has come.
+    /// Serves, pings, and closes with 1012 after the pong.
     Drain,
 }
 
@@ -43,7 +43,7 @@ async fn check(behaviour_of: BehaviourOf, arguments: &str) -> (ConnectionReport,
     let command = format!("loadtest connect --url {url} --ramp 1000/s {arguments}");
     let LoadCommand::Connect(args) = Cli::try_parse_from(command.split(' ')).unwrap().command
     else {
-        panic!("another command")
+        panic!("not `connect`")
     };
     let mut peers = tokio::task::JoinSet::new();
     let accept = async {
@@ -53,13 +53,13 @@ async fn check(behaviour_of: BehaviourOf, arguments: &str) -> (ConnectionReport,
         }
     };
     let report = tokio::select! {
-        report = run(args) => report.unwrap().expect("it is the only process"),
+        report = run(args) => report.unwrap().expect("this is the only process"),
         () = accept => panic!("the server ended"),
     };
     while let Some(peer) = peers.join_next().await {
         peer.unwrap();
     }
-    // Whether the machine was too busy for the times to count is another question.
+    // A busy machine may make the times invalid, which is not tested here.
     (report.connections.unwrap(), report.failures)
 }
 
@@ -97,7 +97,7 @@ async fn serve(stream: TcpStream, behaviour: PeerBehaviour) {
                 } else {
                     json!({"type": "joined", "room": frame["room"], "seq": 0})
                 };
-                // After a close this fails, as it should.
+                // After a close this fails as expected.
                 let _ = socket.send(Message::text(answer.to_string())).await;
             }
             Message::Pong(_) => socket.send(close(1012, "draining")).await.unwrap(),
@@ -107,7 +107,7 @@ async fn serve(stream: TcpStream, behaviour: PeerBehaviour) {
 }
 
 #[tokio::test]
-async fn what_is_opened_is_held_and_closed() {
+async fn connections_are_opened_held_and_closed() {
     let (report, failures) = check(|_| PeerBehaviour::Serve, "-n 20 --hold 10ms --rooms 3").await;
     assert!(failures.is_empty(), "{report:?}");
     assert_eq!((report.opened, report.held), (20, 20));
@@ -115,13 +115,13 @@ async fn what_is_opened_is_held_and_closed() {
 }
 
 #[tokio::test]
-async fn without_rooms_nothing_is_joined() {
+async fn connections_without_rooms_join_none() {
     let (report, failures) = check(|_| PeerBehaviour::Serve, "-n 3 --hold 1ms").await;
     assert!(failures.is_empty() && report.joined_ms.is_none(), "{report:?}");
 }
 
 #[tokio::test]
-async fn what_goes_wrong_is_counted_by_its_kind() {
+async fn failures_are_counted_by_kind() {
     let behaviour_of = |number: u32| match number % 4 {
         0 => PeerBehaviour::Serve,
         1 => PeerBehaviour::Reject,
@@ -136,21 +136,21 @@ async fn what_goes_wrong_is_counted_by_its_kind() {
 }
 
 #[tokio::test]
-async fn pings_are_answered_and_closes_during_the_hold_told_by_code() {
-    // It ends when nothing is left to hold.
+async fn pings_are_answered_and_closes_counted_by_code() {
+    // The hold ends when no connection is left.
     let (report, _) = check(|_| PeerBehaviour::Drain, "-n 4 --hold 1m").await;
     assert_eq!((report.opened, report.held), (4, 0));
     assert_eq!(report.closed_while_held["1012 draining"], 4);
 }
 
 #[tokio::test]
-async fn what_does_not_answer_times_out() {
+async fn silent_server_times_out() {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let url = format!("ws://{}/", listener.local_addr().unwrap());
     let command = format!("loadtest connect --url {url} -n 2 --timeout 20ms --hold 1ms");
     let LoadCommand::Connect(args) = Cli::try_parse_from(command.split(' ')).unwrap().command
     else {
-        panic!("another command")
+        panic!("not `connect`")
     };
     let report = run(args).await.unwrap().and_then(|report| report.connections).unwrap();
     assert_eq!((report.opened, report.failed["timed out"]), (0, 2));
@@ -162,16 +162,16 @@ async fn impossible_runs_are_rejected_before_they_start() {
         let command = format!("loadtest connect {arguments}");
         let LoadCommand::Connect(args) = Cli::try_parse_from(command.split(' ')).unwrap().command
         else {
-            panic!("another command")
+            panic!("not `connect`")
         };
         match run(args).await {
             Err(error) => error,
-            Ok(_) => panic!("it worked"),
+            Ok(_) => panic!("the run started"),
         }
     };
     assert!(matches!(rejected("-n 1 --pid 4294967295").await, ScenarioError::Process(_)));
     let error = rejected("-n 1000000").await;
-    // Which limit is met first is the machine's.
+    // The limit that is met first depends on the machine.
     assert!(
         matches!(error, ScenarioError::Descriptors { .. } | ScenarioError::Ports { .. }),
         "{error}"
