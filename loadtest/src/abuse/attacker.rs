@@ -1,8 +1,8 @@
-//! The attacker's connections on one thread and one epoll.
+//! The attacker: its connections on one thread and one epoll.
 //!
-//! It holds as many connections as its scripts name, writes as fast as sockets take or at the pace of
-//! the script, and counts what it sent and how the server ended connections. It is no measuring
-//! client: legitimate clients measure in threads of their own ([`super::legitimate`]).
+//! It holds as many connections as its profiles name, writes as fast as the sockets accept or at
+//! the interval of the profile, and counts sent bytes and close reasons. It does not measure
+//! latency: legitimate clients do, in threads of their own ([`super::legitimate`]).
 
 use std::{
     cmp::Reverse,
@@ -22,35 +22,35 @@ use tokio::time::{Duration, Instant};
 use super::profile::{AttackHandshake, AttackPayload, AttackProfile, OnFinished};
 use crate::websocket::{self, FrameReader, HandshakeResponse, WsFrame};
 
-/// The first source address of attackers; a script takes as many in turn as it names.
+/// First source address of attackers; a profile uses as many in turn as it names.
 const SOURCES: Ipv4Addr = Ipv4Addr::new(127, 3, 0, 1);
-/// How much of one connection is written before another has its turn.
+/// Bytes written to one connection before the next one has its turn.
 const TURN_BYTES: usize = 64 * 1024;
-/// What one read takes.
+/// Size of one read.
 const READ_BYTES: usize = 64 * 1024;
-/// How long an attacker waits before it opens a connection again that was rejected or closed.
+/// Delay before a rejected or closed connection is opened again.
 const REOPEN_AFTER: Duration = Duration::from_millis(250);
-/// How often it looks whether it is to stop.
+/// Longest wait of one step, after which the stop flag is checked.
 const POLL_INTERVAL: Duration = Duration::from_millis(10);
-/// How long the preparation of an attack may take.
+/// Time limit of the preparation of an attack.
 const PREPARE_MAX: Duration = Duration::from_secs(30);
-/// How long the server has to handle what the preparation sent.
+/// Time for the server to handle the bytes of the preparation.
 const SETTLE: Duration = Duration::from_millis(700);
-/// How many different ends are counted one by one.
+/// Number of different close reasons that are counted separately.
 const CLOSE_REASONS_MAX: usize = 20;
 
-/// What an attack sent, and what became of its connections.
+/// Traffic and connections of an attack.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(crate) struct AttackerStats {
-    /// Bytes that sockets took.
+    /// Bytes that the sockets accepted.
     pub(crate) sent_bytes: u64,
     /// Bytes that were read.
     pub(crate) received_bytes: u64,
     /// Connections that were opened.
     pub(crate) opened: u64,
-    /// The most that were open at once.
+    /// Most connections that were open at once.
     pub(crate) open_peak: u64,
-    /// How the server ended connections: close codes, HTTP statuses, and how often.
+    /// Close codes, HTTP statuses and errors that ended connections, with their counts.
     pub(crate) close_reasons: BTreeMap<String, u64>,
 }
 
@@ -75,33 +75,33 @@ struct AttackConnection {
     profile: usize,
     serial: u32,
     state: AttackState,
-    /// Bytes that wait for the socket, and how far they are sent.
+    /// Bytes to send, and the number of them that are sent.
     out: Vec<u8>,
     sent: usize,
-    /// Chunks that were made.
+    /// Number of chunks so far.
     chunks: u64,
-    /// When the next chunk is due, where the script has a pace.
+    /// When the next chunk is due, if the profile has an interval.
     due: Instant,
     is_finished: bool,
     is_queued: bool,
     reader: FrameReader,
 }
 
-/// The attacker's connections.
+/// The attacker.
 pub(crate) struct Attacker {
     target: SocketAddr,
     poll: Poll,
     events: Option<Events>,
     profiles: Vec<AttackProfile>,
-    /// Of each script: how many were opened since it began, and how many are open.
+    /// For each profile: connections opened since its start, and open connections.
     begun: Vec<(u64, u32)>,
     connections: Vec<Option<AttackConnection>>,
     free: Vec<usize>,
-    /// Connections whose sockets may take more.
+    /// Connections whose sockets may accept more.
     ready: VecDeque<usize>,
-    /// When a connection's next chunk is due.
+    /// Due times of the next chunks.
     scheduled: BinaryHeap<Reverse<(Instant, usize, u32)>>,
-    /// When a script may open a connection again.
+    /// Times at which profiles may open a connection again.
     reopening: VecDeque<(Instant, usize)>,
     serial: u32,
     open: u64,
@@ -132,7 +132,7 @@ impl Attacker {
         })
     }
 
-    /// Runs scripts until every connection is open and has sent its all.
+    /// Runs profiles until every connection is open and has sent all its bytes.
     pub(crate) fn prepare(&mut self, profiles: &[AttackProfile]) -> io::Result<()> {
         if profiles.is_empty() {
             return Ok(());
@@ -147,7 +147,7 @@ impl Attacker {
         while Instant::now() < settled {
             self.step(began)?;
         }
-        // What holds these connections stays; nothing more is opened for them.
+        // Open connections stay; no more are opened for these profiles.
         self.reopening.clear();
         Ok(())
     }
@@ -164,7 +164,7 @@ impl Attacker {
         all_opened && self.reopening.is_empty() && self.connections.iter().flatten().all(finished)
     }
 
-    /// Runs scripts until a moment, beside what was prepared, and closes everything.
+    /// Runs profiles until `until`, beside the prepared connections, and closes all.
     pub(crate) fn attack(
         &mut self,
         profiles: &[AttackProfile],
@@ -176,7 +176,7 @@ impl Attacker {
         }
         let base = self.profiles.len();
         self.profiles.extend_from_slice(profiles);
-        // The prepared ones open nothing more.
+        // Prepared profiles open no more connections.
         self.begun.iter_mut().for_each(|begun| begun.0 = u64::MAX);
         self.begun.resize(base + profiles.len(), (0, 0));
         let began = Instant::now();
@@ -187,7 +187,7 @@ impl Attacker {
         Ok(())
     }
 
-    /// Closes everything without a close frame.
+    /// Closes all connections without a close frame.
     fn close_all(&mut self) {
         self.connections.clear();
         self.free.clear();
@@ -312,7 +312,7 @@ impl Attacker {
             if let Some(error) = connection.stream.take_error().ok().flatten() {
                 return self.on_closed(index, format!("connect: {}", error.kind()));
             }
-            // Both say so while TCP is not done.
+            // Both calls report this while TCP is still connecting.
             if connection.stream.peer_addr().is_err() {
                 return;
             }
@@ -338,7 +338,7 @@ impl Attacker {
         self.queue(index);
     }
 
-    /// The connection may send what its script has.
+    /// Starts to send the payload of an open connection.
     fn opened(&mut self, index: usize) {
         let Some(connection) = self.connections[index].as_mut() else { return };
         let profile = &self.profiles[connection.profile];
@@ -358,7 +358,7 @@ impl Attacker {
         }
     }
 
-    /// Writes until the socket takes no more, the next chunk is not due, or the turn is over.
+    /// Writes until the socket accepts no more, the next chunk is not due, or the turn is over.
     fn write(&mut self, index: usize) {
         let Some(connection) = self.connections.get_mut(index).and_then(Option::as_mut) else {
             return;
@@ -374,7 +374,7 @@ impl Attacker {
                         turn += count;
                         self.stats.sent_bytes += count as u64;
                     }
-                    // `on_writable` goes on.
+                    // `on_writable` continues.
                     Err(error) if error.kind() == io::ErrorKind::WouldBlock => return,
                     Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
                     Err(_) => return self.read(index, true),
@@ -393,7 +393,7 @@ impl Attacker {
                     self.scheduled.push(Reverse((connection.due, index, connection.serial)));
                     return;
                 }
-                // One that was held up does not make up for it in a burst.
+                // A delayed connection does not catch up with a burst.
                 connection.due = (connection.due + interval).max(now);
             }
             let number = connection.chunks;
@@ -401,7 +401,7 @@ impl Attacker {
             connection.sent = 0;
             match &profile.payload {
                 AttackPayload::Nothing => connection.is_finished = true,
-                // Made once, sent again and again.
+                // Copied once, sent again and again.
                 AttackPayload::Repeat(bytes) if number == 0 => connection.out.clone_from(bytes),
                 AttackPayload::Repeat(_) => {}
                 AttackPayload::Generate(each) => match each(connection.serial, number) {
@@ -426,7 +426,7 @@ impl Attacker {
             };
             let profile = &self.profiles[connection.profile];
             let waits = matches!(connection.state, AttackState::Upgrading(_));
-            // One that does not read learns of its end when it writes.
+            // A connection that does not read learns of its end by a failed write.
             if !profile.reads && !waits && !is_broken {
                 return;
             }
@@ -451,7 +451,7 @@ impl Attacker {
         }
     }
 
-    /// Takes what was read; `Some` where it says that the connection is over.
+    /// Handles received bytes; `Some` with the reason if they end the connection.
     fn take(&mut self, index: usize, count: usize) -> Option<String> {
         let bytes = &self.buffer[..count];
         let connection = self.connections[index].as_mut()?;
@@ -483,7 +483,7 @@ impl Attacker {
             }
         });
         if read.is_err() {
-            // A compressed message: nothing in it is wanted.
+            // Compressed messages are not decoded; their content is not needed.
             connection.reader = FrameReader::default();
         }
         if is_upgraded {
@@ -496,12 +496,12 @@ impl Attacker {
         closed
     }
 
-    /// The server, or the network, has ended a connection.
+    /// Counts the end of a connection, and reopens it if the profile says so.
     fn on_closed(&mut self, index: usize, reason: String) {
         self.stats.count_close(reason);
         let profile = self.connections[index].as_ref().map(|connection| connection.profile);
         self.close(index);
-        // A script that opens one after the other does so anyway.
+        // A profile with `Reopen` opens the next connection anyway.
         if let Some(number) = profile
             && self.profiles[number].reopens
             && self.profiles[number].on_finished != OnFinished::Reopen
@@ -520,7 +520,7 @@ impl Attacker {
     }
 }
 
-/// Begins a connection, without waiting for it.
+/// Begins to connect without waiting.
 fn dial(target: SocketAddr, source: IpAddr, buffer: Option<usize>) -> io::Result<TcpStream> {
     let socket = Socket::new(Domain::for_address(target), Type::STREAM, Some(Protocol::TCP))?;
     socket.set_nonblocking(true)?;

@@ -1,6 +1,6 @@
-//! The catalogue: every attack as a small entry of data.
+//! The catalogue: every attack as an entry of data.
 //!
-//! Groups are those of the project's threat list: A unfair scheduling and unmetered input, B durable
+//! The groups follow the project's threat list: A unfair scheduling and unmetered input, B durable
 //! state that clients make the cluster keep, E connections that stay open and do little.
 //!
 //! Pure.
@@ -14,26 +14,26 @@ use super::{
 
 /// One attack.
 pub(crate) struct Attack {
-    /// Its name on the command line.
+    /// Name on the command line.
     pub(crate) name: &'static str,
-    /// Its group.
+    /// Group.
     pub(crate) group: &'static str,
-    /// What the attacker does.
+    /// Description of what the attacker does.
     pub(crate) what: &'static str,
-    /// Connections that are opened, and what they send, before legitimate clients are measured.
+    /// Profiles that run before legitimate clients are measured.
     pub(crate) prepare: fn(Scale) -> Vec<AttackProfile>,
-    /// What is done while they are measured.
+    /// Profiles that run while legitimate clients are measured.
     pub(crate) attack: fn(Scale) -> Vec<AttackProfile>,
     /// Whether the prepared connections are closed at once when the attack begins.
     pub(crate) drops_prepared: bool,
-    /// What the attack may cost.
+    /// Resources that the attack may use.
     pub(crate) allowed: fn(Scale) -> Allowance,
 }
 
-/// How much this machine allows.
+/// Limits of this machine.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Scale {
-    /// The most connections that the attacker may hold.
+    /// Most connections that the attacker may hold.
     pub(crate) connections_max: u32,
 }
 
@@ -44,7 +44,7 @@ impl Scale {
     }
 }
 
-/// The entry that an attack differs from.
+/// Defaults of an entry.
 const PLAIN: Attack = Attack {
     name: "",
     group: "",
@@ -63,22 +63,27 @@ const NOTHING: Allowance = Allowance {
     newcomers: Duration::ZERO,
     close: None,
 };
-/// How long newcomers may stand in a queue with some thousands: a node opens 5,000 connections and more in a
-/// second.
+/// Time that newcomers may wait behind some thousands of connections: a node opens 5,000 and more
+/// connections a second.
 const QUEUE: Duration = Duration::from_secs(2);
 
 /// Keys of a log in Redis: entries, position, two hashes of ids.
 const KEYS_PER_LOG: u64 = 4;
-/// Inboxes of users who were never connected that one user may begin in an hour
+/// Inboxes of users who were never connected that one user may create in an hour
 /// (`limits.new_inboxes_per_hour`).
 const NEW_INBOXES: u64 = 100;
-/// Rooms that one user may begin in a minute, and at once (`limits.new_rooms_per_minute`).
+/// Rooms that one user may create in a minute, and at once (`limits.new_rooms_per_minute`).
 const NEW_ROOMS: u64 = 600 + 3000;
 
 /// All attacks.
 pub(crate) const CATALOGUE: &[Attack] = &[
-    Attack { name: "none", group: "-", what: "nothing: what the two nodes differ by", ..PLAIN },
-    // A1: input that costs more than it weighs.
+    Attack {
+        name: "none",
+        group: "-",
+        what: "nothing: the difference of the two nodes without an attack",
+        ..PLAIN
+    },
+    // A1: input that costs more to handle than to send.
     Attack {
         name: "echo-pings",
         group: "A1",
@@ -96,7 +101,7 @@ pub(crate) const CATALOGUE: &[Attack] = &[
     Attack {
         name: "bad-text-unread",
         group: "A1",
-        what: "the same, and read no error",
+        what: "as bad-text, without reading the errors",
         attack: |_| vec![unread(AttackProfile::websocket(8, user).repeating(&text("x")))],
         allowed: |_| Allowance { users: 8, streams: 8, ..NOTHING },
         ..PLAIN
@@ -151,7 +156,7 @@ pub(crate) const CATALOGUE: &[Attack] = &[
     Attack {
         name: "messages",
         group: "A1",
-        what: "8 connections send messages of 100 bytes far above the rate",
+        what: "8 connections send messages of 100 bytes far above the rate limit",
         attack: |_| {
             let first = |_| text(r#"{"type":"join","room":"a1-messages"}"#);
             let profile = AttackProfile { first, ..AttackProfile::websocket(8, user) };
@@ -216,7 +221,7 @@ pub(crate) const CATALOGUE: &[Attack] = &[
         attack: |_| vec![AttackProfile::websocket(8, echo).repeating(&text(&"y".repeat(100)))],
         ..PLAIN
     },
-    // A2: work for connections that have gone.
+    // A2: work for closed connections.
     Attack {
         name: "history-gone",
         group: "A2",
@@ -236,7 +241,7 @@ pub(crate) const CATALOGUE: &[Attack] = &[
     Attack {
         name: "history-again",
         group: "A2",
-        what: "the same again and again, 2 times a second",
+        what: "as history-gone, repeated 2 times a second",
         prepare: |_| vec![full_inbox()],
         attack: |_| {
             let asks = AttackProfile::websocket(5, |_| "/ws?user=a2-reader".to_owned());
@@ -265,7 +270,7 @@ pub(crate) const CATALOGUE: &[Attack] = &[
         allowed: |_| Allowance { users: 1, ..NOTHING },
         ..PLAIN
     },
-    // A3: names in a frame.
+    // A3: many names in a frame.
     Attack {
         name: "watch-churn",
         group: "A3",
@@ -305,7 +310,7 @@ pub(crate) const CATALOGUE: &[Attack] = &[
     Attack {
         name: "sse-unread-300",
         group: "A4",
-        what: "300 such event streams",
+        what: "as sse-unread with 300 event streams",
         prepare: |_| vec![full_rooms()],
         attack: |_| {
             vec![unread(AttackProfile { addresses: 4, ..AttackProfile::raw(300, stream_of_rooms) })]
@@ -335,9 +340,9 @@ pub(crate) const CATALOGUE: &[Attack] = &[
             let first = |_| frame_of("join", "a4-loud");
             let members =
                 AttackProfile { first, addresses: 2, ..AttackProfile::websocket(100, user) };
-            let talker = AttackProfile { first, ..AttackProfile::websocket(1, user) };
-            let talker = talker.sending(|_, _| Some(message("a4-loud", 16 * 1024)));
-            vec![unread(members), talker.per_second(45)]
+            let sender = AttackProfile { first, ..AttackProfile::websocket(1, user) };
+            let sender = sender.sending(|_, _| Some(message("a4-loud", 16 * 1024)));
+            vec![unread(members), sender.per_second(45)]
         },
         allowed: |_| Allowance {
             users: 101,
@@ -348,7 +353,7 @@ pub(crate) const CATALOGUE: &[Attack] = &[
         },
         ..PLAIN
     },
-    // A5: guessing, and what is asked without a key.
+    // A5: password guessing and requests without a valid key.
     Attack {
         name: "password-guessing",
         group: "A5",
@@ -413,7 +418,7 @@ pub(crate) const CATALOGUE: &[Attack] = &[
         },
         ..PLAIN
     },
-    // A6: many at once.
+    // A6: many connections at once.
     Attack {
         name: "leave-at-once",
         group: "A6",
@@ -438,7 +443,7 @@ pub(crate) const CATALOGUE: &[Attack] = &[
             ..NOTHING
         },
     },
-    // B: state that outlives its maker.
+    // B: durable state.
     Attack {
         name: "large-directs",
         group: "B1",
@@ -472,7 +477,7 @@ pub(crate) const CATALOGUE: &[Attack] = &[
     Attack {
         name: "room-logs",
         group: "B1",
-        what: "2 connections join a new room, say 4 KB there and leave, 45 times a second each",
+        what: "2 connections join a new room, send 4 KB there and leave, 45 times a second each",
         attack: |_| {
             vec![
                 AttackProfile::websocket(2, user)
@@ -500,7 +505,7 @@ pub(crate) const CATALOGUE: &[Attack] = &[
                     .per_second(48),
             ]
         },
-        // What `limits.durable_bytes_per_minute` lets a user have kept at once.
+        // The bytes that `limits.durable_bytes_per_minute` lets a user store at once.
         allowed: |_| Allowance {
             users: 1,
             records: 160,
@@ -674,7 +679,7 @@ pub(crate) const CATALOGUE: &[Attack] = &[
     Attack {
         name: "too-large",
         group: "E",
-        what: "10 connections send messages of 4 MB, and have to see 1009",
+        what: "10 connections send messages of 4 MB, and must receive 1009",
         attack: |_| {
             let first = |_| frame(0x81, &vec![b'x'; 4 << 20]);
             vec![AttackProfile { first, ..AttackProfile::websocket(10, user) }]
@@ -700,31 +705,32 @@ pub(crate) const CATALOGUE: &[Attack] = &[
     },
 ];
 
-/// The attacks whose name or group was asked for; all of them for none.
-pub(crate) fn selected(asked: &[String]) -> Result<Vec<&'static Attack>, String> {
+/// The attacks with the requested names or groups; all of them without a request.
+pub(crate) fn selected(requested: &[String]) -> Result<Vec<&'static Attack>, String> {
     let matches = |attack: &Attack, one: &str| {
         let group = attack.group.to_ascii_lowercase();
         attack.name == one || group == one || (one.len() == 1 && group.starts_with(one))
     };
-    for one in asked {
+    for one in requested {
         let one = one.to_ascii_lowercase();
         if !CATALOGUE.iter().any(|attack| matches(attack, &one)) {
             return Err(format!("{one}: no such attack or group; --list shows all"));
         }
     }
-    let is_asked = |attack: &&Attack| {
-        asked.is_empty() || asked.iter().any(|one| matches(attack, &one.to_ascii_lowercase()))
+    let is_requested = |attack: &&Attack| {
+        requested.is_empty()
+            || requested.iter().any(|one| matches(attack, &one.to_ascii_lowercase()))
     };
-    Ok(CATALOGUE.iter().filter(is_asked).collect())
+    Ok(CATALOGUE.iter().filter(is_requested).collect())
 }
 
-/// What users leave who may begin so many inboxes.
+/// Allowance for users who may create so many inboxes.
 fn inboxes_of(users: u64) -> Allowance {
     let records = users * NEW_INBOXES * KEYS_PER_LOG;
     Allowance { users, records, record_bytes: 2048, ..NOTHING }
 }
 
-/// What users leave who may begin so many rooms, each of so many keys.
+/// Allowance for users who may create so many rooms of `keys` keys each.
 fn rooms_of(users: u64, keys: u64) -> Allowance {
     Allowance { users, records: users * NEW_ROOMS * keys, record_bytes: 1024, ..NOTHING }
 }
@@ -737,7 +743,7 @@ fn echo(_: u32) -> String {
     "/ws/echo".to_owned()
 }
 
-/// The attacker reads nothing, and its socket takes little.
+/// The profile without reads, and with a small receive buffer.
 fn unread(profile: AttackProfile) -> AttackProfile {
     AttackProfile { reads: false, receive_buffer: Some(4096), ..profile }
 }
@@ -762,7 +768,7 @@ fn full_inbox() -> AttackProfile {
     profile.sending(|_, number| (number < 70).then(|| direct("a2-peer", 3_000)))
 }
 
-/// 1,400 questions for the history with a user, 41 bytes each.
+/// 1,400 requests for the history with a user, 41 bytes each.
 fn histories(_: u32, number: u64) -> Option<Vec<u8>> {
     (number == 0).then(|| text(r#"{"type":"history","with":"a2-peer"}"#).repeat(1_400))
 }
@@ -774,7 +780,7 @@ fn watches(serial: u32, number: u64) -> Option<Vec<u8>> {
     Some(text(&format!(r#"{{"type":"{kind}","users":[{}]}}"#, names.join(","))))
 }
 
-/// Handshakes whose sender has gone before they are answered.
+/// Handshakes whose sender disconnects before the response.
 fn gone(per_second: u32, addresses: u32) -> AttackProfile {
     AttackProfile {
         handshake: AttackHandshake::Unawaited,
@@ -786,7 +792,7 @@ fn gone(per_second: u32, addresses: u32) -> AttackProfile {
     }
 }
 
-/// 20 rooms, each with 60 messages of 6 KB.
+/// 20 rooms, each with 45 messages of 8 KB.
 fn full_rooms() -> AttackProfile {
     let first = |serial: u32| {
         let rooms = [serial % 10 * 2, serial % 10 * 2 + 1].map(full_room);
@@ -816,12 +822,12 @@ fn stream_of_rooms(serial: u32) -> Vec<u8> {
     format!("GET /sse?rooms={rooms}&user=stream-{serial} HTTP/1.1\r\nHost: h\r\n\r\n").into_bytes()
 }
 
-/// 8 connections that repeat an HTTP request without waiting for answers.
+/// 8 connections that repeat an HTTP request without waiting for responses.
 fn request(bytes: &str) -> AttackProfile {
     AttackProfile::raw(8, |_| Vec::new()).repeating(bytes.as_bytes())
 }
 
-/// Members of rooms of ten, from enough addresses for the limits of each.
+/// Members of rooms of ten, from enough addresses for the limits per address.
 fn members(connections: u32) -> AttackProfile {
     AttackProfile {
         first: |serial| frame_of("join", &format!("a6-{}", serial / 10)),
@@ -851,7 +857,7 @@ mod tests {
     const SCALE: Scale = Scale { connections_max: 1_000 };
 
     #[test]
-    fn names_are_unique_and_groups_are_those_of_the_catalogue() {
+    fn names_are_unique_and_groups_are_known() {
         let names: BTreeSet<&str> = CATALOGUE.iter().map(|attack| attack.name).collect();
         assert_eq!(names.len(), CATALOGUE.len());
         let groups: BTreeSet<&str> = CATALOGUE.iter().map(|attack| attack.group).collect();
@@ -860,9 +866,9 @@ mod tests {
 
     #[test]
     fn attacks_are_selected_by_name_and_group() {
-        let names = |asked: &[&str]| -> Vec<&str> {
-            let asked: Vec<String> = asked.iter().map(|one| (*one).to_owned()).collect();
-            selected(&asked).unwrap().iter().map(|attack| attack.name).collect()
+        let names = |requested: &[&str]| -> Vec<&str> {
+            let requested: Vec<String> = requested.iter().map(|one| (*one).to_owned()).collect();
+            selected(&requested).unwrap().iter().map(|attack| attack.name).collect()
         };
         assert_eq!(names(&[]).len(), CATALOGUE.len());
         assert_eq!(names(&["A3"]), ["watch-churn", "room-churn"]);
@@ -872,7 +878,7 @@ mod tests {
     }
 
     #[test]
-    fn every_attack_stays_within_what_the_machine_allows() {
+    fn every_attack_stays_within_the_machine_limits() {
         for attack in CATALOGUE {
             let profiles = [(attack.prepare)(SCALE), (attack.attack)(SCALE)].concat();
             let most: u32 = profiles.iter().map(|profile| profile.connections).sum();
@@ -892,7 +898,7 @@ mod tests {
     }
 
     #[test]
-    fn frames_of_the_catalogue_are_what_the_protocol_has() {
+    fn frames_of_the_catalogue_are_valid() {
         let history = histories(0, 0).unwrap();
         assert_eq!(history.len(), 1_400 * 41, "41 bytes each");
         let watch = watches(1, 4).unwrap();

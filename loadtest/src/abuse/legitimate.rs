@@ -1,6 +1,6 @@
-//! The legitimate clients of one node: members of rooms who talk, newcomers, and probes of `/health` and
-//! `/ready`. Each of the three has a thread of its own, which goes before the attacker's where this
-//! process may say so.
+//! Legitimate clients of one node: members of rooms who send, newcomers who join, and probes of
+//! `/health` and `/ready`. Each of the three has a thread of its own, with real-time priority over
+//! the attacker if this process may set it.
 
 use std::{
     io::{self, Read as _, Write as _},
@@ -29,32 +29,32 @@ use crate::{
     virtual_users::{RoomAssignment, VirtualUsers, workers::WorkerShare},
 };
 
-/// How long a client may wait for what it asked.
+/// Time limit of a response.
 const RESPONSE_TIMEOUT: Duration = Duration::from_secs(5);
-/// How many newcomers, and probes, each second.
+/// Newcomers, and probes, per second.
 const NEWCOMERS: ArrivalRate = ArrivalRate::per_second(10.0);
 const PROBES: ArrivalRate = ArrivalRate::per_second(10.0);
-/// How members are opened.
+/// Rate at which members connect.
 const RAMP: ArrivalRate = ArrivalRate::per_second(400.0);
 const CONTENT_BYTES: usize = 128;
 const POLL_INTERVAL: Duration = Duration::from_millis(50);
 
-/// How many they are.
+/// Number of members and rooms, and their rate.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct ClientsSize {
-    /// Members.
+    /// Number of members.
     pub(crate) members: u32,
-    /// Rooms that they are dealt out to.
+    /// Number of rooms.
     pub(crate) rooms: u32,
-    /// Messages of all together.
+    /// Messages per second of all members together.
     pub(crate) rate: ArrivalRate,
 }
 
-/// What the thread of the members is asked.
+/// A command to the thread of the members.
 enum ClientCommand {
-    /// Open what is away, and say how many are open.
+    /// Open disconnected members, and reply with the number of open ones.
     Open(oneshot::Sender<u64>),
-    /// Talk for so long, and say what was seen.
+    /// Send for this long, and reply with the metrics.
     Measure(Duration, oneshot::Sender<Result<LegitimateMetrics, ScenarioError>>),
 }
 
@@ -66,7 +66,7 @@ pub(crate) struct LegitimateClients {
 }
 
 impl LegitimateClients {
-    /// Opens the members and has them wait.
+    /// Starts the thread and opens the members.
     pub(crate) fn start(
         address: SocketAddr,
         size: ClientsSize,
@@ -87,7 +87,7 @@ impl LegitimateClients {
                 );
                 match run {
                     Ok(mut run) => {
-                        // Whoever started this waits for it.
+                        // The receiver is waiting for it.
                         let _ = opened.send(Ok(()));
                         run_commands(&mut run, address, size, &command_rx, &stop);
                     }
@@ -98,14 +98,14 @@ impl LegitimateClients {
         Ok(Self { commands: Some(commands), thread: Some(thread), size })
     }
 
-    /// Opens the members that are away; `false` where not all of them get in.
+    /// Opens disconnected members; `false` if not all of them could join.
     pub(crate) async fn open(&self) -> bool {
         let (reply, opened) = oneshot::channel();
         self.command(ClientCommand::Open(reply));
         opened.await.is_ok_and(|open| open == u64::from(self.size.members))
     }
 
-    /// Has them talk, come and ask for so long.
+    /// Lets members send, newcomers join and probes run for `duration`.
     pub(crate) async fn measure(
         &self,
         duration: Duration,
@@ -116,7 +116,8 @@ impl LegitimateClients {
     }
 
     fn command(&self, command: ClientCommand) {
-        // The channel has room: one order at a time is under way. A thread that is gone answers none.
+        // The channel has capacity: one command is pending at a time. If the thread has ended, no
+        // reply arrives.
         if let Some(commands) = &self.commands {
             let _ = commands.send(command);
         }
@@ -127,15 +128,15 @@ impl Drop for LegitimateClients {
     fn drop(&mut self) {
         self.commands = None;
         if let Some(thread) = self.thread.take() {
-            // It has nothing to tell.
+            // The thread has no result.
             let _ = thread.join();
         }
     }
 }
 
-/// Has this thread run as soon as it has something to do, whatever else there is: the attacker, above
-/// all. `nice` orders threads within a session only. Where it is not allowed, times are later, and the
-/// report says how late.
+/// Gives this thread real-time priority (`SCHED_FIFO`), above all over the attacker. `nice` orders
+/// threads within a session only. Without the permission times are later, and the report includes
+/// the lateness.
 fn run_real_time() {
     let own = rustix::thread::gettid().as_raw_nonzero().to_string();
     let mut chrt = Command::new("chrt");
@@ -170,7 +171,7 @@ fn run_commands(
     loop {
         match command_rx.try_recv() {
             Ok(ClientCommand::Open(reply)) => {
-                // What it could not open is told by the number.
+                // The number of open members tells of failures.
                 let _ = run.users.open_all(Some(RAMP));
                 let _ = reply.send(run.users.open_count());
             }
@@ -208,17 +209,18 @@ fn measure(
     let traffic =
         Traffic { senders: size.members.into(), rate: size.rate, duration, bytes: CONTENT_BYTES };
     run.send_traffic(traffic)?;
-    let (came, asked) = newcomers.join().map_err(|_| ScenarioError::Panic)??;
+    let (joined, requested) = newcomers.join().map_err(|_| ScenarioError::Panic)??;
     let probed = probes.join().map_err(|_| ScenarioError::Panic)?;
     let seconds = run.users.metrics.seconds();
     let (latency_us, seen) = (timeline::histogram(&seconds), &run.users.metrics);
     let ms = |share: f64| latency_us.value_at_quantile(share) as f64 / 1e3;
     let ended = ConnectionReport::of(run.users.connections.clone(), 0, duration).closed_while_held;
     let counters = &seen.counters;
-    let ends = ended.iter().map(|(how, many)| format!("{many} ended: {how}"));
-    let came = ConnectionReport::of(came, asked, duration);
-    let rejected = came.rejected.iter().map(|(how, many)| format!("{many} newcomers: HTTP {how}"));
-    let failed = came.failed.iter().map(|(how, many)| format!("{many} newcomers: {how}"));
+    let ends = ended.iter().map(|(reason, count)| format!("{count} closed: {reason}"));
+    let joined = ConnectionReport::of(joined, requested, duration);
+    let rejected =
+        joined.rejected.iter().map(|(status, count)| format!("{count} newcomers: HTTP {status}"));
+    let failed = joined.failed.iter().map(|(reason, count)| format!("{count} newcomers: {reason}"));
     Ok(LegitimateMetrics {
         sent: counters.sent,
         p50_ms: ms(0.5),
@@ -227,8 +229,8 @@ fn measure(
         rejected: counters.rejected,
         lost: counters.lost,
         ended: ended.values().sum(),
-        newcomers_failed: asked.saturating_sub(came.opened),
-        newcomers_p99_ms: came.joined_ms.map_or(0.0, |times| times.p99),
+        newcomers_failed: requested.saturating_sub(joined.opened),
+        newcomers_p99_ms: joined.joined_ms.map_or(0.0, |times| times.p99),
         probes_failed: probed.failed,
         probes_p99_ms: LatencySummary::of(probed.times_us).map_or(0.0, |times| times.p99),
         lag_p99_us: seen.lag_us.value_at_quantile(0.99),
@@ -241,7 +243,7 @@ fn measure(
     })
 }
 
-/// Clients that connect and join a room, each when it is due.
+/// Connects newcomers, which join a room, each when it is due.
 fn newcomers(
     address: SocketAddr,
     rooms: u32,
@@ -249,17 +251,17 @@ fn newcomers(
     stop: Arc<AtomicBool>,
 ) -> Result<(ConnectionCounters, u64), ScenarioError> {
     run_real_time();
-    let asked = (duration.as_secs_f64() * NEWCOMERS.events_per_second()).ceil() as u32;
+    let requested = (duration.as_secs_f64() * NEWCOMERS.events_per_second()).ceil() as u32;
     let args = common_args(address, "127.2.1.1-127.2.1.16", "newcomer-");
     let plan =
-        connect_plan(&args.open, WorkerShare::ALL, RoomAssignment::RoundRobin(rooms), asked)?;
+        connect_plan(&args.open, WorkerShare::ALL, RoomAssignment::RoundRobin(rooms), requested)?;
     let mut users = VirtualUsers::new(plan, false, stop)?;
     users.open_all(Some(NEWCOMERS))?;
     users.close_all();
-    Ok((users.connections.clone(), asked.into()))
+    Ok((users.connections.clone(), requested.into()))
 }
 
-/// What probes saw.
+/// Results of the probes.
 #[derive(Default)]
 struct ProbeResults {
     failed: u64,
@@ -267,7 +269,7 @@ struct ProbeResults {
     example: Option<String>,
 }
 
-/// Asks for `/health` and `/ready` in turn, on a new connection each time.
+/// Requests `/health` and `/ready` in turn, on a new connection each time.
 fn probes(address: SocketAddr, duration: Duration, stop: &AtomicBool) -> ProbeResults {
     run_real_time();
     let (began, mut probed) = (Instant::now(), ProbeResults::default());
@@ -277,10 +279,7 @@ fn probes(address: SocketAddr, duration: Duration, stop: &AtomicBool) -> ProbeRe
             break;
         }
         let wait = due.saturating_duration_since(Instant::now());
-        #[expect(
-            clippy::disallowed_methods,
-            reason = "the probes have their thread for themselves"
-        )]
+        #[expect(clippy::disallowed_methods, reason = "the probes have a thread of their own")]
         std::thread::sleep(wait);
         let path = if number % 2 == 0 { "/health" } else { "/ready" };
         match http_status(address, path) {
@@ -298,7 +297,7 @@ fn probes(address: SocketAddr, duration: Duration, stop: &AtomicBool) -> ProbeRe
     probed
 }
 
-/// The status of an answer.
+/// Requests a path and returns the status.
 fn http_status(address: SocketAddr, path: &str) -> io::Result<u16> {
     let mut stream = TcpStream::connect_timeout(&address, RESPONSE_TIMEOUT)?;
     stream.set_read_timeout(Some(RESPONSE_TIMEOUT))?;

@@ -1,5 +1,6 @@
-//! `loadtest abuse`: attacks one of two gateways while legitimate clients use both, and judges whether the
-//! attacked one served its legitimate clients as well as the other, and let go of what it held.
+//! `loadtest abuse`: attacks one of two gateways while legitimate clients use both, and judges
+//! whether the attacked gateway served its legitimate clients as well as the other, and released
+//! the resources that it held.
 
 use std::{
     fmt::Write as _,
@@ -40,19 +41,19 @@ mod slow_link;
 mod testbed;
 pub(crate) mod verdict;
 
-/// Members of each legitimate room.
+/// Members of each room of legitimate clients.
 const ROOM_MEMBERS: u32 = 10;
-/// How often usage is looked at while an attack runs.
+/// Interval between samples of the usage during an attack.
 const SAMPLE_EVERY: Duration = Duration::from_millis(250);
-/// How often it is looked whether everything is back.
+/// Interval between checks whether the node has recovered.
 const RECOVERY_POLL_INTERVAL: Duration = Duration::from_millis(500);
-/// How often usage is asked for before an attack, where Redis does not answer.
+/// Number of attempts to read the usage before an attack if Redis does not answer.
 const USAGE_TRIES: u32 = 20;
-/// How long legitimate clients talk on a node that was just started, so that its memory is in use.
+/// Duration of the traffic on a node that was just started, so that its memory is in use.
 const WARM_UP: Duration = Duration::from_secs(3);
-/// How long the attack runs before legitimate clients are measured.
+/// Time between the start of the attack and the measurement of legitimate clients.
 const LEAD_TIME: Duration = Duration::from_millis(300);
-/// The most connections of the attacker, whatever descriptors there are.
+/// Most connections of the attacker, whatever the limit of descriptors.
 const CONNECTIONS_MAX: u64 = 15_000;
 /// Descriptors of this process, and of the gateway, that are not the attacker's.
 const SPARE_DESCRIPTORS: u64 = 2_500;
@@ -60,31 +61,31 @@ const SPARE_DESCRIPTORS: u64 = 2_500;
 /// Why there is no result.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum AbuseError {
-    /// An attack that is not in the catalogue.
+    /// An attack is not in the catalogue.
     #[error("{0}")]
     Unknown(String),
-    /// The gateways or their Redis do not run.
+    /// The gateways or their Redis failed.
     #[error(transparent)]
     Cluster(#[from] ClusterError),
-    /// The legitimate clients do not.
+    /// The legitimate clients failed.
     #[error(transparent)]
     Legitimate(#[from] ScenarioError),
-    /// There is no slow link on this machine.
+    /// This machine cannot set up a slow link.
     #[error(transparent)]
     Link(#[from] LinkError),
-    /// The attacker's sockets.
-    #[error("the attacker: {0}")]
+    /// The attacker's sockets failed.
+    #[error("attacker: {0}")]
     Attacker(#[from] io::Error),
-    /// The attacker's thread.
-    #[error("the attacker ended in panic")]
+    /// The attacker's thread panicked.
+    #[error("the attacker panicked")]
     Panic(#[from] JoinError),
 }
 
-/// The catalogue in words.
+/// Lists the catalogue.
 pub(crate) fn list() -> String {
     let mut list = String::new();
     let mut line = |name: &str, group: &str, what: &str| {
-        writeln!(list, "{group:<3} {name:<18} {what}").expect("a String takes all");
+        writeln!(list, "{group:<3} {name:<18} {what}").expect("writing to a String succeeds");
     };
     for Attack { name, group, what, .. } in CATALOGUE {
         line(name, group, what);
@@ -93,19 +94,20 @@ pub(crate) fn list() -> String {
     list
 }
 
-/// Whether the slow link is among what was asked for.
-fn asks_for_link(asked: &[String]) -> bool {
+/// Whether the slow link was requested.
+fn is_link_requested(requested: &[String]) -> bool {
     let names = [slow_link::NAME, "e1", "e"];
-    asked.is_empty() || asked.iter().any(|one| names.contains(&one.to_ascii_lowercase().as_str()))
+    requested.is_empty()
+        || requested.iter().any(|name| names.contains(&name.to_ascii_lowercase().as_str()))
 }
 
-/// Runs the attacks that were asked for, one after the other, and tells what came of them.
+/// Runs the requested attacks one after the other, and builds the report.
 pub(crate) async fn run(args: AbuseArgs) -> Result<Report, AbuseError> {
-    let (mut asked, is_link_asked) = (args.attacks.clone(), asks_for_link(&args.attacks));
-    asked.retain(|one| ![slow_link::NAME, "e1", "E1"].contains(&one.as_str()));
-    let attacks = match (args.attacks.is_empty(), asked.is_empty()) {
+    let (mut requested, runs_link) = (args.attacks.clone(), is_link_requested(&args.attacks));
+    requested.retain(|name| ![slow_link::NAME, "e1", "E1"].contains(&name.as_str()));
+    let attacks = match (args.attacks.is_empty(), requested.is_empty()) {
         (false, true) => Vec::new(),
-        _ => catalogue::selected(&asked).map_err(AbuseError::Unknown)?,
+        _ => catalogue::selected(&requested).map_err(AbuseError::Unknown)?,
     };
     let stop = Arc::new(AtomicBool::new(false));
     let mut report = Report::of("abuse");
@@ -113,11 +115,11 @@ pub(crate) async fn run(args: AbuseArgs) -> Result<Report, AbuseError> {
     usage.start();
     let rows = ending_early(&stop, Box::pin(run_all(&args, &attacks, &stop))).await?;
     usage.stop();
-    if is_link_asked && !stop.load(Ordering::Relaxed) {
+    if runs_link && !stop.load(Ordering::Relaxed) {
         match ending_early(&stop, Box::pin(slow_link::run(&args, &stop))).await? {
             Ok(steps) => report.steps = steps,
-            // Where it was asked for by name, it is a failure that it cannot be tried.
-            Err(error) if args.attacks.iter().any(|one| one == slow_link::NAME) => {
+            // If the slow link was requested by name, it is a failure that it cannot run.
+            Err(error) if args.attacks.iter().any(|name| name == slow_link::NAME) => {
                 return Err(error.into());
             }
             Err(error) => report.steps.push(StepResult {
@@ -132,7 +134,7 @@ pub(crate) async fn run(args: AbuseArgs) -> Result<Report, AbuseError> {
         |row: &AttackRow| row.measured.legitimate.lag_p99_us.max(row.measured.control.lag_p99_us);
     report.generator = GeneratorReport {
         processes: 1,
-        // The attacker's is in it: what counts is how late legitimate clients were.
+        // It includes the attacker's CPU time; the lateness of legitimate clients decides.
         cpu_percent: usage.cpu_percent(),
         lag_p99_us: rows.iter().map(lag).max().unwrap_or_default(),
         memory_per_connection_bytes: None,
@@ -149,8 +151,8 @@ pub(crate) async fn run(args: AbuseArgs) -> Result<Report, AbuseError> {
     report.failures.extend(failed.collect::<Vec<_>>());
     let invalid: Vec<&str> =
         rows.iter().filter(|row| row.verdict.invalid.is_some()).map(|row| row.name).collect();
-    report.invalid =
-        (!invalid.is_empty()).then(|| format!("this tool was late during {}", invalid.join(", ")));
+    report.invalid = (!invalid.is_empty())
+        .then(|| format!("the load generator was late during {}", invalid.join(", ")));
     report.passed = report.failures.is_empty() && report.invalid.is_none();
     report.attacks = rows;
     Ok(report)
@@ -162,26 +164,26 @@ async fn run_all(
     stop: &Arc<AtomicBool>,
 ) -> Result<Vec<AttackRow>, AbuseError> {
     let descriptors = rlimit::increase_nofile_limit(u64::MAX)?;
-    let most = descriptors.saturating_sub(SPARE_DESCRIPTORS).clamp(100, CONNECTIONS_MAX);
-    let scale = Scale { connections_max: most as u32 };
+    let limit = descriptors.saturating_sub(SPARE_DESCRIPTORS).clamp(100, CONNECTIONS_MAX);
+    let scale = Scale { connections_max: limit as u32 };
     let (mut rows, mut testbed): (_, Option<Testbed>) = (Vec::new(), None);
     for attack in attacks {
         if stop.load(Ordering::Relaxed) {
             break;
         }
-        let mut ready = match testbed.take() {
+        let mut current = match testbed.take() {
             Some(testbed) => testbed,
             None => Testbed::start(args, stop).await?,
         };
-        let measured = ready.run_attack(attack, scale, args).await?;
+        let measured = current.run_attack(attack, scale, args).await?;
         let bounds = AttackThresholds { slack: args.slack, lag_max: args.lag_max };
         let verdict = measured.evaluate(&(attack.allowed)(scale), &bounds);
-        tell(attack, &measured, &verdict);
-        // A node that is not as before is no place for the next attack.
-        if measured.recovered_after.is_some() && ready.open().await {
-            testbed = Some(ready);
+        print_progress(attack, &measured, &verdict);
+        // A node that has not recovered is not used for the next attack.
+        if measured.recovered_after.is_some() && current.open().await {
+            testbed = Some(current);
         } else {
-            ready.stop().await;
+            current.stop().await;
         }
         rows.push(AttackRow { group: attack.group, name: attack.name, measured, verdict });
     }
@@ -191,8 +193,8 @@ async fn run_all(
     Ok(rows)
 }
 
-/// Tells on standard error how far it is.
-fn tell(attack: &Attack, measured: &AttackMeasurement, verdict: &AttackVerdict) {
+/// Prints progress to standard error.
+fn print_progress(attack: &Attack, measured: &AttackMeasurement, verdict: &AttackVerdict) {
     eprintln!("{:<18} {verdict}", attack.name);
     if !measured.close_reasons.is_empty() {
         eprintln!("{:<18}   attacker: {:?}", "", measured.close_reasons);
@@ -204,7 +206,7 @@ fn tell(attack: &Attack, measured: &AttackMeasurement, verdict: &AttackVerdict) 
 
 /// Both nodes and their legitimate clients.
 struct Testbed {
-    // First, so that clients end before what they use.
+    // First, so that clients end before the nodes.
     attacked: LegitimateClients,
     control: LegitimateClients,
     nodes: [AbuseNode; 2],
@@ -238,7 +240,7 @@ impl Testbed {
         Ok(testbed)
     }
 
-    /// Opens legitimate connections that are away; `false` where that does not succeed.
+    /// Opens disconnected legitimate clients; `false` if that fails.
     async fn open(&self) -> bool {
         let (attacked, control) = tokio::join!(self.attacked.open(), self.control.open());
         attacked && control
@@ -251,13 +253,13 @@ impl Testbed {
         tokio::try_join!(self.attacked.measure(duration), self.control.measure(duration))
     }
 
-    /// What each node uses.
+    /// Usage of each node.
     async fn usage(&self) -> [NodeUsage; 2] {
         let (attacked, control) = tokio::join!(self.nodes[0].usage(), self.nodes[1].usage());
         [attacked, control]
     }
 
-    /// Attacks one node, measures both, and waits until the attacked one is as before.
+    /// Attacks one node, measures both, and waits until the attacked node has recovered.
     async fn run_attack(
         &mut self,
         attack: &Attack,
@@ -296,7 +298,7 @@ impl Testbed {
         let cpu = |node: usize, of: fn(&NodeUsage) -> u64| {
             percent(of(&at_end[node]), of(&usage_before[node]))
         };
-        // What was sent before the end may cost most after it.
+        // Bytes that were sent before the end may use most memory after it.
         let peak_growth = net(peak, before).peak(later);
         let AttackerStats { sent_bytes, open_peak, close_reasons, .. } = stats;
         Ok(AttackMeasurement {
@@ -315,7 +317,7 @@ impl Testbed {
         })
     }
 
-    /// The most that each node used until a moment, and what it used then.
+    /// The peak usage of each node until `until`, and the usage then.
     async fn sample_until(
         &self,
         until: Instant,
@@ -333,7 +335,7 @@ impl Testbed {
         }
     }
 
-    /// The same, once all of it can be read; after some tries as it is.
+    /// The usage, as soon as all of it can be read; after some attempts as it is.
     async fn known_usage(&self) -> [NodeUsage; 2] {
         for _ in 0..USAGE_TRIES {
             let usage = self.usage().await;
@@ -345,15 +347,15 @@ impl Testbed {
         self.usage().await
     }
 
-    /// Waits until the attacked node holds no more than may stay, and tells how long after the attack
-    /// that was, what is left, and what was held at the most until then.
+    /// Waits until the attacked node has recovered. Returns how long after the attack that was, the
+    /// residual growth, and the peak growth until then.
     async fn wait_until_recovered(
         &self,
         attack: &Attack,
         scale: Scale,
         before: [NodeUsage; 2],
         ended: Instant,
-        most: Duration,
+        limit: Duration,
     ) -> (Option<Duration>, NodeUsage, NodeUsage) {
         let (allowed, mut peak) = ((attack.allowed)(scale), NodeUsage::default());
         loop {
@@ -362,7 +364,7 @@ impl Testbed {
             if allowed.is_recovered(&residual) {
                 return (Some(ended.elapsed()), residual, peak);
             }
-            if ended.elapsed() > most || self.stop.load(Ordering::Relaxed) {
+            if ended.elapsed() > limit || self.stop.load(Ordering::Relaxed) {
                 return (None, residual, peak);
             }
             sleep(RECOVERY_POLL_INTERVAL).await;
@@ -376,7 +378,7 @@ impl Testbed {
     }
 }
 
-/// What the attacked node uses more than before, less what the control uses more.
+/// Growth of the attacked node since `before`, less the growth of the control.
 fn net(now: [NodeUsage; 2], before: [NodeUsage; 2]) -> NodeUsage {
     now[0].since(before[0]).since(now[1].since(before[1]))
 }
@@ -386,14 +388,14 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_honest_clients_cost_both_nodes_is_not_held_by_the_attack() {
+    fn growth_of_the_control_is_subtracted() {
         let usage = |keys| NodeUsage { keys, is_known: true, ..NodeUsage::default() };
         assert_eq!(net([usage(150), usage(30)], [usage(10), usage(20)]), usage(130));
         assert_eq!(net([usage(10), usage(30)], [usage(10), usage(20)]), usage(0));
     }
 
     #[test]
-    fn the_list_has_a_line_for_each_attack() {
+    fn list_has_a_line_for_each_attack() {
         assert_eq!(list().lines().count(), CATALOGUE.len() + 1);
     }
 }

@@ -1,32 +1,32 @@
-//! What an attacker does, as data: how many connections it opens, from how many addresses, what each
-//! sends, how fast, and what it does when it has sent all.
+//! Profiles of attackers as data: how many connections, from how many addresses, what each sends,
+//! how fast, and what follows its last chunk.
 //!
 //! Pure.
 
 use std::time::Duration;
 
-/// One kind of connection of an attack.
+/// Connections of one kind in an attack.
 #[derive(Clone, Debug)]
 pub(crate) struct AttackProfile {
-    /// How many connections are open at once.
+    /// Number of connections that are open at once.
     pub(crate) connections: u32,
-    /// How many source addresses they share.
+    /// Number of source addresses that they share.
     pub(crate) addresses: u32,
-    /// How many connections are opened per second.
+    /// Connections opened per second.
     pub(crate) opens_per_second: u32,
     /// What precedes the first frame.
     pub(crate) handshake: AttackHandshake,
-    /// The path of the handshake, by the serial number of the connection.
+    /// Path of the handshake, by the serial number of the connection.
     pub(crate) path: fn(u32) -> String,
     /// Bytes that each connection sends first.
     pub(crate) first: fn(u32) -> Vec<u8>,
     /// Bytes that follow.
     pub(crate) payload: AttackPayload,
-    /// The time between two chunks of a connection; `None`: as fast as the socket takes them.
+    /// Time between two chunks of a connection; `None`: as fast as the socket accepts them.
     pub(crate) interval: Option<Duration>,
-    /// What happens after the last chunk.
+    /// What follows the last chunk.
     pub(crate) on_finished: OnFinished,
-    /// Whether the attacker reads the answers.
+    /// Whether the attacker reads responses.
     pub(crate) reads: bool,
     /// `SO_RCVBUF` of the attacker's socket.
     pub(crate) receive_buffer: Option<usize>,
@@ -34,20 +34,20 @@ pub(crate) struct AttackProfile {
     pub(crate) reopens: bool,
 }
 
-/// What precedes the first frame.
+/// How a connection starts.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum AttackHandshake {
-    /// The handshake of a WebSocket.
+    /// With a WebSocket handshake.
     WebSocket,
-    /// The same, offering permessage-deflate.
+    /// With a WebSocket handshake that offers permessage-deflate.
     Deflate,
-    /// The handshake is sent, and its answer is not waited for.
+    /// With a WebSocket handshake whose response is not awaited.
     Unawaited,
-    /// Nothing: plain TCP.
+    /// With plain TCP.
     Raw,
 }
 
-/// The chunks that a connection sends after the first.
+/// The chunks that a connection sends after the first bytes.
 #[derive(Clone, Debug)]
 pub(crate) enum AttackPayload {
     /// None.
@@ -58,19 +58,19 @@ pub(crate) enum AttackPayload {
     Generate(fn(u32, u64) -> Option<Vec<u8>>),
 }
 
-/// What happens after the last chunk.
+/// What follows the last chunk.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum OnFinished {
     /// The connection stays open.
     Hold,
-    /// It is closed without a close frame.
+    /// The connection is closed without a close frame.
     Close,
-    /// It is closed, and another one is opened.
+    /// The connection is closed, and another one is opened.
     Reopen,
 }
 
 impl AttackProfile {
-    /// Connections to `/ws` that send nothing and read what they get.
+    /// Connections to `/ws` that send nothing and read all they receive.
     pub(crate) fn websocket(connections: u32, path: fn(u32) -> String) -> Self {
         Self {
             connections,
@@ -97,19 +97,19 @@ impl AttackProfile {
         }
     }
 
-    /// Repeats bytes, as fast as the socket takes them.
+    /// Repeats bytes as fast as the socket accepts them.
     pub(crate) fn repeating(self, bytes: &[u8]) -> Self {
         // Chunks of some KiB, so that the attacker's own system calls do not limit the rate.
         let times = (16 * 1024 / bytes.len().max(1)).max(1);
         Self { payload: AttackPayload::Repeat(bytes.repeat(times)), ..self }
     }
 
-    /// Sends numbered chunks.
+    /// Sends generated chunks.
     pub(crate) fn sending(self, each: fn(u32, u64) -> Option<Vec<u8>>) -> Self {
         Self { payload: AttackPayload::Generate(each), ..self }
     }
 
-    /// Sends so many chunks a second on each connection.
+    /// Sends `rate` chunks a second on each connection.
     pub(crate) fn per_second(self, rate: u32) -> Self {
         Self { interval: Some(Duration::from_secs(1) / rate), ..self }
     }
@@ -120,15 +120,15 @@ pub(crate) fn text(payload: &str) -> Vec<u8> {
     frame(0x81, payload.as_bytes())
 }
 
-/// A frame of a client: the first byte (FIN, RSV, opcode), then the payload under a zero mask, which
-/// leaves the bytes as they are and costs the server the same.
+/// A frame of a client: the first byte (FIN, RSV, opcode), then the payload under a zero mask,
+/// which leaves the bytes as they are and costs the server the same.
 pub(crate) fn frame(first: u8, payload: &[u8]) -> Vec<u8> {
     let mut frame = frame_header(first, payload.len() as u64);
     frame.extend_from_slice(payload);
     frame
 }
 
-/// The header alone of a frame that announces so many bytes.
+/// The header of a frame that announces `length` bytes.
 pub(crate) fn frame_header(first: u8, length: u64) -> Vec<u8> {
     let mut header = vec![first];
     match length {
@@ -159,7 +159,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn frames_are_those_of_the_issue_and_the_gateway_reads_them() {
+    fn gateway_decoder_reads_attack_frames() {
         assert_eq!(frame(0x89, b""), [0x89, 0x80, 0, 0, 0, 0]);
         assert_eq!(text("x"), [0x81, 0x81, 0, 0, 0, 0, b'x']);
         let mut decoder = Decoder::new(1 << 20);
@@ -171,7 +171,7 @@ mod tests {
     }
 
     #[test]
-    fn a_repeated_frame_fills_a_chunk_of_whole_frames() {
+    fn repeated_frame_fills_a_chunk_of_whole_frames() {
         let chunk = |bytes: &[u8]| match AttackProfile::websocket(1, |_| "/ws".to_owned())
             .repeating(bytes)
             .payload

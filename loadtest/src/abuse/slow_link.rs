@@ -1,10 +1,10 @@
 //! A client behind a real slow link: a network namespace, a pair of virtual Ethernet devices, and a
 //! token bucket (`tc … tbf`) on both of them.
 //!
-//! The client joins with a `since` that leaves it megabytes behind. All of it has to arrive, in order,
-//! on one connection; the user has to stay online for others meanwhile; its own acknowledgements and
-//! the pongs have to overtake the bulk. For the first half the client says nothing but the pongs that it
-//! owes, so that only the bytes that flow show that it lives. Needs root, `ip` and `tc`.
+//! The client joins with a `since` that is megabytes behind. All entries must arrive in order on
+//! one connection; the user must stay online for others meanwhile; the client's own acks and pongs
+//! must overtake the bulk. During the first half the client sends only the pongs that it owes, so
+//! that only the flow of bytes shows that it is alive. Needs root, `ip` and `tc`.
 
 use std::{
     fmt, fs, io,
@@ -33,46 +33,46 @@ use crate::{
     websocket::{self, FrameReader, HandshakeResponse, WsFrame},
 };
 
-/// Its name on the command line, its group, and what it does.
+/// Name on the command line, group, and description.
 pub(crate) const NAME: &str = "slow-link";
 pub(crate) const GROUP: &str = "E1";
 pub(crate) const WHAT: &str = "a client behind a link of 96 kbit/s catches up 4 MB (root only)";
 
-/// The size of a message's content.
+/// Size of a message's content, bytes.
 const CONTENT_BYTES: u64 = 8_000;
-/// Messages of one request to the server API.
+/// Messages in one request to the server API.
 const BATCH: u64 = 10;
-/// How long an own `ack`, and a pong, may take.
+/// Time limit of an own ack and of a pong.
 const RESPONSE_TIMEOUT: Duration = Duration::from_secs(3);
-/// How often the client sends a ping.
+/// Interval between the client's pings.
 const PING_EVERY: Duration = Duration::from_secs(2);
-/// How many messages the client sends while it catches up.
+/// Number of messages that the client sends while it catches up.
 const OWN_MESSAGES: u64 = 5;
-/// How long a request on loopback may take.
+/// Time limit of a request on loopback.
 const LOOPBACK_MAX: Duration = Duration::from_secs(10);
 const POLL_INTERVAL: Duration = Duration::from_millis(200);
 const ROOM: &str = "slow-link";
 const USER: &str = "slow-link-client";
 
-/// Why the slow link cannot be tried here.
+/// Why the slow link cannot run on this machine.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum LinkError {
-    /// A command of iproute2 failed or is not there.
+    /// A command of iproute2 failed or does not exist.
     #[error(
         "a network namespace with `tbf` needs root, CAP_NET_ADMIN and iproute2: {command}: {output}"
     )]
     Command {
-        /// What was run.
+        /// The command.
         command: String,
-        /// What it said.
+        /// Its error.
         output: String,
     },
 }
 
-/// A network namespace behind a slow link. It ends with this.
+/// A network namespace behind a slow link, until it is dropped.
 struct ShapedLink {
     namespace: String,
-    /// The address of this side.
+    /// Address of the gateway's side.
     host: Ipv4Addr,
 }
 
@@ -80,7 +80,7 @@ impl ShapedLink {
     fn up(rate: &str) -> Result<Self, LinkError> {
         let own = std::process::id();
         let namespace = format!("skein-{own}");
-        let (near, far) = (format!("sk{own}a"), format!("sk{own}b"));
+        let (host_device, client_device) = (format!("sk{own}a"), format!("sk{own}b"));
         // Each process has a network of its own.
         let [_, _, high, low] = own.to_be_bytes();
         let host = Ipv4Addr::new(10, 213, high, low & 0xFC | 1);
@@ -90,20 +90,23 @@ impl ShapedLink {
         let inside = format!("ip netns exec {}", link.namespace);
         let bucket = format!("root tbf rate {rate} burst 4kb latency 500ms");
         for command in [
-            format!("ip link add {near} type veth peer name {far} netns {}", link.namespace),
-            format!("ip addr add {host}/30 dev {near}"),
-            format!("ip link set {near} up"),
-            format!("{inside} ip addr add {client}/30 dev {far}"),
-            format!("{inside} ip link set {far} up"),
-            format!("tc qdisc add dev {near} {bucket}"),
-            format!("{inside} tc qdisc add dev {far} {bucket}"),
+            format!(
+                "ip link add {host_device} type veth peer name {client_device} netns {}",
+                link.namespace
+            ),
+            format!("ip addr add {host}/30 dev {host_device}"),
+            format!("ip link set {host_device} up"),
+            format!("{inside} ip addr add {client}/30 dev {client_device}"),
+            format!("{inside} ip link set {client_device} up"),
+            format!("tc qdisc add dev {host_device} {bucket}"),
+            format!("{inside} tc qdisc add dev {client_device} {bucket}"),
         ] {
             run_command(&command)?;
         }
         Ok(link)
     }
 
-    /// Puts this thread behind the link, for good.
+    /// Moves this thread into the namespace behind the link, for good.
     fn enter(namespace: &str) -> io::Result<()> {
         let file = fs::File::open(PathBuf::from("/var/run/netns").join(namespace))?;
         let kind = rustix::thread::LinkNameSpaceType::Network;
@@ -113,7 +116,7 @@ impl ShapedLink {
 
 impl Drop for ShapedLink {
     fn drop(&mut self) {
-        // The pair of devices goes with it.
+        // The pair of devices is deleted with it.
         let _ = run_command(&format!("ip netns del {}", self.namespace));
     }
 }
@@ -129,32 +132,32 @@ fn run_command(command: &str) -> Result<(), LinkError> {
     }
 }
 
-/// What the client behind the link, and the one who watches it, saw.
+/// Observations of the client behind the link and of a watcher.
 #[derive(Clone, Debug, Default, PartialEq)]
 struct SlowLinkResults {
-    /// Entries that were to be caught up, own messages included.
+    /// Entries to receive, own messages included.
     expected: u64,
-    /// Entries that arrived in order.
+    /// Entries received in order.
     received: u64,
     /// Entries that did not follow the one before.
     out_of_order: u64,
-    /// How the connection ended before all was there.
+    /// Why the connection ended before all entries arrived.
     ended: Option<String>,
     took: Duration,
     acks: Vec<Duration>,
-    /// Own messages without an answer.
+    /// Own messages without an ack.
     unanswered: u64,
     pongs: Vec<Duration>,
-    /// Pings without a pong within [`ANSWER_MAX`].
+    /// Pings without a pong within [`RESPONSE_TIMEOUT`].
     pongs_missing: u64,
-    /// Whether others were told that the user is there.
+    /// Whether the watcher saw the user online.
     online: bool,
-    /// How often they were told that it has gone.
+    /// How often the watcher saw the user go offline.
     offline: u64,
 }
 
 impl SlowLinkResults {
-    /// What it comes to.
+    /// Compares the observations with the expectations.
     fn steps(&self) -> Vec<StepResult> {
         let step = |name: &str, result: String, passed| StepResult {
             name: format!("{NAME}, {name}"),
@@ -162,7 +165,7 @@ impl SlowLinkResults {
             passed,
         };
         let longest = |times: &[Duration]| times.iter().max().copied().unwrap_or_default();
-        let told = |times: &[Duration], missing: u64| {
+        let describe = |times: &[Duration], missing: u64| {
             format!(
                 "{} within {:.1} s, {missing} missing",
                 times.len(),
@@ -179,7 +182,7 @@ impl SlowLinkResults {
         );
         let offline = match self.online {
             true => format!("{} times", self.offline),
-            false => "it was never shown online".to_owned(),
+            false => "never online".to_owned(),
         };
         let ended = self.ended.clone().unwrap_or_else(|| "no".to_owned());
         vec![
@@ -187,20 +190,20 @@ impl SlowLinkResults {
             step("connection cut", ended, self.ended.is_none()),
             step(
                 "own acks",
-                told(&self.acks, self.unanswered),
+                describe(&self.acks, self.unanswered),
                 in_time(&self.acks, self.unanswered),
             ),
             step(
                 "pongs",
-                told(&self.pongs, self.pongs_missing),
+                describe(&self.pongs, self.pongs_missing),
                 in_time(&self.pongs, self.pongs_missing),
             ),
-            step("shown offline", offline, self.online && self.offline == 0),
+            step("seen offline", offline, self.online && self.offline == 0),
         ]
     }
 }
 
-/// Tries it, and tells what came of it.
+/// Runs the slow link.
 pub(crate) async fn run(
     args: &AbuseArgs,
     stop: &Arc<AtomicBool>,
@@ -218,28 +221,29 @@ pub(crate) async fn run(
     let node = AbuseNode::start_at("slow-link", &options, listen).await?;
     let entries = args.link_bytes.div_ceil(CONTENT_BYTES);
     let stop = stop.clone();
-    let (namespace, most) = (link.namespace.clone(), args.link_patience);
-    let results =
-        tokio::task::spawn_blocking(move || catch_up(listen, &namespace, entries, most, &stop));
+    let (namespace, time_limit) = (link.namespace.clone(), args.link_patience);
+    let results = tokio::task::spawn_blocking(move || {
+        catch_up(listen, &namespace, entries, time_limit, &stop)
+    });
     let results = results.await?;
     node.stop().await;
     drop(link);
     Ok(Ok(results?.steps()))
 }
 
-/// Fills a room, has a client behind the link catch it up, and watches its user from outside.
+/// Fills a room, lets a client behind the link catch up, and watches its user from outside.
 fn catch_up(
     address: SocketAddr,
     namespace: &str,
     entries: u64,
-    most: Duration,
+    time_limit: Duration,
     stop: &Arc<AtomicBool>,
 ) -> io::Result<SlowLinkResults> {
     let mut watcher = SlowLinkClient::connect(address, "/ws?user=slow-link-watcher")?;
     watcher.send(&json!({"type": "join", "room": ROOM, "history": 0}))?;
     let joined = watcher.wait_for("joined")?;
     let since = json!({"epoch": joined["epoch"], "seq": joined["seq"]});
-    let begins = joined["seq"].as_u64().unwrap_or_default();
+    let first_seq = joined["seq"].as_u64().unwrap_or_default();
     for batch in 0..entries.div_ceil(BATCH) {
         publish(address, BATCH.min(entries - batch * BATCH))?;
     }
@@ -247,8 +251,9 @@ fn catch_up(
     let is_over = AtomicBool::new(false);
     std::thread::scope(|scope| {
         let client = std::thread::Builder::new().spawn_scoped(scope, || {
-            let results = ShapedLink::enter(namespace)
-                .and_then(|()| behind_the_link(address, &since, begins, entries, most, stop));
+            let results = ShapedLink::enter(namespace).and_then(|()| {
+                behind_the_link(address, &since, first_seq, entries, time_limit, stop)
+            });
             is_over.store(true, Ordering::Relaxed);
             results
         })?;
@@ -263,13 +268,12 @@ fn catch_up(
                 offline += u64::from(online && is_user && is_gone);
             })?;
         }
-        let results =
-            client.join().map_err(|_| io::Error::other("the client ended in panic"))??;
+        let results = client.join().map_err(|_| io::Error::other("the client panicked"))??;
         Ok(SlowLinkResults { online, offline, ..results })
     })
 }
 
-/// Appends messages through the server API.
+/// Publishes messages through the server API.
 fn publish(address: SocketAddr, count: u64) -> io::Result<()> {
     let content = "x".repeat(CONTENT_BYTES as usize);
     let message = json!({"room": ROOM, "content": content});
@@ -293,19 +297,19 @@ fn publish(address: SocketAddr, count: u64) -> io::Result<()> {
 fn behind_the_link(
     address: SocketAddr,
     since: &Value,
-    begins: u64,
+    first_seq: u64,
     entries: u64,
-    most: Duration,
+    time_limit: Duration,
     stop: &AtomicBool,
 ) -> io::Result<SlowLinkResults> {
     let mut client = SlowLinkClient::connect(address, &format!("/ws?user={USER}"))?;
     client.send(&json!({"type": "join", "room": ROOM, "since": since}))?;
     let began = Instant::now();
     let mut results = SlowLinkResults { expected: entries, ..SlowLinkResults::default() };
-    let (mut last, mut pinged, mut pings) = (begins, began, Vec::new());
+    let (mut last, mut pinged, mut pings) = (first_seq, began, Vec::new());
     let mut own: Vec<(Instant, bool)> = Vec::new();
     while results.received < results.expected
-        && began.elapsed() < most
+        && began.elapsed() < time_limit
         && !stop.load(Ordering::Relaxed)
     {
         let now = Instant::now();
@@ -315,7 +319,7 @@ fn behind_the_link(
             pings.push((now, false));
             pinged = now;
         }
-        // Own messages at the same distances on the second half of the way.
+        // Own messages are spread evenly over the second half.
         let sent = own.len() as u64;
         let at = entries / 2 + entries / 2 * sent / (OWN_MESSAGES + 1);
         if talks && sent < OWN_MESSAGES && results.received >= at {
@@ -368,7 +372,7 @@ fn behind_the_link(
     Ok(results)
 }
 
-/// What a client gets, but pings, which it answers.
+/// A frame or pong that a client received; pings are answered at once.
 enum Incoming<'a> {
     Frame(Value),
     Pong(&'a [u8]),
@@ -379,7 +383,7 @@ struct SlowLinkClient {
     stream: TcpStream,
     reader: FrameReader,
     buffer: Vec<u8>,
-    /// Bytes behind the handshake's answer.
+    /// Bytes after the handshake response.
     rest: Vec<u8>,
 }
 
@@ -417,7 +421,7 @@ impl SlowLinkClient {
         self.stream.write_all(bytes)
     }
 
-    /// Takes what arrives within some time.
+    /// Handles the bytes that arrive within `wait`.
     fn receive(&mut self, wait: Duration, on: &mut dyn FnMut(Incoming<'_>)) -> io::Result<()> {
         let bytes = if self.rest.is_empty() {
             self.stream.set_read_timeout(Some(wait))?;
@@ -494,7 +498,7 @@ mod tests {
     }
 
     #[test]
-    fn each_part_of_the_promise_can_fail() {
+    fn each_expectation_can_fail() {
         let failed = |change: fn(&mut SlowLinkResults)| -> Vec<String> {
             let mut results = good();
             change(&mut results);
@@ -515,7 +519,7 @@ mod tests {
         assert_eq!(failed(|results| results.unanswered = 1), ["slow-link, own acks"]);
         assert_eq!(failed(|results| results.acks.clear()), ["slow-link, own acks"]);
         assert_eq!(failed(|results| results.pongs_missing = 1), ["slow-link, pongs"]);
-        assert_eq!(failed(|results| results.offline = 1), ["slow-link, shown offline"]);
-        assert_eq!(failed(|results| results.online = false), ["slow-link, shown offline"]);
+        assert_eq!(failed(|results| results.offline = 1), ["slow-link, seen offline"]);
+        assert_eq!(failed(|results| results.online = false), ["slow-link, seen offline"]);
     }
 }

@@ -1,7 +1,8 @@
-//! Two gateways, each with a Redis of its own: one is attacked, the other is the control.
+//! The testbed: two gateways, each with a Redis of its own. One is attacked, the other is the
+//! control.
 //!
-//! They share the machine, so that the control shows what the attack costs by taking CPU time, and the
-//! difference between the two is what the attack does to the gateway itself.
+//! They share the machine, so that the control shows the cost of the CPU time that the attack
+//! takes, and the difference between the two shows the effect on the gateway itself.
 
 use std::{
     io,
@@ -24,15 +25,15 @@ use crate::{
     procfs::{CpuTime, ProcessUsage, free_address},
 };
 
-/// The key of the server API, which attackers do not know.
+/// Key of the server API, which attackers do not know.
 pub(crate) const API_KEY: &str = "abuse-7f3a9c51d2e84b06";
-/// How long Redis may take to answer `INFO`.
+/// Time limit of Redis' `INFO`.
 const INFO_MAX: Duration = Duration::from_secs(5);
 
-/// How the nodes are started.
+/// Options of the nodes.
 #[derive(Clone, Debug)]
 pub(crate) struct NodeOptions {
-    /// The gateway's program.
+    /// The gateway program.
     pub(crate) gateway: PathBuf,
     /// Redis' `maxmemory`.
     pub(crate) redis_maxmemory: Option<String>,
@@ -46,9 +47,9 @@ pub(crate) struct AbuseNode {
     gateway: ServerProcess,
     redis: ServerProcess,
     redis_address: SocketAddr,
-    /// Where clients connect.
+    /// Address for clients.
     pub(crate) listen: SocketAddr,
-    // Last, so that it is there as long as those who write into it.
+    // Last, so that it outlives the processes that write into it.
     _scratch: TempDir,
 }
 
@@ -58,7 +59,7 @@ impl AbuseNode {
         Self::start_at(name, options, free_address()?).await
     }
 
-    /// As [`Node::start`], with the address where clients connect.
+    /// As [`AbuseNode::start`], with the address for clients.
     pub(crate) async fn start_at(
         name: &str,
         options: &NodeOptions,
@@ -82,9 +83,9 @@ impl AbuseNode {
         self.gateway.has_ended() || self.redis.has_ended()
     }
 
-    /// What the node uses now.
+    /// Reads the usage of the node.
     pub(crate) async fn usage(&self) -> NodeUsage {
-        // Without a process there is no cost; `None` would be this one.
+        // A process that has ended has no usage; `None` would be this process.
         let gateway = Some(self.gateway.pid().unwrap_or(u32::MAX));
         let redis_pid = Some(self.redis.pid().unwrap_or(u32::MAX));
         let info = timeout(INFO_MAX, info(self.redis_address)).await;
@@ -106,7 +107,7 @@ impl AbuseNode {
         }
     }
 
-    /// Ends both in order.
+    /// Stops both gracefully.
     pub(crate) async fn stop(mut self) {
         self.gateway.stop().await;
         self.redis.stop().await;
@@ -120,7 +121,7 @@ fn start_gateway(
     redis: SocketAddr,
     scratch: &Path,
 ) -> Result<ServerProcess, ClusterError> {
-    // Everything else, limits above all, is as shipped: that is what is attacked.
+    // All other options, limits above all, are the defaults, which are under attack.
     let own = [
         format!("server.listen={listen}"),
         format!("cluster.redis_url=redis://{redis}"),
@@ -137,12 +138,12 @@ fn start_gateway(
     ServerProcess::start(name.to_owned(), command, scratch)
 }
 
-/// How many files a process has open.
+/// Number of open descriptors of a process.
 fn descriptors(pid: u32) -> u64 {
     std::fs::read_dir(format!("/proc/{pid}/fd")).map_or(0, |files| files.count() as u64)
 }
 
-/// What Redis tells of itself.
+/// Requests `INFO` from Redis.
 async fn info(redis: SocketAddr) -> io::Result<String> {
     let mut stream = TcpStream::connect(redis).await?;
     stream.write_all(b"INFO\r\n").await?;
@@ -162,7 +163,7 @@ async fn info(redis: SocketAddr) -> io::Result<String> {
     }
 }
 
-/// The values of `INFO` that tell what clients have made it keep.
+/// Values of `INFO` about data that clients made it keep.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 struct RedisInfo {
     used_bytes: u64,
@@ -197,7 +198,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn info_has_memory_keys_and_subscriptions() {
+    fn info_is_parsed() {
         let text = "# Memory\r\nused_memory:1234\r\nused_memory_peak:9\r\npubsub_channels:5\r\n\
                     pubsub_patterns:1\r\npubsubshard_channels:2\r\ndb0:keys=7,expires=1\r\ndb1:keys=1,x=2\r\n";
         let expected = RedisInfo { used_bytes: 1234, keys: 8, subscriptions: 8 };

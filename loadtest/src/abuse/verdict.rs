@@ -1,4 +1,4 @@
-//! What was measured of an attack, and whether the node withstood it.
+//! Measurements of an attack, and the verdict whether the node withstood it.
 //!
 //! Pure.
 
@@ -6,29 +6,30 @@ use std::{collections::BTreeMap, time::Duration};
 
 use serde::Serialize;
 
-/// How many times the control's p99 that of the attacked node may be.
+/// Highest ratio of the attacked node's p99 to the control's.
 const P99_FACTOR: f64 = 2.0;
-/// How many bytes the gateway and Redis may hold for each byte of the attacker.
+/// Bytes that the gateway and Redis may hold per byte of the attacker.
 const GROWTH_FACTOR: f64 = 2.0;
-/// What the gateway may hold for each open connection beside that.
+/// Bytes that the gateway may hold per open connection, in addition.
 const CONNECTION_BYTES: u64 = 16 * 1024;
-/// `limits.outbox_bytes_max`, which the gateway may hold for each stream that is not read.
+/// `limits.outbox_bytes_max`, which the gateway may hold per unread stream.
 const OUTBOX_BYTES: u64 = 1 << 20;
-/// What memory differs by from one look to the next without an attack: the allocator's arenas and
-/// their delayed return to the system, rings of the legitimate rooms.
+/// Variation of the gateway's memory without an attack: the allocator's arenas and their delayed
+/// return to the system, rings of the legitimate rooms.
 const GATEWAY_SPARE_BYTES: u64 = 24 << 20;
-/// The same of Redis.
+/// Variation of Redis' memory without an attack.
 const REDIS_SPARE_BYTES: u64 = 2 << 20;
-/// Descriptors, keys and subscriptions that come and go by themselves.
+/// Variation of descriptors, keys and subscriptions without an attack.
 const SPARE_COUNT: u64 = 16;
 /// Keys that a user name keeps in Redis: inbox, position, sessions, session data.
 const KEYS_PER_USER: u64 = 4;
-/// What newcomers and probes may take whatever the control's take: some tens of samples have no p99.
+/// Time that newcomers and probes may take whatever the control's time: some tens of samples have
+/// no p99.
 const PROBE_MAX_MS: f64 = 250.0;
-/// What a gateway may log under an attack.
+/// Bytes that a gateway may log under an attack.
 const LOG_BYTES_MAX: u64 = 256 * 1024;
 
-/// What a node uses at a moment.
+/// Resource usage of a node.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
 pub(crate) struct NodeUsage {
     /// The gateway's proportional set size.
@@ -39,15 +40,15 @@ pub(crate) struct NodeUsage {
     pub(crate) descriptors: u64,
     /// Keys in Redis.
     pub(crate) keys: u64,
-    /// Channels and patterns that are subscribed to in Redis.
+    /// Subscribed channels and patterns in Redis.
     pub(crate) subscriptions: u64,
-    /// The size of the gateway's log.
+    /// Size of the gateway's log.
     pub(crate) log_bytes: u64,
-    /// CPU time of the gateway since it started.
+    /// CPU time of the gateway since its start.
     pub(crate) gateway_cpu_ms: u64,
-    /// CPU time of Redis since it started.
+    /// CPU time of Redis since its start.
     pub(crate) redis_cpu_ms: u64,
-    /// Whether all of this could be read: a Redis that does not answer has no values.
+    /// Whether all values could be read, which needs an answer of Redis.
     #[serde(skip)]
     pub(crate) is_known: bool,
 }
@@ -68,7 +69,7 @@ impl NodeUsage {
         }
     }
 
-    /// What was added since an earlier look; nothing where it is less.
+    /// The growth of each value since `before`; 0 where it has shrunk.
     pub(crate) fn since(self, before: Self) -> Self {
         let more = |get: fn(&Self) -> u64| get(&self).saturating_sub(get(&before));
         Self {
@@ -85,56 +86,56 @@ impl NodeUsage {
     }
 }
 
-/// What the legitimate clients of one node saw.
+/// Metrics of the legitimate clients of one node.
 #[derive(Clone, Debug, Default, PartialEq, Serialize)]
 pub(crate) struct LegitimateMetrics {
     /// Messages that were sent.
     pub(crate) sent: u64,
-    /// From when a message was due until a copy arrived.
+    /// Time from when a message was due until a copy arrived.
     pub(crate) p50_ms: f64,
     pub(crate) p99_ms: f64,
-    /// Neither acknowledged nor rejected within 5 s.
+    /// Messages neither acknowledged nor rejected within 5 s.
     pub(crate) unanswered: u64,
-    /// Rejected.
+    /// Messages rejected.
     pub(crate) rejected: u64,
-    /// Acknowledged, and not delivered to a member within 5 s.
+    /// Messages acknowledged and not delivered to a member within 5 s.
     pub(crate) lost: u64,
     /// Connections that the server ended.
     pub(crate) ended: u64,
-    /// Newcomers that did not get into their room within 5 s.
+    /// Newcomers that did not join their room within 5 s.
     pub(crate) newcomers_failed: u64,
-    /// From when a newcomer was due until it was in its room.
+    /// Time from when a newcomer was due until it had joined.
     pub(crate) newcomers_p99_ms: f64,
-    /// `/health` or `/ready` that was not 200 within 5 s.
+    /// Requests for `/health` or `/ready` without a 200 within 5 s.
     pub(crate) probes_failed: u64,
     pub(crate) probes_p99_ms: f64,
-    /// How late this tool was with what was due, p99.
+    /// Lateness of this tool, p99.
     pub(crate) lag_p99_us: u64,
-    /// The first of what was wrong.
+    /// The first failures, in words.
     pub(crate) examples: Vec<String>,
 }
 
-/// All that was measured of an attack.
+/// All measurements of an attack.
 #[derive(Clone, Debug, Default, Serialize)]
 pub(crate) struct AttackMeasurement {
-    /// Of the attacked node.
+    /// The legitimate clients of the attacked node.
     pub(crate) legitimate: LegitimateMetrics,
-    /// Of the control.
+    /// The legitimate clients of the control.
     pub(crate) control: LegitimateMetrics,
     /// Bytes that the attacker sent.
     pub(crate) sent_bytes: u64,
-    /// Connections the attacker had open at once.
+    /// Most connections that the attacker had open at once.
     pub(crate) connections: u64,
     /// How the server ended the attacker's connections.
     pub(crate) close_reasons: BTreeMap<String, u64>,
-    /// What the attacked node used more than before at the most, less what the control used more.
+    /// Peak growth of the attacked node, less the growth of the control.
     pub(crate) peak_growth: NodeUsage,
-    /// What it still used more when the recovery was over.
+    /// Growth that was left at the end of the recovery.
     pub(crate) residual: NodeUsage,
-    /// How long after the attack everything was back; `None`: not within the time it had.
+    /// How long after the attack the node had recovered; `None`: not within the time limit.
     #[serde(rename = "recovered_after_ms", serialize_with = "millis")]
     pub(crate) recovered_after: Option<Duration>,
-    /// CPU time in percent of a core while the attack ran.
+    /// CPU time in percent of a core during the attack.
     pub(crate) gateway_cpu_percent: f64,
     pub(crate) redis_cpu_percent: f64,
     pub(crate) control_cpu_percent: f64,
@@ -149,55 +150,56 @@ fn millis<S: serde::Serializer>(
     recovered_after.map(|recovered_after| recovered_after.as_millis() as u64).serialize(serializer)
 }
 
-/// What an attack may cost beside what its bytes allow.
+/// Resources that an attack may use, in addition to those that its bytes allow.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
 pub(crate) struct Allowance {
     /// Streams that the attacker does not read.
     pub(crate) streams: u64,
     /// Different users that the attacker connects as.
     pub(crate) users: u64,
-    /// Records in Redis that clients may leave, by `docs/limits.md`: beside those of the users.
+    /// Records in Redis that clients may leave, by `docs/limits.md`, in addition to those of the
+    /// users.
     pub(crate) records: u64,
-    /// What one of them may take.
+    /// Size of one record.
     pub(crate) record_bytes: u64,
-    /// How long legitimate newcomers may wait: those who come with thousands stand in one queue with them.
+    /// Time that legitimate newcomers may wait, if thousands of others are in the same queue.
     pub(crate) newcomers: Duration,
-    /// A close code that the attacker has to see.
+    /// A close code that the attacker must receive.
     pub(crate) close: Option<&'static str>,
 }
 
-/// What is asked of the node beside the constants above.
+/// Thresholds of the command line.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 pub(crate) struct AttackThresholds {
-    /// What p99 may differ by from the control's at the least.
+    /// Excess of p99 over the control's that is always allowed.
     #[serde(skip)]
     pub(crate) slack: Duration,
-    /// How late this tool may be for times to count.
+    /// Highest lateness of this tool for valid times.
     #[serde(skip)]
     pub(crate) lag_max: Duration,
 }
 
-/// What came of an attack.
+/// Verdict on an attack.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
 pub(crate) struct AttackVerdict {
-    /// What does not hold. Empty where the node withstood it.
+    /// Failed expectations; empty if the node withstood the attack.
     pub(crate) failures: Vec<String>,
-    /// Why times say more about this tool than about the node.
+    /// Why the times may reflect this tool more than the node.
     pub(crate) invalid: Option<String>,
 }
 
 impl Allowance {
-    /// Bytes that Redis may keep beside those that the attacker's bytes allow.
+    /// Bytes that Redis may keep, in addition to those that the attacker's bytes allow.
     fn redis_bytes(&self) -> u64 {
         REDIS_SPARE_BYTES + self.records * self.record_bytes + self.users * KEYS_PER_USER * 1024
     }
 
-    /// Keys that may stay.
+    /// Keys that may remain.
     fn keys(&self) -> u64 {
         SPARE_COUNT + self.records + self.users * KEYS_PER_USER
     }
 
-    /// Whether what is left of an attack is no more than may stay.
+    /// Whether the residual growth is within the allowance.
     pub(crate) fn is_recovered(&self, residual: &NodeUsage) -> bool {
         self.unrecovered(residual).is_empty()
     }
@@ -211,7 +213,7 @@ impl Allowance {
         if residual.gateway_bytes > GATEWAY_SPARE_BYTES {
             failures.push(format!("the gateway keeps {:.1} MiB", mib(residual.gateway_bytes)));
         }
-        // What users leave may stay as long as the limits say.
+        // Records of users may remain as long as the limits say.
         if residual.redis_bytes > self.redis_bytes() {
             failures.push(format!("Redis keeps {:.1} MiB", mib(residual.redis_bytes)));
         }
@@ -221,7 +223,7 @@ impl Allowance {
             (residual.subscriptions, SPARE_COUNT, "subscriptions"),
         ] {
             if count > max {
-                failures.push(format!("{count} {what} stay, at most {max} may"));
+                failures.push(format!("{count} {what} remain, more than {max}"));
             }
         }
         failures
@@ -229,40 +231,44 @@ impl Allowance {
 }
 
 impl AttackMeasurement {
-    /// Bytes that the gateway and Redis held at the most.
+    /// Peak growth of the gateway and Redis.
     pub(crate) fn peak_growth_bytes(&self) -> u64 {
         self.peak_growth.gateway_bytes + self.peak_growth.redis_bytes
     }
 
-    /// The same for each byte that the attacker sent.
+    /// Peak growth per byte that the attacker sent.
     pub(crate) fn growth_per_byte(&self) -> f64 {
         self.peak_growth_bytes() as f64 / self.sent_bytes.max(1) as f64
     }
 
-    /// Holds it against what is asked.
-    pub(crate) fn evaluate(&self, allowed: &Allowance, bounds: &AttackThresholds) -> AttackVerdict {
+    /// Compares the measurements with the allowance and thresholds.
+    pub(crate) fn evaluate(
+        &self,
+        allowance: &Allowance,
+        thresholds: &AttackThresholds,
+    ) -> AttackVerdict {
         let mut failures = Vec::new();
         if self.died {
             failures.push("the gateway or Redis ended".to_owned());
         }
-        self.evaluate_honest(bounds, allowed, &mut failures);
-        self.evaluate_growth(allowed, &mut failures);
+        self.evaluate_honest(thresholds, allowance, &mut failures);
+        self.evaluate_growth(allowance, &mut failures);
         match self.recovered_after {
             Some(_) => {}
             None => {
-                let left = allowed.unrecovered(&self.residual).join(", ");
-                failures.push(format!("not back in time: {left}"));
+                let left = allowance.unrecovered(&self.residual).join(", ");
+                failures.push(format!("not recovered in time: {left}"));
             }
         }
-        if let Some(close) = allowed.close
+        if let Some(close) = allowance.close
             && !self.close_reasons.keys().any(|end| end.starts_with(close))
         {
             failures.push(format!("no connection of the attacker was closed with {close}"));
         }
         let lag = Duration::from_micros(self.legitimate.lag_p99_us.max(self.control.lag_p99_us));
-        let invalid = (lag > bounds.lag_max).then(|| {
-            let (lag, max) = (lag.as_micros(), bounds.lag_max.as_micros());
-            format!("this tool was {lag} µs late (p99), {max} is the most")
+        let invalid = (lag > thresholds.lag_max).then(|| {
+            let (lag, max) = (lag.as_micros(), thresholds.lag_max.as_micros());
+            format!("the load generator was {lag} µs late (p99), more than {max} µs")
         });
         if self.legitimate.sent == 0 || self.control.sent == 0 {
             failures.push("no legitimate client could send".to_owned());
@@ -272,14 +278,14 @@ impl AttackMeasurement {
 
     fn evaluate_honest(
         &self,
-        bounds: &AttackThresholds,
-        allowed: &Allowance,
+        thresholds: &AttackThresholds,
+        allowance: &Allowance,
         failures: &mut Vec<String>,
     ) {
         let (legitimate, control) = (&self.legitimate, &self.control);
-        let slack = bounds.slack.as_secs_f64() * 1e3;
-        let most = (P99_FACTOR * control.p99_ms).max(control.p99_ms + slack);
-        if legitimate.p99_ms > most {
+        let slack = thresholds.slack.as_secs_f64() * 1e3;
+        let max_allowed = (P99_FACTOR * control.p99_ms).max(control.p99_ms + slack);
+        if legitimate.p99_ms > max_allowed {
             let times = legitimate.p99_ms / control.p99_ms.max(0.001);
             failures.push(format!("legitimate p99 is {times:.1} times the control's"));
         }
@@ -288,14 +294,14 @@ impl AttackMeasurement {
             (legitimate.rejected, "legitimate messages rejected"),
             (legitimate.lost, "legitimate deliveries missing"),
             (legitimate.ended, "legitimate connections ended"),
-            (legitimate.newcomers_failed, "newcomers did not get in"),
+            (legitimate.newcomers_failed, "newcomers did not join"),
             (legitimate.probes_failed, "probes of /health and /ready failed"),
         ] {
             if count > 0 {
                 failures.push(format!("{count} {what}"));
             }
         }
-        let newcomers_max = PROBE_MAX_MS.max(allowed.newcomers.as_secs_f64() * 1e3);
+        let newcomers_max = PROBE_MAX_MS.max(allowance.newcomers.as_secs_f64() * 1e3);
         for (ours, theirs, max, what) in [
             (legitimate.newcomers_p99_ms, control.newcomers_p99_ms, newcomers_max, "newcomers"),
             (legitimate.probes_p99_ms, control.probes_p99_ms, PROBE_MAX_MS, "/health and /ready"),
@@ -306,25 +312,29 @@ impl AttackMeasurement {
         }
     }
 
-    fn evaluate_growth(&self, allowed: &Allowance, failures: &mut Vec<String>) {
+    fn evaluate_growth(&self, allowance: &Allowance, failures: &mut Vec<String>) {
         let mib = |bytes: f64| bytes / f64::from(1 << 20);
         let bytes = GROWTH_FACTOR * self.sent_bytes as f64;
         let gateway = bytes
             + (GATEWAY_SPARE_BYTES
                 + self.connections * CONNECTION_BYTES
-                + allowed.streams * OUTBOX_BYTES) as f64;
-        let redis = bytes + allowed.redis_bytes() as f64;
-        for (peak_growth, most, what) in [
+                + allowance.streams * OUTBOX_BYTES) as f64;
+        let redis = bytes + allowance.redis_bytes() as f64;
+        for (peak_growth, max_allowed, what) in [
             (self.peak_growth.gateway_bytes as f64, gateway, "the gateway"),
             (self.peak_growth.redis_bytes as f64, redis, "Redis"),
         ] {
-            if peak_growth > most {
-                let (peak_growth, most) = (mib(peak_growth), mib(most));
-                failures.push(format!("{what} held {peak_growth:.1} MiB, {most:.1} is the most"));
+            if peak_growth > max_allowed {
+                let (peak_growth, max_allowed) = (mib(peak_growth), mib(max_allowed));
+                failures
+                    .push(format!("{what} held {peak_growth:.1} MiB, more than {max_allowed:.1}"));
             }
         }
         if self.peak_growth.log_bytes > LOG_BYTES_MAX {
-            failures.push(format!("{:.1} MiB of log", mib(self.peak_growth.log_bytes as f64)));
+            failures.push(format!(
+                "the gateway logged {:.1} MiB",
+                mib(self.peak_growth.log_bytes as f64)
+            ));
         }
     }
 }
@@ -335,7 +345,7 @@ mod tests {
 
     const MIB: u64 = 1 << 20;
 
-    fn bounds() -> AttackThresholds {
+    fn thresholds() -> AttackThresholds {
         AttackThresholds { slack: Duration::ZERO, lag_max: Duration::from_millis(1) }
     }
 
@@ -357,14 +367,14 @@ mod tests {
         }
     }
 
-    fn failures(change: impl FnOnce(&mut AttackMeasurement), allowed: Allowance) -> Vec<String> {
+    fn failures(change: impl FnOnce(&mut AttackMeasurement), allowance: Allowance) -> Vec<String> {
         let mut measured = withstood();
         change(&mut measured);
-        measured.evaluate(&allowed, &bounds()).failures
+        measured.evaluate(&allowance, &thresholds()).failures
     }
 
     #[test]
-    fn a_node_that_withstands_has_no_failures() {
+    fn node_that_withstands_has_no_failures() {
         assert_eq!(failures(|_| (), Allowance::default()), [""; 0]);
     }
 
@@ -377,7 +387,7 @@ mod tests {
             (|m| m.legitimate.rejected = 2, "2 legitimate messages rejected"),
             (|m| m.legitimate.lost = 3, "3 legitimate deliveries missing"),
             (|m| m.legitimate.ended = 1, "1 legitimate connections ended"),
-            (|m| m.legitimate.newcomers_failed = 1, "1 newcomers did not get in"),
+            (|m| m.legitimate.newcomers_failed = 1, "1 newcomers did not join"),
             (|m| m.legitimate.newcomers_p99_ms = 251.0, "newcomers took 251 ms, the control's 0"),
             (|m| m.legitimate.probes_failed = 1, "1 probes of /health and /ready failed"),
             (
@@ -386,31 +396,31 @@ mod tests {
             ),
             (
                 |m| m.peak_growth.gateway_bytes = 45 * MIB,
-                "the gateway held 45.0 MiB, 44.2 is the most",
+                "the gateway held 45.0 MiB, more than 44.2",
             ),
-            (|m| m.peak_growth.redis_bytes = 23 * MIB, "Redis held 23.0 MiB, 22.0 is the most"),
-            (|m| m.peak_growth.log_bytes = MIB, "1.0 MiB of log"),
+            (|m| m.peak_growth.redis_bytes = 23 * MIB, "Redis held 23.0 MiB, more than 22.0"),
+            (|m| m.peak_growth.log_bytes = MIB, "the gateway logged 1.0 MiB"),
             (|m| m.died = true, "the gateway or Redis ended"),
             (|m| m.legitimate.sent = 0, "no legitimate client could send"),
             (
                 |m| (m.recovered_after, m.residual.subscriptions) = (None, 348_576),
-                "not back in time: 348576 subscriptions stay, at most 16 may",
+                "not recovered in time: 348576 subscriptions remain, more than 16",
             ),
             (
                 |m| (m.recovered_after, m.residual.is_known) = (None, false),
-                "not back in time: the gateway or Redis does not answer",
+                "not recovered in time: the gateway or Redis does not answer",
             ),
             (
                 |m| (m.recovered_after, m.residual.keys) = (None, 17),
-                "not back in time: 17 keys in Redis stay, at most 16 may",
+                "not recovered in time: 17 keys in Redis remain, more than 16",
             ),
             (
                 |m| (m.recovered_after, m.residual.descriptors) = (None, 17),
-                "not back in time: 17 descriptors stay, at most 16 may",
+                "not recovered in time: 17 descriptors remain, more than 16",
             ),
             (
                 |m| (m.recovered_after, m.residual.gateway_bytes) = (None, 25 * MIB),
-                "not back in time: the gateway keeps 25.0 MiB",
+                "not recovered in time: the gateway keeps 25.0 MiB",
             ),
         ];
         for (change, expected) in cases {
@@ -419,8 +429,8 @@ mod tests {
     }
 
     #[test]
-    fn an_allowance_counts_streams_users_and_records() {
-        let allowed = Allowance {
+    fn allowance_includes_streams_users_and_records() {
+        let allowance = Allowance {
             streams: 300,
             users: 10,
             records: 100,
@@ -428,30 +438,31 @@ mod tests {
             ..Allowance::default()
         };
         let peak_growth = |m: &mut AttackMeasurement| m.peak_growth.gateway_bytes = 340 * MIB;
-        assert_eq!(failures(peak_growth, allowed), [""; 0]);
-        assert_eq!(failures(peak_growth, Allowance { streams: 1, ..allowed }).len(), 1);
+        assert_eq!(failures(peak_growth, allowance), [""; 0]);
+        assert_eq!(failures(peak_growth, Allowance { streams: 1, ..allowance }).len(), 1);
         let residual = |keys| NodeUsage { keys, is_known: true, ..NodeUsage::default() };
         assert!(
-            allowed.is_recovered(&residual(16 + 100 + 40)) && !allowed.is_recovered(&residual(157))
+            allowance.is_recovered(&residual(16 + 100 + 40))
+                && !allowance.is_recovered(&residual(157))
         );
-        assert!(!allowed.is_recovered(&NodeUsage::default()), "what is not known is not back");
+        assert!(!allowance.is_recovered(&NodeUsage::default()), "unknown usage is not recovered");
     }
 
     #[test]
-    fn a_close_code_that_is_asked_for_has_to_come() {
-        let allowed = Allowance { close: Some("1009"), ..Allowance::default() };
+    fn required_close_code_must_occur() {
+        let allowance = Allowance { close: Some("1009"), ..Allowance::default() };
         let none = ["no connection of the attacker was closed with 1009"];
-        assert_eq!(failures(|_| (), allowed), none);
+        assert_eq!(failures(|_| (), allowance), none);
         let close_reasons =
             |m: &mut AttackMeasurement| m.close_reasons = [("1009 too big".to_owned(), 3)].into();
-        assert_eq!(failures(close_reasons, allowed), [""; 0]);
+        assert_eq!(failures(close_reasons, allowance), [""; 0]);
     }
 
     #[test]
-    fn slack_widens_times_only_and_lateness_makes_them_invalid() {
+    fn slack_applies_to_times_and_lateness_invalidates() {
         let mut measured = withstood();
         measured.legitimate.p99_ms = 90.0;
-        let lenient = AttackThresholds { slack: Duration::from_millis(100), ..bounds() };
+        let lenient = AttackThresholds { slack: Duration::from_millis(100), ..thresholds() };
         assert_eq!(measured.evaluate(&Allowance::default(), &lenient), AttackVerdict::default());
         measured.control.lag_p99_us = 1_500;
         let verdict = measured.evaluate(&Allowance::default(), &lenient);
@@ -459,7 +470,7 @@ mod tests {
     }
 
     #[test]
-    fn usage_is_compared_value_by_value() {
+    fn usage_grows_and_peaks_per_value() {
         let before = NodeUsage { keys: 5, descriptors: 9, ..NodeUsage::default() };
         let now = NodeUsage { keys: 7, descriptors: 3, ..NodeUsage::default() };
         assert_eq!(now.since(before), NodeUsage { keys: 2, ..NodeUsage::default() });

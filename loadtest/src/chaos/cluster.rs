@@ -1,6 +1,7 @@
-//! Redis, gateways, nginx and the links between them, as processes of this machine.
+//! A local cluster: Redis, gateways, nginx and the links between them, as processes of this
+//! machine.
 //!
-//! Each has ports of its own, is stopped by its pid, and ends with the cluster.
+//! Each process has ports of its own, is signalled by its pid, and ends with the cluster.
 
 use std::{
     fs::File,
@@ -22,55 +23,55 @@ use tokio::{
 
 use crate::procfs::free_address;
 
-/// How long a server may take until it serves. Nodes on a new Redis wait for others that may know
+/// Time limit for a server to become ready. Nodes on a new Redis wait for other nodes that may know
 /// it.
 const READY_TIMEOUT: Duration = Duration::from_secs(60);
-/// How long a server may take to end in order.
+/// Time limit for a graceful shutdown.
 const SHUTDOWN_TIMEOUT: Duration = Duration::from_secs(60);
 const POLL_INTERVAL: Duration = Duration::from_millis(10);
 
-/// Why a cluster does not start, or a part of it not again.
+/// Why a cluster or one of its processes does not start.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum ClusterError {
-    /// A program is not there or not to be run.
+    /// A program does not exist or cannot be executed.
     #[error("cannot start {program}: {source}")]
     Start {
-        /// The program.
+        /// Name of the program.
         program: String,
-        /// Why.
+        /// The cause.
         source: io::Error,
     },
-    /// It does not serve.
+    /// A server does not become ready.
     #[error("{program} is not ready after {} s; its log ends: {log}", READY_TIMEOUT.as_secs())]
     NotReady {
-        /// The program.
+        /// Name of the program.
         program: String,
-        /// The end of what it said.
+        /// The end of its log.
         log: String,
     },
-    /// nginx' configuration cannot be made.
+    /// nginx' configuration cannot be rendered.
     #[error("{program}: {output}")]
     Render {
         /// The script.
         program: String,
-        /// What it says.
+        /// Its standard error.
         output: String,
     },
-    /// A folder or a port of this machine.
+    /// A directory or a port of this machine is not available.
     #[error("cannot prepare the cluster: {0}")]
     Prepare(#[from] io::Error),
 }
 
-/// Where the programs are.
+/// Paths of the programs.
 #[derive(Clone, Debug)]
 pub(crate) struct ClusterPrograms {
     /// The gateway.
     pub(crate) gateway: PathBuf,
-    /// The script that makes nginx' configuration.
+    /// The script that renders nginx' configuration.
     pub(crate) render: PathBuf,
 }
 
-/// A process.
+/// A server process.
 #[derive(Debug)]
 pub(crate) struct ServerProcess {
     name: String,
@@ -78,18 +79,18 @@ pub(crate) struct ServerProcess {
     log: PathBuf,
 }
 
-/// A gateway, and the links to it and from it.
+/// A gateway with proxies on its links.
 #[derive(Debug)]
 pub(crate) struct ClusterNode {
     process: ServerProcess,
     listen: SocketAddr,
-    /// Between it and Redis.
+    /// Between the gateway and Redis.
     pub(crate) bus: Proxy,
-    /// Between it and the clients that do not come through nginx.
+    /// Between the gateway and clients that bypass nginx.
     pub(crate) clients: Proxy,
 }
 
-/// All of it.
+/// Redis, gateways and nginx.
 #[derive(Debug)]
 pub(crate) struct LocalCluster {
     programs: ClusterPrograms,
@@ -98,12 +99,12 @@ pub(crate) struct LocalCluster {
     pub(crate) nodes: Vec<ClusterNode>,
     nginx: ServerProcess,
     nginx_address: SocketAddr,
-    // Last, so that it is there as long as those who write into it.
+    // Last, so that it outlives the processes that write into it.
     scratch: TempDir,
 }
 
 impl ServerProcess {
-    /// Starts a program whose output goes behind what is in its log.
+    /// Starts a program whose output is appended to its log.
     pub(crate) fn start(
         name: String,
         mut command: Command,
@@ -118,17 +119,17 @@ impl ServerProcess {
         Ok(Self { name, child, log })
     }
 
-    /// Its process id, until it has ended.
+    /// Process id, until the process has ended.
     pub(crate) fn pid(&self) -> Option<u32> {
         self.child.id()
     }
 
-    /// Whether it has ended.
+    /// Whether the process has ended.
     pub(crate) fn has_ended(&mut self) -> bool {
         !matches!(self.child.try_wait(), Ok(None))
     }
 
-    /// The file of its output.
+    /// Path of its log.
     pub(crate) fn log(&self) -> &Path {
         &self.log
     }
@@ -143,7 +144,7 @@ impl ServerProcess {
         let _ = self.child.kill().await;
     }
 
-    /// Ends it in order, or at once where it does not.
+    /// Sends SIGTERM, and SIGKILL after the time limit.
     pub(crate) async fn stop(&mut self) {
         self.signal("TERM").await;
         if timeout(SHUTDOWN_TIMEOUT, self.child.wait()).await.is_err() {
@@ -151,7 +152,7 @@ impl ServerProcess {
         }
     }
 
-    /// Asks until the answer begins as it should.
+    /// Sends `request` repeatedly until the reply begins with `response`.
     pub(crate) async fn wait_for(
         &self,
         address: SocketAddr,
@@ -175,7 +176,7 @@ impl ServerProcess {
     }
 }
 
-/// The first bytes of an answer.
+/// Sends a request and reads the first `count` bytes of the reply.
 async fn exchange(address: SocketAddr, request: &str, count: usize) -> io::Result<String> {
     let mut stream = TcpStream::connect(address).await?;
     stream.write_all(request.as_bytes()).await?;
@@ -185,7 +186,7 @@ async fn exchange(address: SocketAddr, request: &str, count: usize) -> io::Resul
 }
 
 impl LocalCluster {
-    /// Starts Redis, which keeps a file, so many gateways, and nginx.
+    /// Starts Redis with an append-only file, `nodes` gateways, and nginx.
     pub(crate) async fn start(
         programs: ClusterPrograms,
         nodes: usize,
@@ -210,14 +211,14 @@ impl LocalCluster {
         Ok(cluster)
     }
 
-    /// Where clients connect, in turn: nginx, then each gateway past it.
+    /// URLs for clients, in turn: nginx, then each gateway directly.
     pub(crate) fn urls(&self) -> Vec<String> {
         let direct = self.nodes.iter().map(|node| node.clients.address);
         let all = std::iter::once(self.nginx_address).chain(direct);
         all.map(|address| format!("ws://{address}/ws")).collect()
     }
 
-    /// Waits until every gateway says that it is ready.
+    /// Waits until every gateway is ready.
     pub(crate) async fn wait_until_ready(&self) -> Result<(), ClusterError> {
         let request = "GET /ready HTTP/1.1\r\nHost: chaos\r\nConnection: close\r\n\r\n";
         for node in &self.nodes {
@@ -226,12 +227,12 @@ impl LocalCluster {
         Ok(())
     }
 
-    /// Sends a gateway a signal.
+    /// Sends a signal to a gateway.
     pub(crate) async fn signal_gateway(&self, node: usize, signal: &str) {
         self.nodes[node].process.signal(signal).await;
     }
 
-    /// Ends a gateway, by SIGKILL or in order, and starts it again.
+    /// Stops a gateway, by SIGKILL or gracefully, and starts it again.
     pub(crate) async fn restart_gateway(
         &mut self,
         number: usize,
@@ -248,12 +249,12 @@ impl LocalCluster {
         Ok(())
     }
 
-    /// Sends Redis a signal.
+    /// Sends a signal to Redis.
     pub(crate) async fn signal_redis(&self, signal: &str) {
         self.redis.signal(signal).await;
     }
 
-    /// Ends Redis, by SIGKILL or in order, and starts it again, with or without its file.
+    /// Stops Redis, by SIGKILL or gracefully, and starts it again, with its file or `empty`.
     pub(crate) async fn restart_redis(
         &mut self,
         kill: bool,
@@ -275,17 +276,17 @@ impl LocalCluster {
         Ok(())
     }
 
-    /// Gives Redis a command in its inline form. It may not answer.
+    /// Sends an inline command to Redis, which may not answer.
     pub(crate) async fn send_redis_command(&self, command: &str) {
         send_command(self.redis_address, command).await;
     }
 
-    /// Has nginx read its configuration again.
+    /// Makes nginx reload its configuration.
     pub(crate) async fn reload_nginx(&self) {
         self.nginx.signal("HUP").await;
     }
 
-    /// Ends all of it: gateways first, so that they can say goodbye while Redis is there.
+    /// Stops all processes: gateways first, while Redis is there for their departure.
     pub(crate) async fn stop(mut self) {
         for node in &self.nodes {
             node.process.signal("TERM").await;
@@ -300,31 +301,32 @@ impl LocalCluster {
 
 impl Drop for LocalCluster {
     fn drop(&mut self) {
-        // SIGKILL, which the others get, would leave the worker behind.
+        // SIGKILL, which the other processes get, would leave nginx' worker behind.
         let Some(pid) = self.nginx.child.id() else { return };
         let _ = std::process::Command::new("kill").args(["-s", "TERM", &pid.to_string()]).status();
         for _ in 0..100 {
             if !matches!(self.nginx.child.try_wait(), Ok(None)) {
                 return;
             }
-            #[expect(clippy::disallowed_methods, reason = "nothing else is left to do")]
+            #[expect(clippy::disallowed_methods, reason = "drop cannot await")]
             std::thread::sleep(POLL_INTERVAL);
         }
     }
 }
 
-/// Sends a process a signal, named as for `kill`. It may have ended by itself.
+/// Sends a signal, named as for `kill`, to a process, which may have ended already.
 pub(super) async fn signal(pid: u32, signal: &str) {
     let _ = Command::new("kill").args(["-s", signal, &pid.to_string()]).status().await;
 }
 
-/// Gives a Redis a command in its inline form. It may not answer.
+/// Sends an inline command to a Redis, which may not answer.
 pub(super) async fn send_command(redis: SocketAddr, command: &str) {
     let _ = timeout(Duration::from_secs(1), exchange(redis, &format!("{command}\r\n"), 1)).await;
 }
 
 async fn start_redis(address: SocketAddr, scratch: &Path) -> Result<ServerProcess, ClusterError> {
-    // Every write is in the file before it is answered: what was acknowledged is there again.
+    // Every write is in the file before it is answered, so that acknowledged data survives a
+    // SIGKILL.
     start_redis_with(address, scratch, &["--appendonly", "yes", "--appendfsync", "always"]).await
 }
 
@@ -362,7 +364,7 @@ fn start_gateway(
         "auth.allow_anonymous=true",
         "drain.delay=200ms",
         "log.format=json",
-        // All clients have one address.
+        // All clients have the same address.
         "limits.connections_per_ip=0",
         "limits.handshakes_per_minute_per_ip=0",
         "limits.connections_per_user=0",
@@ -383,7 +385,7 @@ async fn start_nginx(
     scratch: &Path,
 ) -> Result<ServerProcess, ClusterError> {
     let mut render = Command::new(&programs.render);
-    // A single process, without a worker, cannot be reloaded.
+    // nginx without a worker cannot be reloaded.
     render.args(["map", "--workers", "1", "--listen", &address.to_string()]);
     for gateway in gateways {
         render.args(["--node", &gateway.to_string()]);

@@ -1,4 +1,4 @@
-//! A cluster that somebody else runs: what can be done to it without starting anything again.
+//! An external cluster: faults are injected without restarting its processes.
 
 use std::{io, net::SocketAddr, time::Duration};
 
@@ -11,10 +11,10 @@ use super::{
 };
 use crate::args::{ExternalArgs, ServerUrl};
 
-/// Its parts, as far as they are known.
+/// The parts of the cluster that faults can be injected into.
 #[derive(Debug)]
 pub(crate) struct ExternalCluster {
-    /// One before each URL.
+    /// One for each URL.
     proxies: Vec<Proxy>,
     paths: Vec<String>,
     gateways: Vec<u32>,
@@ -22,7 +22,7 @@ pub(crate) struct ExternalCluster {
 }
 
 impl ExternalCluster {
-    /// Puts a proxy before each URL.
+    /// Starts a proxy in front of each URL.
     pub(crate) async fn new(args: &ExternalArgs) -> Result<Self, ClusterError> {
         let (mut proxies, mut paths) = (Vec::new(), Vec::new());
         for ServerUrl { authority, path } in &args.url {
@@ -34,18 +34,18 @@ impl ExternalCluster {
         Ok(Self { proxies, paths, gateways: args.gateway_pid.clone(), redis: args.redis })
     }
 
-    /// Where members connect.
+    /// URLs for clients.
     pub(crate) fn urls(&self) -> Vec<String> {
         let both = self.proxies.iter().zip(&self.paths);
         both.map(|(proxy, path)| format!("ws://{}{path}", proxy.address)).collect()
     }
 
-    /// How many gateways may be picked.
+    /// Number of gateways to choose from.
     pub(crate) fn nodes(&self) -> usize {
         self.proxies.len().max(self.gateways.len())
     }
 
-    /// What can be done to it.
+    /// Kinds of faults that can be injected.
     pub(crate) fn kinds(&self) -> Vec<FaultKind> {
         let mut kinds =
             vec![FaultKind::ClientCut, FaultKind::ClientBlackHole, FaultKind::ClientDelay];
@@ -58,7 +58,7 @@ impl ExternalCluster {
         kinds
     }
 
-    /// Does one fault, and mends it.
+    /// Injects one fault and ends it.
     pub(crate) async fn inject(&self, fault: PlannedFault) {
         let duration = Duration::from_millis(fault.duration_ms);
         let clients = async |mode| {
@@ -88,7 +88,7 @@ impl ExternalCluster {
         }
     }
 
-    /// Opens all ways and has all gateways go on, whatever was under way.
+    /// Reopens all links and continues all gateways, even if a fault was interrupted.
     pub(crate) async fn recover(&self) {
         self.proxies.iter().for_each(|proxy| proxy.set(Mode::Open));
         for pid in &self.gateways {

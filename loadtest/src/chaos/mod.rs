@@ -1,4 +1,5 @@
-//! A cluster, its own or one that is there, members who talk, and a plan of what goes wrong meanwhile.
+//! `loadtest chaos`: a ledger run against a cluster, local or external, into which a plan of faults
+//! is injected.
 
 use std::time::Duration;
 
@@ -20,28 +21,28 @@ pub(crate) mod cluster;
 mod external;
 mod plan;
 
-/// How late what clients send, and get, is while it is delayed.
+/// Delay of the bytes of clients in `ClientDelay`.
 const CLIENT_DELAY: Duration = Duration::from_millis(200);
 
 /// Why a run has no result.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum ChaosError {
-    /// The cluster does not run.
+    /// The cluster failed.
     #[error(transparent)]
     Cluster(#[from] ClusterError),
-    /// The members do not.
+    /// The test clients failed.
     #[error(transparent)]
     LedgerRun(#[from] LedgerRunError),
-    /// Somebody stopped it.
+    /// A signal ended the run.
     #[error("interrupted")]
     Interrupted,
 }
 
-/// What members talk through, and faults are done to.
+/// The cluster that clients use and faults are injected into.
 enum ChaosTarget {
-    /// It was started for this.
+    /// Started for this run.
     Local(Box<LocalCluster>),
-    /// It was there.
+    /// Started by others.
     External(ExternalCluster),
 }
 
@@ -57,13 +58,13 @@ impl ChaosTarget {
     }
 }
 
-/// Has members talk, does what the plan has, and tells what they saw.
+/// Runs `loadtest chaos`.
 pub(crate) async fn run(args: ChaosArgs) -> Result<Report, ChaosError> {
     let ChaosArgs { seed, external, load, .. } = args;
     if external.url.is_empty() {
         let faults = plan::plan(seed, load.duration, args.nodes, &FaultKind::ALL);
         let programs = ClusterPrograms { gateway: args.gateway, render: args.nginx_render };
-        // Cancelled, it ends what it has started.
+        // If it is cancelled, dropping it ends the started processes.
         let cluster = tokio::select! {
             cluster = LocalCluster::start(programs, args.nodes) => Box::new(cluster?),
             () = crate::interrupt_signal() => return Err(ChaosError::Interrupted),
@@ -71,7 +72,7 @@ pub(crate) async fn run(args: ChaosArgs) -> Result<Report, ChaosError> {
         let (urls, mut target) = (cluster.urls(), ChaosTarget::Local(cluster));
         let report = run_faults(&mut target, urls, &faults, seed, &load).await;
         if let ChaosTarget::Local(cluster) = target {
-            // Whatever came of it.
+            // Whether the run succeeded or not.
             cluster.stop().await;
         }
         return report;
@@ -107,7 +108,7 @@ async fn run_faults(
         return Err(error.into());
     }
     if is_interrupted {
-        // What was under way is not mended, and nothing could be counted.
+        // Interrupted faults were not ended, and messages cannot be counted.
         return Err(ChaosError::Interrupted);
     }
     let mut report = run.finish("chaos", &load.thresholds).await?;
@@ -148,7 +149,7 @@ fn name(fault: PlannedFault) -> String {
     }
 }
 
-/// Does one fault, and mends it.
+/// Injects one fault and ends it.
 async fn inject(cluster: &mut LocalCluster, fault: PlannedFault) -> Result<(), ClusterError> {
     let (node, duration) = (fault.node, Duration::from_millis(fault.duration_ms));
     let bus = async |cluster: &LocalCluster, mode| {

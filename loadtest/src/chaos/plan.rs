@@ -1,80 +1,79 @@
-//! What goes wrong when: drawn from a seed, so that the same seed is the same plan.
+//! The fault plan, drawn from a seed: the same seed gives the same plan.
 //!
-//! Pure. A further kind is one more entry of [`Kind::ALL`] and what it does in [`super::inject`].
+//! Pure. A new kind is one more entry of [`FaultKind::ALL`] and its effect in [`super::inject`].
 
 use std::{fmt, time::Duration};
 
 use rand::{RngExt as _, SeedableRng as _, rngs::StdRng, seq::SliceRandom as _};
 use serde::Serialize;
 
-/// How long everything works before the first fault.
+/// Time before the first fault.
 const WARM_UP: Duration = Duration::from_secs(2);
-/// How long everything works at the end, so that clients are back when the run is over.
+/// Time after the last fault, in which clients reconnect.
 const RECOVERY: Duration = Duration::from_secs(8);
-/// The pause between two faults, ms.
+/// Pause between two faults, ms.
 const PAUSE_MS: std::ops::Range<u64> = 300..1_200;
-/// How long a fault lasts that lasts, ms. Shorter than a node's lease: longer ones have a test of
+/// Duration of a fault that has one, ms. Shorter than a node's lease: longer ones have a test of
 /// their own (docs/faults.md).
 const DURATION_MS: std::ops::Range<u64> = 200..2_000;
 
-/// What goes wrong.
+/// Kinds of faults.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
 #[serde(rename_all = "snake_case")]
 pub(crate) enum FaultKind {
-    /// A gateway gets SIGKILL, and is started again.
+    /// A gateway gets SIGKILL and is started again.
     GatewayKill,
-    /// A gateway gets SIGTERM, ends in order, and is started again.
+    /// A gateway gets SIGTERM, shuts down and is started again.
     GatewayTerm,
-    /// A gateway gets SIGSTOP, later SIGCONT.
+    /// A gateway gets SIGSTOP, and later SIGCONT.
     GatewayStop,
-    /// All gateways, one after the other, as `GatewayTerm`.
+    /// All gateways one after the other, each as `GatewayTerm`.
     RollingDeploy,
-    /// Redis gets SIGKILL, and is started again with its file.
+    /// Redis gets SIGKILL and is started again with its file.
     RedisKill,
-    /// Redis ends in order, and is started again.
+    /// Redis shuts down and is started again.
     RedisRestart,
-    /// Redis gets SIGKILL, and is started again without its file.
+    /// Redis gets SIGKILL and is started again without its file.
     RedisEmpty,
-    /// Redis gets SIGSTOP, later SIGCONT.
+    /// Redis gets SIGSTOP, and later SIGCONT.
     RedisStop,
-    /// Redis closes the connections that subscribe.
+    /// Redis closes its subscriber connections.
     RedisClientKillPubsub,
-    /// Redis closes all others.
+    /// Redis closes all other connections.
     RedisClientKillNormal,
-    /// nginx reads its configuration again.
+    /// nginx reloads its configuration.
     NginxReload,
     /// The link between a gateway and Redis is cut.
     BusCut,
-    /// Nothing passes on it.
+    /// The link between a gateway and Redis holds all bytes.
     BusBlackHole,
-    /// What passes on it is late.
+    /// The link between a gateway and Redis delays bytes.
     BusDelay,
-    /// Only what Redis says passes on it.
+    /// The link between a gateway and Redis holds requests and forwards responses.
     BusOneWay,
     /// The links between clients and a gateway are cut.
     ClientCut,
-    /// Nothing passes on them.
+    /// The links between clients and a gateway hold all bytes.
     ClientBlackHole,
-    /// What passes on them is late.
+    /// The links between clients and a gateway delay bytes.
     ClientDelay,
 }
 
-/// One thing that goes wrong.
+/// One fault of a plan.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 pub(crate) struct PlannedFault {
-    /// When it begins at the earliest, ms from the start of the run. One is mended before the next
-    /// begins.
+    /// Earliest begin, ms from the start of the run. A fault ends before the next begins.
     pub(crate) at_ms: u64,
-    /// What.
+    /// Kind of the fault.
     pub(crate) kind: FaultKind,
-    /// The gateway, where it is about one.
+    /// Index of the gateway, for kinds that concern one.
     pub(crate) node: usize,
-    /// How long, where it lasts, ms.
+    /// Duration, ms; 0 for kinds without one.
     pub(crate) duration_ms: u64,
 }
 
 impl FaultKind {
-    /// All of them.
+    /// All kinds.
     pub(crate) const ALL: [Self; 18] = [
         Self::GatewayKill,
         Self::GatewayTerm,
@@ -96,7 +95,7 @@ impl FaultKind {
         Self::ClientDelay,
     ];
 
-    /// Whether it goes on until it is mended.
+    /// Whether it lasts until it is ended.
     fn has_duration(self) -> bool {
         !matches!(
             self,
@@ -120,8 +119,8 @@ impl fmt::Display for FaultKind {
     }
 }
 
-/// The faults of a run of this length with so many gateways. Every kind comes once before any comes
-/// again.
+/// The faults of a run of `duration` with `nodes` gateways. Every kind occurs once before any
+/// occurs again.
 pub(crate) fn plan(
     seed: u64,
     duration: Duration,
@@ -155,7 +154,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_same_seed_is_the_same_plan_and_another_is_another() {
+    fn plan_depends_on_the_seed() {
         let minute = Duration::from_secs(60);
         let plan = |seed| plan(seed, minute, 3, &FaultKind::ALL);
         assert_eq!(plan(1), plan(1));
@@ -163,7 +162,7 @@ mod tests {
     }
 
     #[test]
-    fn a_minute_has_all_kinds_in_order_of_time() {
+    fn one_minute_has_all_kinds_in_order_of_time() {
         for seed in 0..100 {
             let faults = plan(seed, Duration::from_secs(60), 3, &FaultKind::ALL);
             let kinds: BTreeSet<FaultKind> = faults.iter().map(|fault| fault.kind).collect();
@@ -176,7 +175,7 @@ mod tests {
     }
 
     #[test]
-    fn too_short_a_run_has_none() {
+    fn short_run_has_no_faults() {
         assert!(plan(1, Duration::from_secs(5), 1, &FaultKind::ALL).is_empty());
         assert!(plan(1, Duration::from_secs(60), 1, &[]).is_empty());
     }
