@@ -1,10 +1,10 @@
-//! Who is running, and how all of it ends.
+//! The tasks of a node, and their orderly end.
 //!
-//! Every task of the gateway is spawned through [`Tasks`], so that none is forgotten at the end:
-//! upgraded sockets in particular are no part of any HTTP server's graceful shutdown. A stop has
-//! three steps. `leaving` tells connections to say goodbye while hub and bus still work, so that
-//! what is queued gets out; `stopped` ends the services; `ended` ends the listeners, which answer
-//! 503 until then.
+//! Every task of the gateway is spawned through [`Tasks`], so that the stop waits for all of them;
+//! upgraded sockets in particular are not part of any HTTP server's graceful shutdown. A stop has
+//! three steps. `leaving` asks connections to close while hub and bus still work, so that queued
+//! frames are sent; `stopped` ends the services; `ended` ends the listeners, which answer 503 until
+//! then.
 
 use std::{fmt, future::Future, pin::Pin, sync::Arc, time::Duration};
 
@@ -20,10 +20,10 @@ pub mod supervision;
 
 use supervision::{FailureCause, Failures, TaskFailure, catch_panic};
 
-/// How long the listeners' last answers may take once everything else has ended.
+/// The time for the last responses of the listeners after everything else has ended.
 const LAST_ANSWERS_MAX: Duration = Duration::from_secs(5);
 
-/// The tasks of a gateway, in three groups that end one after the other.
+/// The tasks of a node, in three groups that end one after the other.
 #[derive(Clone, Debug, Default)]
 pub struct Tasks {
     connections: TaskTracker,
@@ -36,10 +36,10 @@ pub struct Tasks {
     wrapper: TaskWrapper,
 }
 
-/// A task, as [`Tasks::wrapped`] has it.
+/// A task as [`Tasks::wrapped`] receives it.
 pub type BoxedTask = Pin<Box<dyn Future<Output = ()> + Send>>;
 
-/// What stands wrapper every task, where something does.
+/// A function around every task, if there is one.
 #[derive(Clone, Default)]
 struct TaskWrapper(Option<Arc<dyn Fn(BoxedTask) -> BoxedTask + Send + Sync>>);
 
@@ -50,14 +50,13 @@ impl fmt::Debug for TaskWrapper {
 }
 
 impl Tasks {
-    /// Tasks that each run within what `wrapper` makes of them: a simulation freezes and kills a
-    /// gateway so.
+    /// Tasks that run inside of `wrapper`: a simulation freezes and kills a node with it.
     pub fn wrapped(wrapper: impl Fn(BoxedTask) -> BoxedTask + Send + Sync + 'static) -> Self {
         Self { wrapper: TaskWrapper(Some(Arc::new(wrapper))), ..Self::default() }
     }
 
-    /// Spawns a task that serves one client and ends by itself after [`Tasks::leaving`]. A panic ends
-    /// that task alone, and its message goes to `panicked`.
+    /// Spawns a task that serves one client and ends by itself after [`Tasks::leaving`]. A panic
+    /// ends only that task, and its message goes to `panicked`.
     pub fn spawn_connection(
         &self,
         future: impl Future<Output = ()> + Send + 'static,
@@ -72,7 +71,7 @@ impl Tasks {
         future: impl Future<Output = ()> + Send + 'static,
         panicked: impl FnOnce(&str) + Send + 'static,
     ) {
-        // Of this form it is no larger than the future.
+        // In this form the future does not grow.
         let contained = catch_panic(future).map(|ended| {
             if let Err(panic) = ended {
                 panicked(&panic);
@@ -81,7 +80,7 @@ impl Tasks {
         self.spawn(group, contained);
     }
 
-    /// Spawns a task that others rely on; it ends after [`Tasks::stopped`]. One that ends otherwise
+    /// Spawns a task that others rely on; it ends after [`Tasks::stopped`]. If it ends earlier, it
     /// has [failed](Tasks::failed).
     pub fn spawn_service(
         &self,
@@ -93,7 +92,7 @@ impl Tasks {
     }
 
     /// Spawns a task that others rely on and that ends when its work is done. A panic is a
-    /// [failure](Tasks::failed) of this node, too.
+    /// [failure](Tasks::failed) of the node.
     pub fn spawn_job(&self, name: &'static str, future: impl Future<Output = ()> + Send + 'static) {
         self.supervise(name, future, || true);
     }
@@ -114,23 +113,23 @@ impl Tasks {
         self.spawn(&self.services, supervised.instrument(span));
     }
 
-    /// Notes that something failed which others rely on and which is no task of these.
+    /// Reports the failure of work that others rely on and that is not a task of this group.
     pub fn fail(&self, name: &'static str, panic: String) {
         self.failures.note(name, FailureCause::Panicked(panic));
     }
 
-    /// Waits until a service has failed: the process has to end. Cancel-safe.
+    /// Waits until a service has failed, after which the process must end. Cancel-safe.
     pub async fn failed(&self) -> TaskFailure {
         self.failures.wait().await
     }
 
-    /// The service that failed first, if one has.
+    /// The first failure, if there was one.
     pub fn failure(&self) -> Option<TaskFailure> {
         self.failures.first()
     }
 
-    /// Spawns a task that answers HTTP requests; it ends after [`Tasks::ended`]. A panic ends that task
-    /// alone, and its message goes to `panicked`.
+    /// Spawns a task that answers HTTP requests; it ends after [`Tasks::ended`]. A panic ends only
+    /// that task, and its message goes to `panicked`.
     pub fn spawn_listener(
         &self,
         future: impl Future<Output = ()> + Send + 'static,
@@ -139,8 +138,8 @@ impl Tasks {
         self.contain(&self.listeners, future, panicked);
     }
 
-    /// Counts a request as a connection until the token is dropped: the services it needs do not
-    /// end before.
+    /// Counts a request as a connection until the token is dropped, so that the services it needs
+    /// stay up.
     pub fn hold(&self) -> TaskTrackerToken {
         self.connections.token()
     }
@@ -152,18 +151,18 @@ impl Tasks {
         };
     }
 
-    /// The same group of tasks, whose services can be ended apart from the others by cancelling
-    /// what [`Tasks::stopped`] of it gives.
+    /// The same groups, with services that can be ended separately by cancelling the child's
+    /// [`Tasks::stopped`].
     pub fn child(&self) -> Self {
         Self { stopped: self.stopped.child_token(), ..self.clone() }
     }
 
-    /// Cancelled when no new client is taken and the present ones are sent away.
+    /// Cancelled when the node accepts no more clients and disconnects the present ones.
     pub fn leaving(&self) -> &CancellationToken {
         &self.leaving
     }
 
-    /// Cancelled when the last client has gone.
+    /// Cancelled when the last client has disconnected.
     pub fn stopped(&self) -> &CancellationToken {
         &self.stopped
     }
@@ -173,7 +172,7 @@ impl Tasks {
         &self.ended
     }
 
-    /// Has clients sent away, within `max`, and ends nothing else.
+    /// Disconnects clients, within `max`, and ends nothing else.
     pub async fn leave(&self, max: Duration) {
         self.leaving.cancel();
         self.connections.close();
@@ -186,7 +185,7 @@ impl Tasks {
         self.connections.close();
         let connections = tokio::time::timeout(step_max, self.connections.wait()).await;
         if connections.is_err() {
-            tracing::warn!(left = self.connections.len(), "connections did not end in time");
+            tracing::warn!(remaining = self.connections.len(), "connections did not end in time");
         }
         self.stopped.cancel();
         self.services.close();
@@ -202,7 +201,7 @@ impl Tasks {
 mod tests {
     use super::*;
 
-    /// Runs `service`, and returns what failed by the time that all has ended.
+    /// Runs `service`, and returns the failure once everything has ended.
     async fn failure_of(service: impl FnOnce(&Tasks)) -> Option<TaskFailure> {
         let tasks = Tasks::default();
         service(&tasks);
@@ -212,7 +211,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_service_that_panics_or_ends_unasked_has_failed() {
+    async fn service_that_panics_or_returns_early_has_failed() {
         let panics =
             failure_of(|tasks| tasks.spawn_service("a", async { panic!("no more") })).await;
         let failure = panics.unwrap();
@@ -225,7 +224,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn what_is_stopped_or_done_has_not_failed() {
+    async fn stopped_services_and_finished_jobs_have_not_failed() {
         let stopped = failure_of(|tasks| {
             let stopped = tasks.stopped().clone();
             tasks.spawn_service("a", async move { stopped.cancelled().await });
@@ -239,7 +238,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_connection_that_panics_ends_alone() {
+    async fn panicking_connection_ends_alone() {
         let (told, panics) = tokio::sync::oneshot::channel();
         let failure = failure_of(|tasks| {
             let told = |panic: &str| drop(told.send(panic.to_owned()));

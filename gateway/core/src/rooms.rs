@@ -1,16 +1,16 @@
-//! Which rooms keep a log, whether rooms come to be by being joined, and [`passwords`] of rooms.
+//! Rules for rooms: durability, creation by a join, and [`passwords`].
 
 use skein_protocol::ids::{RoomId, RoomKind};
 
 pub mod passwords;
 mod fair_queue;
 
-/// What holds for rooms by their names.
+/// Rules that apply to rooms by name.
 #[derive(Clone, Debug)]
 pub struct RoomRules {
-    /// Rooms without a log: names, or prefixes where they end in `*`.
+    /// Rooms without a log: names, or prefixes that end in `*`.
     pub ephemeral: Vec<String>,
-    /// Whether a room that is not there is made by being joined.
+    /// Whether joining a nonexistent room creates it.
     pub create_on_join: bool,
 }
 
@@ -39,7 +39,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn rooms_without_a_log_are_named_or_begin_alike() {
+    fn ephemeral_patterns_match_names_and_prefixes() {
         let ephemeral = vec!["cursors".to_owned(), "live:*".to_owned()];
         let rules = RoomRules { ephemeral, create_on_join: true };
         let is_durable = |room: &str| rules.is_durable(&room.parse().unwrap());

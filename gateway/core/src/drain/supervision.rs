@@ -1,8 +1,9 @@
-//! Notices tasks that end although nothing stopped them.
+//! Detects tasks that end although nothing stopped them.
 //!
-//! A service that is gone leaves a node that looks alive and does part of its work: half of the rooms
-//! without a shard, a bus that hears nothing. Such a node is worse than none, since its clients stay.
-//! So the first service that fails is a reason to end the process; who supervises it starts another.
+//! A node without one of its services looks alive and does only part of its work: half of the rooms
+//! without a shard, or a bus that receives nothing. Such a node is worse than none, since its
+//! clients stay. The first service failure therefore ends the process, and its supervisor starts
+//! another.
 
 use std::{
     any::Any, cell::RefCell, fmt, future::Future, panic::AssertUnwindSafe, panic::PanicHookInfo,
@@ -13,19 +14,19 @@ use tokio::sync::watch;
 
 use crate::telemetry::log_limiter::LogLimiter;
 
-/// A service that has failed.
+/// The failure of a service.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct TaskFailure {
-    /// The name of its task.
+    /// The name of the task.
     pub task: &'static str,
-    /// What it ended by.
+    /// The cause of the failure.
     pub cause: FailureCause,
 }
 
-/// What a service ended by.
+/// The cause of a service's end.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum FailureCause {
-    /// A panic, with its message and place.
+    /// A panic, with its message and location.
     Panicked(String),
     /// It returned, although nothing stopped it.
     Ended,
@@ -41,15 +42,15 @@ impl fmt::Display for TaskFailure {
     }
 }
 
-/// The first service that failed, if one has.
+/// The first service failure, if there was one.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Failures(watch::Sender<Option<TaskFailure>>);
 
 impl Failures {
-    /// Notes that a service has failed. The first one counts, and each is logged.
+    /// Logs a failure, and keeps the first one.
     pub(super) fn note(&self, task: &'static str, cause: FailureCause) {
         let failure = TaskFailure { task, cause };
-        tracing::error!(task, %failure, "a service failed: this process has to end");
+        tracing::error!(task, %failure, "a service failed: the process must end");
         self.0.send_if_modified(|first| {
             let is_first = first.is_none();
             first.get_or_insert(failure);
@@ -75,13 +76,13 @@ impl Failures {
 
 /// The output of a future, or the message of the panic that ended it.
 ///
-/// What the future shares with others must not be left half-done by a panic: locks are not poisoned
-/// here, and are given back as they are.
+/// State that the future shares with others must not be left half-changed by a panic: locks are not
+/// poisoned here, and are released as they are.
 pub fn catch_panic<T>(future: impl Future<Output = T>) -> impl Future<Output = Result<T, String>> {
     AssertUnwindSafe(future).catch_unwind().map(|output| output.map_err(|panic| text_of(&*panic)))
 }
 
-/// As [`catch_panic`], of a call.
+/// As [`catch_panic`], for a call.
 ///
 /// # Errors
 ///
@@ -91,8 +92,8 @@ pub fn catch_panic_sync<T>(call: impl FnOnce() -> T) -> Result<T, String> {
 }
 
 thread_local! {
-    /// Where this thread panicked last, between the hook and whoever catches it.
-    static PLACE: RefCell<Option<String>> = const { RefCell::new(None) };
+    /// The location of this thread's last panic, from the hook to the code that catches it.
+    static LOCATION: RefCell<Option<String>> = const { RefCell::new(None) };
 }
 
 fn message_of(panic: &(dyn Any + Send)) -> &str {
@@ -102,23 +103,23 @@ fn message_of(panic: &(dyn Any + Send)) -> &str {
 
 fn text_of(panic: &(dyn Any + Send)) -> String {
     let message = message_of(panic);
-    match PLACE.take() {
-        Some(place) => format!("{message} ({place})"),
+    match LOCATION.take() {
+        Some(location) => format!("{message} ({location})"),
         None => message.to_owned(),
     }
 }
 
-/// Has panics logged as everything else is, with their places, at most once a minute: a client that
-/// finds a way to cause one repeats it. What they ended is logged by who catches them.
+/// Logs panics like other events, with their locations, at most once a minute, since a client that
+/// can cause a panic may repeat it. The code that catches a panic logs what it ended.
 pub fn log_panics() {
     static LIMITER: LogLimiter = LogLimiter::new();
     std::panic::set_hook(Box::new(|info: &PanicHookInfo<'_>| {
-        let place = info.location().map(ToString::to_string).unwrap_or_default();
+        let location = info.location().map(ToString::to_string).unwrap_or_default();
         if let Some(suppressed) = LIMITER.should_log() {
             let message = message_of(info.payload());
-            tracing::error!(%place, message, suppressed, "a panic");
+            tracing::error!(%location, message, suppressed, "panic");
         }
-        PLACE.set(Some(place));
+        LOCATION.set(Some(location));
     }));
 }
 
@@ -127,7 +128,7 @@ mod tests {
     use super::*;
 
     #[tokio::test]
-    async fn a_panic_is_caught_with_its_message() {
+    async fn panic_is_caught_with_its_message() {
         let never: Result<(), _> = catch_panic(async { panic!("no {}", "more") }).await;
         assert!(never.unwrap_err().starts_with("no more"));
         assert_eq!(catch_panic(async { 7 }).await, Ok(7));
@@ -135,7 +136,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn the_first_failure_counts() {
+    async fn first_failure_is_kept() {
         let failures = Failures::default();
         assert_eq!(failures.first(), None);
         failures.note("a", FailureCause::Ended);

@@ -1,20 +1,21 @@
-//! The meter of a connection's input: how much work a client may cause, whatever its frames are.
+//! The input meter of a connection: bounds the work that a client may cause, by any kind of frame.
 //!
-//! A client can cause work in three ways, and each has its own account.
+//! A client can cause work in three ways, each with its own account.
 //!
 //! - *Requests*: `message` and `direct` frames, other frames (a frame that names users costs a part
-//!   for each name), and frames with a password. Above the rate a frame is refused with
-//!   `rate_limited`, and the connection goes on.
-//! - *Overhead*: control frames, small fragments and refused frames, which carry nothing for anyone.
-//! - *Volume*: bytes, inflated where they were compressed, with a surcharge for each frame.
+//!   per name), and frames with a password. Above the rate a frame is rejected with `rate_limited`,
+//!   and the connection continues.
+//! - *Overhead*: control frames, small fragments and rejected frames, which carry nothing for any
+//!   receiver.
+//! - *Volume*: bytes, counted after inflation, with a surcharge per frame.
 //!
-//! Above the rate of overhead or volume the connection is not read until the account allows it
-//! (backpressure); nothing is refused or lost. A connection that is above the rate of overhead for
-//! [`EXCESS_MAX`] is closed with 1008 `rate_limited`: no client that works has a use for that.
-//! Overhead is counted per address as well, so that many connections get no more than a few would.
+//! Above the rate of overhead or volume the connection is not read until its account allows it
+//! (backpressure); nothing is rejected or lost. A connection above the rate of overhead for
+//! [`EXCESS_MAX`] is closed with 1008 `rate_limited`: no legitimate client needs that. Overhead is
+//! also counted per address, so that many connections get no more than a few would.
 //!
-//! Pure: `now` is an argument. [`InputBudget`] bounds how much of the input is handled at once, so
-//! that one connection keeps the others of its thread waiting for [`INPUT_TIME_MAX`] at most.
+//! Pure: `now` is an argument. [`InputBudget`] bounds the input handled at once, so that one
+//! connection delays the others of its thread by [`INPUT_TIME_MAX`] at most.
 
 use std::{net::IpAddr, sync::Arc, time::Duration};
 
@@ -24,53 +25,54 @@ use tokio::time::Instant;
 use super::{Rate, RateLimiter, RateLimiters};
 use crate::telemetry::metrics::ThrottleReason;
 
-/// How long a connection may be above its rate of overhead before it is closed.
+/// The time for which a connection may exceed its rate of overhead before it is closed.
 pub const EXCESS_MAX: Duration = Duration::from_secs(10);
-/// What each frame counts beside its payload, in bytes of volume.
+/// The surcharge per frame, in bytes of volume.
 const FRAME_BYTES: usize = 128;
-/// A fragment with a smaller payload, in bytes, counts as overhead: a message of the largest
+/// A fragment with a smaller payload, in bytes, counts as overhead. A message of the largest
 /// default size has 256 fragments of this size.
 const FRAGMENT_BYTES_MIN: usize = 1024;
-/// How many times a control frame a refused frame counts: it is parsed, answered and written.
+/// The cost of a rejected frame in control frames: it is parsed, answered and written.
 const REJECTED_UNITS: u32 = 2;
-/// How many connections' overhead an address has.
+/// The overhead of an address, in multiples of a connection's.
 const ADDRESS_SHARE: u32 = 20;
-/// How many names in a frame cost as much as a frame without any.
+/// The number of names in a frame that cost as much as a frame without names.
 const NAMES_PER_UNIT: usize = 4;
-/// How many seconds of its rate a connection may use at once.
+/// The burst of a rate, in seconds.
 const BURST_SECONDS: u32 = 5;
-/// The same of bytes: a message of 256 KiB is parsed in about a millisecond, in one piece.
+/// The burst of volume, in seconds: a message of 256 KiB is parsed in about a millisecond, in one
+/// piece.
 const VOLUME_BURST_SECONDS: u32 = 2;
 
-/// Most frames of any kind that one budget handles.
+/// The most frames in one budget.
 const INPUT_FRAMES_MAX: u32 = 64;
-/// Most payload bytes that one budget handles, inflated. One message may be more.
+/// The most payload bytes in one budget, after inflation. A single message may exceed it.
 const INPUT_BYTES_MAX: usize = 256 * 1024;
-/// The time after which a budget ends. One frame may take longer.
+/// The time of one budget. A single frame may exceed it.
 pub const INPUT_TIME_MAX: Duration = Duration::from_micros(250);
 
-/// The rates of a meter. One for all connections of a node.
+/// The rates of a meter, shared by all connections of a node.
 #[derive(Clone, Debug)]
 pub struct MeterRates {
     /// `message` and `direct` frames.
     pub messages: Rate,
     /// All other frames.
     pub frames: Rate,
-    /// Frames with a password: each takes some 20 ms of a core.
+    /// Frames with a password: each takes about 20 ms of a core.
     pub passwords: Rate,
-    /// Control frames, small fragments and refused frames.
+    /// Control frames, small fragments and rejected frames.
     overhead: Rate,
-    /// The same of all connections of an address.
+    /// The overhead of all connections of an address.
     address_overhead: Rate,
     /// Bytes.
     volume: Rate,
-    /// What clients are told.
+    /// The limits reported to clients.
     advertised: ConnectionLimits,
 }
 
 impl MeterRates {
-    /// Rates by the options `limits.messages_per_second`, `limits.frames_per_second` and
-    /// `limits.bytes_per_second`; 0 switches the rates that depend on it off.
+    /// Rates from the options `limits.messages_per_second`, `limits.frames_per_second` and
+    /// `limits.bytes_per_second`; 0 disables the rates derived from an option.
     pub fn new(messages: u32, frames: u32, bytes_per_second: u64) -> Self {
         let second = Duration::from_secs(1);
         let advertised = ConnectionLimits {
@@ -93,32 +95,32 @@ impl MeterRates {
         }
     }
 
-    /// The rates as clients are told them.
+    /// The limits reported to clients.
     pub fn advertised(&self) -> ConnectionLimits {
         self.advertised
     }
 
-    /// No limit at all.
+    /// No limits.
     pub fn unlimited() -> Self {
         Self { passwords: Rate::new(0, Duration::ZERO, 0), ..Self::new(0, 0, 0) }
     }
 }
 
-/// The overhead that each address has caused.
+/// The overhead of each address.
 pub type AddressMeters = RateLimiters<IpAddr>;
 
-/// What a connection that was [settled](Meter::settle) does next.
+/// The decision on a connection after [`Meter::settle`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum MeterDecision {
-    /// It is read on.
+    /// Continue reading.
     Continue,
-    /// It is not read for so long.
+    /// Do not read for this time.
     Pause(Duration, ThrottleReason),
-    /// It is closed with 1008 `rate_limited`.
+    /// Close with 1008 `rate_limited`.
     Close,
 }
 
-/// What one connection has used of its rates.
+/// The accounts of one connection.
 #[derive(Debug)]
 pub struct Meter {
     rates: Arc<MeterRates>,
@@ -128,9 +130,9 @@ pub struct Meter {
     passwords: RateLimiter,
     overhead: RateLimiter,
     volume: RateLimiter,
-    /// Since when the rate of overhead has been exceeded.
+    /// The time since which the rate of overhead is exceeded.
     excess_since: Option<Instant>,
-    /// What is not settled yet.
+    /// Counted and not charged yet.
     pending: PendingCharge,
 }
 
@@ -141,7 +143,7 @@ struct PendingCharge {
 }
 
 impl Meter {
-    /// The meter of a new connection, from `address` where that is known.
+    /// The meter of a new connection; `address` is its address, if known.
     pub fn new(rates: Arc<MeterRates>, address: Option<(Arc<AddressMeters>, IpAddr)>) -> Self {
         Self {
             rates,
@@ -156,44 +158,44 @@ impl Meter {
         }
     }
 
-    /// Counts a control frame with so many bytes.
+    /// Counts a control frame with a payload of `bytes`.
     pub fn control(&mut self, bytes: usize) {
         self.pending.overhead += 1;
         self.data(bytes);
     }
 
-    /// Counts a fragment with so many bytes.
+    /// Counts a fragment with a payload of `bytes`.
     pub fn fragment(&mut self, bytes: usize) {
         self.pending.overhead += u32::from(bytes < FRAGMENT_BYTES_MIN);
-        // The message counts the bytes when it is whole.
+        // The bytes are counted when the message is complete.
         self.data(0);
     }
 
-    /// Counts a whole message with so many bytes, inflated.
+    /// Counts a complete message of `bytes`, after inflation.
     pub fn data(&mut self, bytes: usize) {
         let bytes = u32::try_from(bytes + FRAME_BYTES).unwrap_or(u32::MAX);
         self.pending.bytes = self.pending.bytes.saturating_add(bytes);
     }
 
-    /// Counts frames that were refused for what they are.
+    /// Counts rejected frames.
     pub fn rejected(&mut self, frames: u32) {
         self.pending.overhead = self.pending.overhead.saturating_add(frames * REJECTED_UNITS);
     }
 
-    /// Takes a `message` or `direct`.
+    /// Takes a `message` or `direct` frame.
     ///
     /// # Errors
     ///
-    /// How long to wait until one may be taken.
+    /// The time to wait until one may be taken.
     pub fn take_message(&mut self, now: Instant) -> Result<(), Duration> {
         self.messages.take(self.rates.messages, now)
     }
 
-    /// Takes another frame, which names so many users.
+    /// Takes another frame, which names `names` users.
     ///
     /// # Errors
     ///
-    /// How long to wait until it may be taken.
+    /// The time to wait until it may be taken.
     pub fn take_frame(&mut self, names: usize, now: Instant) -> Result<(), Duration> {
         let units = 1 + u32::try_from(names / NAMES_PER_UNIT).unwrap_or(u32::MAX);
         self.frames.take_many(units, self.rates.frames, now)
@@ -203,12 +205,12 @@ impl Meter {
     ///
     /// # Errors
     ///
-    /// How long to wait until it may be taken.
+    /// The time to wait until it may be taken.
     pub fn take_password(&mut self, now: Instant) -> Result<(), Duration> {
         self.passwords.take(self.rates.passwords, now)
     }
 
-    /// Charges what was counted since this was last called.
+    /// Charges everything counted since the last call, and decides.
     pub fn settle(&mut self, now: Instant) -> MeterDecision {
         let PendingCharge { overhead, bytes } = std::mem::take(&mut self.pending);
         let rates = &self.rates;
@@ -231,8 +233,8 @@ impl Meter {
             _ => Duration::ZERO,
         };
         // A connection that has caused little does not wait for the others of its address.
-        let has_part = self.overhead.ahead_of_rate(now) > burst / 8;
-        let of_address = if has_part { of_address } else { Duration::ZERO };
+        let has_share = self.overhead.ahead_of_rate(now) > burst / 8;
+        let of_address = if has_share { of_address } else { Duration::ZERO };
         if own.max(of_address) > Duration::ZERO {
             let since = *self.excess_since.get_or_insert(now);
             if now.saturating_duration_since(since) >= EXCESS_MAX {
@@ -253,7 +255,7 @@ impl Meter {
     }
 }
 
-/// How much of one connection's input is handled before the others of its thread have their budget.
+/// The input of one connection that is handled before the other connections of its thread run.
 #[derive(Debug, Default)]
 pub struct InputBudget {
     frames: u32,
@@ -262,13 +264,13 @@ pub struct InputBudget {
 }
 
 impl InputBudget {
-    /// Counts a frame with so many bytes.
+    /// Counts a frame of `bytes`.
     pub fn frame(&mut self, bytes: usize) {
         self.frames += 1;
         self.bytes += bytes;
     }
 
-    /// Counts work that waits for others, which costs as much as some frames.
+    /// Counts a request that waits for the hub or the bus; it costs as much as several frames.
     pub fn request(&mut self) {
         self.frames += INPUT_FRAMES_MAX / 8;
     }
@@ -278,7 +280,7 @@ impl InputBudget {
         self.time += time;
     }
 
-    /// Whether the budget is over, where `more` time has passed.
+    /// Whether the budget is used up after `more` time.
     pub fn is_over(&self, more: Duration) -> bool {
         self.frames >= INPUT_FRAMES_MAX
             || self.bytes >= INPUT_BYTES_MAX

@@ -1,7 +1,7 @@
-//! How much is too much: rates ([`Rate`], [`RateLimiter`], [`RateLimiters`]), counts ([`Counts`]), and what one
-//! connection may send ([`meter`]).
+//! Limits: rates ([`Rate`], [`RateLimiter`], [`RateLimiters`]), concurrent uses ([`KeyedPermits`]),
+//! and the input of one connection ([`meter`]).
 //!
-//! Pure but for the locks around the maps: `now` is an argument. All limits hold per node.
+//! Pure except for the locks around the maps: `now` is an argument. All limits apply per node.
 
 pub mod reads;
 
@@ -19,17 +19,17 @@ use tokio::time::Instant;
 pub mod quotas;
 pub mod meter;
 
-/// So many in so long a time, with a burst. Zero per period switches the limit off.
+/// A number of events per period, with a burst. Zero per period disables the limit.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Rate {
-    /// The time one event takes up; zero where there is no limit.
+    /// The time that one event takes; zero if there is no limit.
     interval: Duration,
-    /// How far events may come before their time.
+    /// The time by which events may be ahead of the rate.
     burst: Duration,
 }
 
 impl Rate {
-    /// `count` events in each `period`, `burst` of them at once.
+    /// `count` events per `period`, `burst` of them at once.
     pub fn new(count: u32, period: Duration, burst: u32) -> Self {
         if count == 0 {
             return Self { interval: Duration::ZERO, burst: Duration::ZERO };
@@ -39,28 +39,27 @@ impl Rate {
     }
 }
 
-/// How far one source of events has used up its rate: the generic cell rate algorithm
-/// (ITU-T I.371) in virtual-scheduling form, one instant of state.
+/// The state of one source of events: the generic cell rate algorithm (ITU-T I.371) in its
+/// virtual-scheduling form, one instant of state.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct RateLimiter(Option<Instant>);
 
 impl RateLimiter {
-    /// Takes one event, or says how long to wait until one may be taken.
+    /// Takes one event, or returns the time to wait until one may be taken.
     ///
     /// # Errors
     ///
-    /// The time to wait. Nothing is used up then.
+    /// The time to wait. Nothing is charged then.
     pub fn take(&mut self, rate: Rate, now: Instant) -> Result<(), Duration> {
         self.take_many(1, rate, now)
     }
 
-    /// Takes `count` events at once, or says how long to wait until they may be taken. More than the
-    /// burst are taken by a source that has rested, which then has to rest for as long as all of them
-    /// last.
+    /// Takes `count` events at once, or returns the time to wait until they may be taken. A source
+    /// at rest may take more than the burst, and must then rest for as long as all of them last.
     ///
     /// # Errors
     ///
-    /// The time to wait. Nothing is used up then.
+    /// The time to wait. Nothing is charged then.
     pub fn take_many(&mut self, count: u32, rate: Rate, now: Instant) -> Result<(), Duration> {
         if rate.interval.is_zero() || count == 0 {
             return Ok(());
@@ -74,12 +73,12 @@ impl RateLimiter {
         Ok(())
     }
 
-    /// How long to wait until one event may be taken.
+    /// The time to wait until one event may be taken.
     pub fn wait(&self, rate: Rate, now: Instant) -> Duration {
         self.ahead_of_rate(now).saturating_sub(rate.burst)
     }
 
-    /// Takes `count` events that have happened, also where that is more than may be taken.
+    /// Charges `count` events that have happened, even beyond the limit.
     pub fn charge(&mut self, count: u32, rate: Rate, now: Instant) {
         if !rate.interval.is_zero() {
             let due = self.0.map_or(now, |due| due.max(now));
@@ -87,23 +86,24 @@ impl RateLimiter {
         }
     }
 
-    /// Gives back `count` events that were taken.
+    /// Refunds `count` events.
     pub fn refund(&mut self, count: u32, rate: Rate) {
         self.0 = self.0.and_then(|due| due.checked_sub(rate.interval.saturating_mul(count)));
     }
 
-    /// How far ahead of the rate the source is.
+    /// The time by which the source is ahead of the rate.
     fn ahead_of_rate(&self, now: Instant) -> Duration {
         self.0.map_or(Duration::ZERO, |due| due.saturating_duration_since(now))
     }
 
-    /// Whether the source has rested for so long that its state says nothing.
+    /// Whether the source has rested for so long that its state equals that of a new one.
     fn is_idle(&self, now: Instant) -> bool {
         self.0.is_none_or(|due| due <= now)
     }
 }
 
-/// A [`RateLimiter`] per key. Rested keys are forgotten, so that the map is as large as what is active.
+/// A [`RateLimiter`] per key. Idle keys are dropped, so that the map has the size of the active
+/// keys.
 #[derive(Debug)]
 pub struct RateLimiters<K> {
     limiters: Mutex<(HashMap<K, RateLimiter>, usize)>,
@@ -173,12 +173,12 @@ impl<K: Hash + Eq> RateLimiters<K> {
     }
 }
 
-/// How many of each key are there. A place is given back by dropping its [`Permit`], so that the
-/// count cannot drift.
+/// The number of concurrent uses per key. Dropping a [`Permit`] releases its use, so that the count
+/// cannot drift.
 #[derive(Debug)]
 pub struct KeyedPermits<K: Hash + Eq>(Arc<Mutex<HashMap<K, usize>>>);
 
-/// One of the places of a key.
+/// One concurrent use of a key.
 #[derive(Debug)]
 pub struct Permit<K: Hash + Eq> {
     counts: Arc<Mutex<HashMap<K, usize>>>,
@@ -192,7 +192,7 @@ impl<K: Hash + Eq> Default for KeyedPermits<K> {
 }
 
 impl<K: Hash + Eq + Clone> KeyedPermits<K> {
-    /// Takes a place of `key`, unless it has `max` already. A `max` of 0 is no limit.
+    /// Acquires a permit for `key`, unless `max` permits are in use. A `max` of 0 is no limit.
     pub fn acquire(&self, key: K, max: usize) -> Option<Permit<K>> {
         let mut counts = self.0.lock();
         let count = counts.entry(key.clone()).or_insert(0);
@@ -203,7 +203,7 @@ impl<K: Hash + Eq + Clone> KeyedPermits<K> {
         Some(Permit { counts: self.0.clone(), key: Some(key) })
     }
 
-    /// How many places of `key` are taken.
+    /// The number of permits of `key` in use.
     pub fn count(&self, key: &K) -> usize {
         self.0.lock().get(key).copied().unwrap_or_default()
     }
@@ -222,8 +222,8 @@ impl<K: Hash + Eq> Drop for Permit<K> {
     }
 }
 
-/// What counts as one address: an IPv4 address, or the /64 that an IPv6 host commonly has whole
-/// (RFC 6177, section 2).
+/// The unit by which addresses are limited: an IPv4 address, or the /64 that an IPv6 host commonly
+/// owns (RFC 6177, section 2).
 pub fn address_key(address: IpAddr) -> IpAddr {
     match address.to_canonical() {
         IpAddr::V4(address) => IpAddr::V4(address),
@@ -243,7 +243,7 @@ mod tests {
     }
 
     #[test]
-    fn a_burst_passes_at_once_and_then_the_rate_holds() {
+    fn burst_passes_at_once_and_then_the_rate_applies() {
         let rate = Rate::new(2, secs(1), 3);
         let start = Instant::now();
         let mut limiter = RateLimiter::default();
@@ -259,7 +259,7 @@ mod tests {
     }
 
     #[test]
-    fn many_events_cost_as_much_as_the_same_one_by_one() {
+    fn many_events_cost_as_much_as_single_ones() {
         let rate = Rate::new(2, secs(1), 10);
         let start = Instant::now();
         let mut limiter = RateLimiter::default();
@@ -267,7 +267,7 @@ mod tests {
         assert_eq!(
             limiter.take_many(6, rate, start),
             Err(secs(1)),
-            "four are left, and two a second"
+            "four are left, at two per second"
         );
         assert_eq!(limiter.take_many(4, rate, start), Ok(()));
         assert_eq!(limiter.take(rate, start), Err(Duration::from_millis(500)));
@@ -275,7 +275,7 @@ mod tests {
         limiter.refund(1, rate);
         assert_eq!(limiter.take(rate, start), Ok(()));
 
-        // More than the burst, by who has rested; then it rests for as long as they last.
+        // More than the burst, by a source at rest; it must then rest for as long as they last.
         let rested = start + secs(60);
         assert_eq!(limiter.take_many(20, rate, rested), Ok(()));
         assert_eq!(limiter.wait(rate, rested), Duration::from_millis(5500));
@@ -284,7 +284,7 @@ mod tests {
     }
 
     #[test]
-    fn a_rate_of_zero_is_no_limit() {
+    fn rate_of_zero_is_no_limit() {
         let mut limiter = RateLimiter::default();
         for _ in 0..10_000 {
             assert_eq!(limiter.take(Rate::new(0, secs(1), 0), Instant::now()), Ok(()));
@@ -292,7 +292,7 @@ mod tests {
     }
 
     #[test]
-    fn rested_keys_are_forgotten() {
+    fn idle_keys_are_dropped() {
         let limiters = RateLimiters::default();
         let rate = Rate::new(1, secs(1), 1);
         let start = Instant::now();
@@ -304,7 +304,7 @@ mod tests {
     }
 
     #[test]
-    fn places_are_given_back_however_they_end() {
+    fn permits_are_released_on_drop() {
         let counts = KeyedPermits::default();
         let first = counts.acquire("a", 2).unwrap();
         let second = counts.acquire("a", 2).unwrap();
@@ -316,7 +316,7 @@ mod tests {
     }
 
     #[test]
-    fn an_ipv6_host_is_its_network_and_a_mapped_ipv4_is_itself() {
+    fn address_key_is_the_ipv6_network_or_the_ipv4_address() {
         let key = |text: &str| address_key(text.parse().unwrap()).to_string();
         assert_eq!(key("2001:db8:1:2:3:4:5:6"), "2001:db8:1:2::");
         assert_eq!(key("::ffff:192.0.2.1"), "192.0.2.1");

@@ -1,8 +1,10 @@
-//! Quotas of durable state: what a user, and an address, may have the cluster keep in a time.
+//! Quotas of stored state: the amounts that a user and an address may have the cluster store in a
+//! time.
 //!
-//! Three kinds are metered: bytes written, inboxes opened for users who were never connected, and rooms
-//! that come to be. All hold per node, for the user over all its connections and for the address over all
-//! its users. `docs/limits.md` lists what they stand before. Callers with an API key are not metered.
+//! Three kinds are counted: bytes written, inboxes opened for users who were never connected, and
+//! rooms created by joining. All apply per node, to a user over all connections and to an address
+//! over all users. `docs/limits.md` lists the threats behind them. Callers with an API key have no
+//! quotas.
 
 use std::{net::IpAddr, time::Duration};
 
@@ -11,21 +13,23 @@ use tokio::time::Instant;
 
 use super::{Rate, RateLimiters, address_key};
 
-/// How many users of one address may use their whole quotas: an office behind one address.
+/// The number of users of one address that may use their whole quotas: an office behind one
+/// address.
 const USERS_PER_ADDRESS: u32 = 8;
-/// What a kept entry takes beside its bytes, roughly: its place in the log, and its id for the dedup window.
+/// The approximate memory of a stored entry besides its bytes: its place in the log, and its id for
+/// the dedup window.
 pub const ENTRY_BYTES: usize = 256;
 
-/// A client, as far as it is metered.
+/// A client whose quotas are charged.
 #[derive(Clone, Debug)]
 pub struct Writer {
     user: UserId,
-    /// As [`address_key`] makes it; `None`: no address is known.
+    /// As [`address_key`] returns it; `None` if unknown.
     address: Option<IpAddr>,
 }
 
 impl Writer {
-    /// A user, and the address it comes from.
+    /// A user and the address of its connection.
     pub fn new(user: UserId, address: Option<IpAddr>) -> Self {
         Self { user, address: address.map(address_key) }
     }
@@ -34,11 +38,11 @@ impl Writer {
 /// The quotas of a user; an address has eight times as much.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct QuotaOptions {
-    /// Bytes in a minute, twice as many at once; 0: no limit.
+    /// Bytes per minute, with a burst of two minutes; 0: no limit.
     pub bytes_per_minute: u32,
-    /// Inboxes in an hour, all of them at once; 0: no limit.
+    /// Inboxes per hour, with a burst of one hour; 0: no limit.
     pub new_inboxes_per_hour: u32,
-    /// Rooms in a minute, five times as many at once; 0: no limit.
+    /// Rooms per minute, with a burst of five minutes; 0: no limit.
     pub new_rooms_per_minute: u32,
 }
 
@@ -72,8 +76,8 @@ impl Quota {
         }
     }
 
-    /// Takes `count` where one may be taken. What is above the burst has to be waited for afterwards, so that
-    /// no count is too large for good.
+    /// Charges `count` if one may be taken. An excess over the burst is waited for afterwards, so
+    /// that no count is too large forever.
     fn take(&self, by: &Writer, count: u32, now: Instant) -> Result<(), Duration> {
         self.peek(by, now)?;
         self.charge(by, count, now);
@@ -88,7 +92,7 @@ impl Quota {
     }
 }
 
-/// How far users and addresses have used up their quotas.
+/// The quotas of all users and addresses.
 #[derive(Debug)]
 pub struct Quotas {
     bytes: Quota,
@@ -97,14 +101,14 @@ pub struct Quotas {
 }
 
 impl Default for Quotas {
-    /// None.
+    /// No limits.
     fn default() -> Self {
         Self::new(QuotaOptions::default())
     }
 }
 
 impl Quotas {
-    /// Nothing of them is used up yet.
+    /// Quotas of which nothing is used.
     pub fn new(options: QuotaOptions) -> Self {
         let minute = Duration::from_secs(60);
         Self {
@@ -114,16 +118,16 @@ impl Quotas {
         }
     }
 
-    /// Takes the bytes of something that is to be kept, or says how long to wait.
+    /// Charges the bytes of something to be stored.
     ///
     /// # Errors
     ///
-    /// The time to wait. Nothing is used up then.
+    /// The time to wait. Nothing is charged then.
     pub fn take_bytes(&self, by: &Writer, bytes: usize, now: Instant) -> Result<(), Duration> {
         self.bytes.take(by, u32::try_from(bytes).unwrap_or(u32::MAX), now)
     }
 
-    /// Whether a message may open the inbox of a user who was never connected.
+    /// Checks whether a message may open the inbox of a user who was never connected.
     ///
     /// # Errors
     ///
@@ -132,12 +136,12 @@ impl Quotas {
         self.inboxes.peek(by, now)
     }
 
-    /// A message has opened one. Whether it may was asked before: it is counted in any case.
+    /// Counts an inbox that a message has opened; [`Quotas::check_new_inbox`] was called before.
     pub fn count_new_inbox(&self, by: &Writer, now: Instant) {
         self.inboxes.charge(by, 1, now);
     }
 
-    /// Whether a room may come to be by being joined.
+    /// Checks whether a join may create a room.
     ///
     /// # Errors
     ///
@@ -146,7 +150,7 @@ impl Quotas {
         self.rooms.peek(by, now)
     }
 
-    /// A room has come to be.
+    /// Counts a room that a join has created.
     pub fn count_new_room(&self, by: &Writer, now: Instant) {
         self.rooms.charge(by, 1, now);
     }
@@ -161,24 +165,24 @@ mod tests {
     }
 
     #[test]
-    fn a_user_has_twice_the_bytes_of_a_minute_at_once_and_waits_then() {
+    fn user_may_write_two_minutes_of_bytes_at_once() {
         let options = QuotaOptions { bytes_per_minute: 60_000, ..QuotaOptions::default() };
         let (quotas, start) = (Quotas::new(options), Instant::now());
         let ann = writer("ann", "192.0.2.1");
-        // One item larger than what is left is taken, and has to be waited for afterwards.
+        // One item larger than the rest of the quota is taken, and waited for afterwards.
         for _ in 0..2 {
             assert_eq!(quotas.take_bytes(&ann, 100_000, start), Ok(()));
         }
         let wait = quotas.take_bytes(&ann, 1, start).unwrap_err();
         assert!((79..=81).contains(&wait.as_secs()), "{wait:?}");
         assert!(quotas.take_bytes(&ann, 1, start + wait).is_ok());
-        // The user is the same from elsewhere; another user is not.
+        // A user has one quota from all addresses; another user has another.
         assert!(quotas.take_bytes(&writer("ann", "192.0.2.2"), 1, start).is_err());
         assert!(quotas.take_bytes(&writer("bob", "192.0.2.1"), 1, start).is_ok());
     }
 
     #[test]
-    fn an_address_has_eight_times_the_quota_of_a_user() {
+    fn address_has_eight_times_the_quota_of_a_user() {
         let options = QuotaOptions { new_inboxes_per_hour: 10, ..QuotaOptions::default() };
         let (quotas, now) = (Quotas::new(options), Instant::now());
         let mut opened = 0;
@@ -198,7 +202,7 @@ mod tests {
     }
 
     #[test]
-    fn quotas_of_zero_are_none() {
+    fn quotas_of_zero_are_no_limits() {
         let (quotas, now) = (Quotas::new(QuotaOptions::default()), Instant::now());
         let ann = writer("ann", "192.0.2.1");
         for _ in 0..1000 {

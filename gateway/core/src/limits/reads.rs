@@ -1,7 +1,7 @@
-//! How much may be read of Redis and of logs for clients: bytes per connection and per user.
+//! Limits of reads from Redis and from logs for clients: bytes per connection and per user.
 //!
-//! What a read brings is known afterwards, so it is charged then, and the next one waits until the rate
-//! allows for it. A client that scrolls back waits for a moment; work beyond that is refused.
+//! The size of a read is known afterwards, so it is charged then, and the next read waits until the
+//! rate allows it. A client that scrolls back waits for a moment; a longer wait is rejected.
 
 use std::time::Duration;
 
@@ -10,16 +10,16 @@ use tokio::time::Instant;
 
 use super::{Rate, RateLimiters};
 
-/// What is charged for, in bytes.
+/// The unit of charging, in bytes.
 const UNIT_BYTES: usize = 1024;
-/// What a read costs beside its bytes.
+/// The cost of a read besides its bytes.
 const READ_BYTES: usize = 4 * UNIT_BYTES;
-/// How many seconds' worth may be read at once.
+/// The burst of the rates, in seconds.
 const BURST_SECONDS: u32 = 8;
-/// How many times as much as a connection a user may have read.
+/// The rate of a user, in multiples of a connection's.
 const USER_SHARE: u32 = 2;
 
-/// The rates, and how far connections and users have used them up.
+/// The rates and the accounts of connections and users.
 #[derive(Debug)]
 pub struct ReadLimiter {
     per_connection: Rate,
@@ -29,7 +29,7 @@ pub struct ReadLimiter {
 }
 
 impl ReadLimiter {
-    /// So many bytes a second for a connection, and twice as many for a user; 0 for no limit.
+    /// The given bytes per second for a connection, and twice as many for a user; 0: no limit.
     pub fn new(bytes_per_second: usize) -> Self {
         let units = u32::try_from(bytes_per_second.div_ceil(UNIT_BYTES)).unwrap_or(u32::MAX / 16);
         let rate = |units: u32| {
@@ -43,18 +43,18 @@ impl ReadLimiter {
         }
     }
 
-    /// How long to wait until something may be read for a connection of a user.
+    /// The time to wait until the next read for a connection of a user.
     pub fn wait(&self, connection: ConnectionId, user: &UserId, now: Instant) -> Duration {
         let of_connection = self.connections.wait(&connection, self.per_connection, now);
         of_connection.max(self.users.wait(user, self.per_user, now))
     }
 
-    /// Charges a read that begins.
+    /// Charges the start of a read.
     pub fn charge_start(&self, connection: ConnectionId, user: &UserId, now: Instant) {
         self.charge(connection, user, READ_BYTES, now);
     }
 
-    /// Charges so many bytes that a read has brought.
+    /// Charges the bytes of a read.
     pub fn charge(&self, connection: ConnectionId, user: &UserId, bytes: usize, now: Instant) {
         let units = u32::try_from(bytes.div_ceil(UNIT_BYTES)).unwrap_or(u32::MAX);
         self.connections.charge(connection, units, self.per_connection, now);
@@ -67,7 +67,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_connection_and_its_user_wait_for_what_was_read() {
+    fn connection_and_user_wait_for_bytes_read() {
         let reads = ReadLimiter::new(1 << 20);
         let (user, now) = ("ann".parse().unwrap(), Instant::now());
         let (one, other) = (ConnectionId::random(), ConnectionId::random());
@@ -93,7 +93,7 @@ mod tests {
     }
 
     #[test]
-    fn a_read_of_nothing_costs_something_and_no_rate_is_no_limit() {
+    fn empty_read_has_a_cost_and_zero_is_no_limit() {
         let (user, now) = ("ann".parse().unwrap(), Instant::now());
         let reads = ReadLimiter::new(4 * UNIT_BYTES);
         let connection = ConnectionId::random();

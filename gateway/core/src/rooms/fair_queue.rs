@@ -1,5 +1,5 @@
-//! A fair queue for what takes a core: so many at a time, and each key (an address) has its slot,
-//! however many of another wait.
+//! A fair queue for CPU-bound work: a fixed number run at a time, and each key (an address) is
+//! served in rotation, independent of the number of waiters of other keys.
 
 use std::{
     collections::{HashMap, VecDeque},
@@ -10,11 +10,11 @@ use std::{
 use parking_lot::Mutex;
 use tokio::sync::oneshot;
 
-/// How many may wait for one key, and in all. More are turned away.
+/// The most waiters per key, and in all. Further ones are rejected.
 const WAITING_PER_KEY_MAX: usize = 64;
 const WAITING_MAX: usize = 4096;
 
-/// A queue. Cheap to clone.
+/// A fair queue. Cheap to clone.
 #[derive(Debug)]
 pub(super) struct FairQueue<K: Hash + Eq>(Arc<Mutex<QueueState<K>>>);
 
@@ -22,28 +22,28 @@ pub(super) struct FairQueue<K: Hash + Eq>(Arc<Mutex<QueueState<K>>>);
 struct QueueState<K: Hash + Eq> {
     free: usize,
     waiting: HashMap<K, KeyWaiters<K>>,
-    /// The keys for which somebody waits, the next in front.
+    /// The keys with waiters, in the order of service.
     order: VecDeque<K>,
     count: usize,
 }
 
-/// Those who wait for a key: the ones that go first, and the others.
+/// The waiters of a key: those with priority, and the others.
 #[derive(Debug)]
 struct KeyWaiters<K: Hash + Eq>([VecDeque<oneshot::Sender<QueueSlot<K>>>; 2]);
 
-/// The right to go on. The next one has it when this is dropped.
+/// The right to run. It passes to the next waiter on drop.
 #[derive(Debug)]
 pub(super) struct QueueSlot<K: Hash + Eq>(Option<Arc<Mutex<QueueState<K>>>>);
 
 impl<K: Hash + Eq + Clone> FairQueue<K> {
-    /// `count` at a time.
+    /// A queue with `count` slots.
     pub(super) fn new(count: usize) -> Self {
         let (waiting, order) = (HashMap::new(), VecDeque::new());
         Self(Arc::new(Mutex::new(QueueState { free: count, waiting, order, count: 0 })))
     }
 
-    /// Waits for a slot, behind those of the same key that go `first` as well. `None`: too many wait.
-    /// Cancel-safe: a slot that nobody waits for any more goes to the next one.
+    /// Waits for a slot, with priority among the waiters of the same key if `first` is set. `None`:
+    /// too many wait. Cancel-safe: the slot of a waiter that has gone passes to the next one.
     pub(super) async fn wait(&self, key: K, first: bool) -> Option<QueueSlot<K>> {
         let (sender, slot) = oneshot::channel();
         {
@@ -82,7 +82,7 @@ impl<K: Hash + Eq> QueueState<K> {
         self.count = self.waiting.values().map(of).sum();
     }
 
-    /// The next one who still waits, and its key goes behind all others.
+    /// The next waiter that is still there; its key moves to the end of the order.
     fn next(&mut self) -> Option<oneshot::Sender<QueueSlot<K>>> {
         while let Some(key) = self.order.pop_front() {
             let Some(waiting) = self.waiting.get_mut(&key) else { continue };
@@ -119,7 +119,7 @@ impl<K: Hash + Eq> Drop for QueueSlot<K> {
                 next
             };
             let Some(next) = next else { return };
-            // One who has left at this very moment gives it back, and the next is asked.
+            // A waiter that leaves at this very moment returns the slot, and the next one is asked.
             match next.send(QueueSlot(Some(state.clone()))) {
                 Ok(()) => return,
                 Err(mut unwanted) => drop(unwanted.0.take()),
@@ -138,7 +138,7 @@ mod tests {
 
     type Waits<'a> = Pin<Box<dyn Future<Output = Option<QueueSlot<&'static str>>> + 'a>>;
 
-    /// Waits, as far as it gets at once.
+    /// Waits, polled once.
     fn begin<'a>(queue: &'a FairQueue<&'static str>, key: &'static str, first: bool) -> Waits<'a> {
         let mut waits: Waits<'a> = Box::pin(queue.wait(key, first));
         assert!(waits.as_mut().now_or_never().is_none());
@@ -150,7 +150,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn each_key_has_its_turn_however_many_of_another_wait() {
+    async fn keys_are_served_in_rotation() {
         let queue = FairQueue::new(1);
         let slot = queue.wait("flood", true).await.unwrap();
         let mut flood: Vec<_> = (0..10).map(|_| begin(&queue, "flood", true)).collect();
@@ -164,7 +164,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn within_a_key_those_that_go_first_do() {
+    async fn waiters_with_priority_go_first_within_a_key() {
         let queue = FairQueue::new(1);
         let slot = queue.wait("a", true).await.unwrap();
         let (mut second, mut first) = (begin(&queue, "a", false), begin(&queue, "a", true));
@@ -175,7 +175,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_turn_is_not_lost_with_those_who_leave() {
+    async fn slot_of_a_cancelled_waiter_is_not_lost() {
         let queue = FairQueue::new(1);
         let slot = queue.wait("a", true).await.unwrap();
         let (gone, mut stays) = (begin(&queue, "a", true), begin(&queue, "b", true));
@@ -192,7 +192,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn too_many_of_one_key_are_turned_away_and_others_are_not() {
+    async fn too_many_waiters_of_a_key_are_rejected() {
         let queue = FairQueue::new(1);
         let _turn = queue.wait("flood", true).await.unwrap();
         let flood: Vec<_> =

@@ -1,10 +1,11 @@
-//! Passwords of rooms: hashed with argon2id, checked in queue that are fair, and guessed slowly.
+//! Room passwords: hashed with argon2id, checked through a fair queue, and protected against
+//! guessing.
 //!
-//! A check takes some 20 ms of a core and 19 MiB. A password that was found to fit is known by a keyed
-//! digest and costs nothing again; those source present the same one at the same time share a check. What
-//! does not fit is charged to the address, to the room and to the user at that address, which has to
-//! wait ever longer. Users source have not failed yet have a part of each rate for themselves, so that
-//! those source attempt do not use it up for them.
+//! A check takes about 20 ms of a core and 19 MiB. A password that matched is remembered by a keyed
+//! digest and costs nothing again; clients that present the same password at the same time share a
+//! check. A wrong password is charged to the address, to the room and to the user at that address,
+//! who must wait ever longer. Users without failures have a share of each rate of their own, so
+//! that a guessing user does not use it up for them.
 
 use std::{collections::HashMap, net::IpAddr, sync::Arc, time::Duration};
 
@@ -26,27 +27,27 @@ use crate::{
     },
 };
 
-/// How many passwords are remembered as fitting.
+/// The most passwords remembered as matching.
 const REMEMBERED_MAX: usize = 10_000;
-/// How many users at an address are remembered as having failed.
+/// The most users per address remembered as having failed.
 const FAILED_MAX: usize = 20_000;
-/// How many times a user may fail before having to wait, then for a second, and twice as long each
-/// time.
+/// The failures of a user before the first wait, which is one second; each further failure doubles
+/// it.
 const FREE_FAILURES: u32 = 3;
 const BACK_OFF_MAX: Duration = Duration::from_secs(60);
-/// How long failures are remembered.
+/// The time for which failures are remembered.
 const FAILED_FOR: Duration = Duration::from_secs(600);
-/// What a client is told to wait where too many wait for their slot.
+/// The wait reported to a client when the queue is full.
 const QUEUE_FULL_DELAY: Duration = Duration::from_secs(1);
 
-/// How much may be guessed.
+/// Limits of password attempts.
 #[derive(Clone, Debug)]
 pub struct PasswordLimits {
-    /// Passwords that do not fit, of one address.
+    /// Wrong passwords from one address.
     pub failures_per_ip: Rate,
-    /// The same of one room, by all addresses.
+    /// Wrong passwords for one room, from all addresses.
     pub failures_per_room: Rate,
-    /// How long a check may wait for its slot.
+    /// The most time that a check may wait for its slot.
     pub wait_max: Duration,
 }
 
@@ -61,10 +62,10 @@ impl Default for PasswordLimits {
     }
 }
 
-/// Where a password comes from, and what for.
+/// A presented room password, without the password.
 #[derive(Clone, Debug)]
 pub struct PasswordAttempt {
-    /// The address, as limits count it; `None` where it is not known.
+    /// The address as limits count it; `None` if unknown.
     pub address: Option<IpAddr>,
     /// The user.
     pub user: UserId,
@@ -72,18 +73,18 @@ pub struct PasswordAttempt {
     pub room: RoomId,
 }
 
-/// What became of a password.
+/// The outcome of an attempt.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum PasswordOutcome {
-    /// It is the room's.
+    /// The password matches.
     Matches,
-    /// It is not.
+    /// The password is wrong.
     Wrong,
-    /// It was not checked: try again after this time.
+    /// The password was not checked; retry after this time.
     RetryAfter(Duration),
 }
 
-/// What a rate is for: those source have failed lately, those source have not, and new passwords.
+/// The share of a rate: users with recent failures, users without, and new passwords.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 enum AttemptPool {
     Failed,
@@ -94,20 +95,21 @@ enum AttemptPool {
 type Digest = [u8; 20];
 type AttemptSource = (Option<IpAddr>, UserId);
 
-/// Hashes and checks passwords (argon2id, RFC 9106, with the crate's parameters: 19 MiB, 2 passes),
-/// outside of the runtime's own threads.
+/// Hashes and checks passwords on blocking threads (argon2id, RFC 9106, with the crate's
+/// parameters: 19 MiB, 2 passes).
 #[derive(Debug)]
 pub struct Passwords {
     limits: PasswordLimits,
     metrics: Arc<Metrics>,
     queue: FairQueue<Option<IpAddr>>,
-    /// What digests are made with, so that nobody can compute one.
+    /// The key of the digests, so that nobody else can compute one.
     key: [u8; 20],
-    /// Digests of a hash and a password that fits it, in two maps that take queue.
-    fitting: Mutex<[HashMap<Digest, ()>; 2]>,
-    /// Checks that are under way.
-    running: Mutex<HashMap<Digest, Arc<SharedCheck>>>,
-    /// How often users have failed, and when last, in two maps that take queue.
+    /// Digests of a hash and its matching password, in two maps that are used alternately.
+    matching: Mutex<[HashMap<Digest, ()>; 2]>,
+    /// Checks under way.
+    checks_running: Mutex<HashMap<Digest, Arc<SharedCheck>>>,
+    /// The number of failures of a user and the time of the last one, in two maps that are used
+    /// alternately.
     failed: Mutex<[HashMap<AttemptSource, (u32, Instant)>; 2]>,
     by_address: RateLimiters<(Option<IpAddr>, AttemptPool)>,
     by_room: RateLimiters<(RoomId, AttemptPool)>,
@@ -115,7 +117,7 @@ pub struct Passwords {
 }
 
 impl Passwords {
-    /// Nothing is known yet.
+    /// Starts without remembered passwords and failures.
     pub fn new(limits: PasswordLimits, metrics: Arc<Metrics>) -> Arc<Self> {
         // A quarter of the cores, so that messages do not wait for passwords.
         let cores = std::thread::available_parallelism().map_or(1, usize::from);
@@ -124,8 +126,8 @@ impl Passwords {
             metrics,
             queue: FairQueue::new((cores / 4).clamp(1, 8)),
             key: rand::random(),
-            fitting: Mutex::default(),
-            running: Mutex::default(),
+            matching: Mutex::default(),
+            checks_running: Mutex::default(),
             failed: Mutex::default(),
             by_address: RateLimiters::default(),
             by_room: RateLimiters::default(),
@@ -133,11 +135,11 @@ impl Passwords {
         })
     }
 
-    /// The hash of a password, as a PHC string with a salt of its own.
+    /// Hashes a password, as a PHC string with its own salt.
     ///
     /// # Errors
     ///
-    /// How long to wait, where the address has too many made, or too many wait.
+    /// The time to wait, if the address has had too many hashes made, or too many wait.
     pub async fn hash(
         self: &Arc<Self>,
         address: Option<IpAddr>,
@@ -150,14 +152,14 @@ impl Passwords {
         let slot = self.slot(address, true).await.ok_or(QUEUE_FULL_DELAY)?;
         let hash = compute(slot, move || {
             let salt = SaltString::encode_b64(&rand::random::<[u8; 16]>());
-            let salt = salt.expect("16 bytes are a salt");
+            let salt = salt.expect("16 bytes are a valid salt");
             let hash = Argon2::default().hash_password(password.as_bytes(), &salt);
-            hash.expect("the parameters are the crate's own").to_string()
+            hash.expect("the crate's own parameters are valid").to_string()
         });
         Ok(hash.await)
     }
 
-    /// Whether `password` fits `hash`.
+    /// Checks whether `password` matches `hash`.
     pub async fn check(
         self: &Arc<Self>,
         attempt: PasswordAttempt,
@@ -174,8 +176,8 @@ impl Passwords {
         if checked != PasswordOutcome::Matches
             && let Some(suppressed) = self.log.should_log()
         {
-            tracing::warn!(room = %attempt.room, user = %attempt.user, address = ?attempt.address, suppressed,
-                "a wrong password of a room; `suppressed` more were not logged since the last line");
+            tracing::warn!(room = %attempt.room, user = %attempt.user,
+                address = ?attempt.address, suppressed, "room password rejected");
         }
         checked
     }
@@ -196,24 +198,24 @@ impl Passwords {
         if !wait.is_zero() {
             return PasswordOutcome::RetryAfter(wait);
         }
-        let is_clean = failures == 0;
-        let running = CheckGuard::join(self, digest);
-        let slot = tokio::time::timeout(self.limits.wait_max, running.check.slot.acquire());
-        let Ok(_turn) = slot.await else { return PasswordOutcome::RetryAfter(QUEUE_FULL_DELAY) };
-        let outcome = *running.check.outcome.lock();
-        let fits = match outcome {
-            Some(fits) => fits,
-            None => match self.compute_once(attempt, is_clean, hash, password).await {
-                Ok(fits) => fits,
+        let has_no_failures = failures == 0;
+        let checks_running = CheckGuard::join(self, digest);
+        let slot = tokio::time::timeout(self.limits.wait_max, checks_running.check.slot.acquire());
+        let Ok(_slot) = slot.await else { return PasswordOutcome::RetryAfter(QUEUE_FULL_DELAY) };
+        let outcome = *checks_running.check.outcome.lock();
+        let matches = match outcome {
+            Some(matches) => matches,
+            None => match self.compute_once(attempt, has_no_failures, hash, password).await {
+                Ok(matches) => matches,
                 Err(wait) => return PasswordOutcome::RetryAfter(wait),
             },
         };
-        *running.check.outcome.lock() = Some(fits);
-        if !fits {
+        *checks_running.check.outcome.lock() = Some(matches);
+        if !matches {
             self.note_failure(source, Instant::now());
             return PasswordOutcome::Wrong;
         }
-        let [newer, older] = &mut *self.fitting.lock();
+        let [newer, older] = &mut *self.matching.lock();
         if newer.len() >= REMEMBERED_MAX / 2 {
             *older = std::mem::take(newer);
         }
@@ -221,17 +223,17 @@ impl Passwords {
         PasswordOutcome::Matches
     }
 
-    /// Checks a password that nobody else presents at the moment. It is charged beforehand, and what
-    /// fits is given back, so that no more are under way than may fail.
+    /// Checks a password that no other client presents at the moment. The attempt is charged first
+    /// and refunded if it matches, so that the checks under way never exceed the failures allowed.
     async fn compute_once(
         &self,
         attempt: &PasswordAttempt,
-        is_clean: bool,
+        has_no_failures: bool,
         hash: String,
         password: String,
     ) -> Result<bool, Duration> {
         let PasswordLimits { failures_per_ip, failures_per_room, .. } = self.limits;
-        let pool = if is_clean { AttemptPool::Clean } else { AttemptPool::Failed };
+        let pool = if has_no_failures { AttemptPool::Clean } else { AttemptPool::Failed };
         let (address, room) = ((attempt.address, pool), (attempt.room.clone(), pool));
         let now = Instant::now();
         self.by_address.take(address, failures_per_ip, now)?;
@@ -239,28 +241,28 @@ impl Passwords {
             self.by_address.refund(&address, 1, failures_per_ip);
             return Err(wait);
         }
-        let Some(slot) = self.slot(attempt.address, is_clean).await else {
+        let Some(slot) = self.slot(attempt.address, has_no_failures).await else {
             self.by_address.refund(&address, 1, failures_per_ip);
             self.by_room.refund(&room, 1, failures_per_room);
             return Err(QUEUE_FULL_DELAY);
         };
-        let fits = compute(slot, move || {
+        let matches = compute(slot, move || {
             let hash = PasswordHash::new(&hash);
             hash.is_ok_and(|hash| {
                 costs_no_more_than_ours(&hash)
                     && Argon2::default().verify_password(password.as_bytes(), &hash).is_ok()
             })
         });
-        let fits = fits.await;
-        if fits {
+        let matches = matches.await;
+        if matches {
             self.by_address.refund(&address, 1, failures_per_ip);
             self.by_room.refund(&room, 1, failures_per_room);
         }
-        Ok(fits)
+        Ok(matches)
     }
 
     fn is_known(&self, digest: &Digest) -> bool {
-        self.fitting.lock().iter().any(|known| known.contains_key(digest))
+        self.matching.lock().iter().any(|known| known.contains_key(digest))
     }
 
     async fn slot(
@@ -272,7 +274,7 @@ impl Passwords {
         tokio::time::timeout(self.limits.wait_max, slot).await.ok().flatten()
     }
 
-    /// How often a user has failed lately, and how long it has to wait for that.
+    /// The recent failures of a user, and the time that the user must still wait.
     fn failures_of(&self, source: &AttemptSource, now: Instant) -> (u32, Duration) {
         let failed = self.failed.lock();
         let Some((count, at)) = failed.iter().find_map(|map| map.get(source)).copied() else {
@@ -297,7 +299,7 @@ impl Passwords {
     }
 }
 
-/// A check that is under way: one has the slot to do it, and the others find what came of it.
+/// A check under way: one client computes it, and the others take its outcome.
 #[derive(Debug)]
 struct SharedCheck {
     slot: Semaphore,
@@ -310,7 +312,7 @@ impl Default for SharedCheck {
     }
 }
 
-/// One's part in a check that others may wait for as well.
+/// One client's part in a shared check.
 struct CheckGuard {
     passwords: Arc<Passwords>,
     digest: Digest,
@@ -319,17 +321,17 @@ struct CheckGuard {
 
 impl CheckGuard {
     fn join(passwords: &Arc<Passwords>, digest: Digest) -> Self {
-        let check = passwords.running.lock().entry(digest).or_default().clone();
+        let check = passwords.checks_running.lock().entry(digest).or_default().clone();
         Self { passwords: passwords.clone(), digest, check }
     }
 }
 
 impl Drop for CheckGuard {
     fn drop(&mut self) {
-        let mut running = self.passwords.running.lock();
-        // The map's and this one.
+        let mut checks_running = self.passwords.checks_running.lock();
+        // The reference in the map, and this one.
         if Arc::strong_count(&self.check) <= 2 {
-            running.remove(&self.digest);
+            checks_running.remove(&self.digest);
         }
     }
 }
@@ -339,15 +341,15 @@ async fn compute<T: Send + 'static>(
     work: impl FnOnce() -> T + Send + 'static,
 ) -> T {
     let work = move || {
-        // Also where nobody waits for the outcome any more.
-        let _turn = slot;
+        // Held also if the caller has gone.
+        let _slot = slot;
         work()
     };
-    tokio::task::spawn_blocking(work).await.expect("it does not panic")
+    tokio::task::spawn_blocking(work).await.expect("hashing does not panic")
 }
 
-/// Whether checking a hash takes no more memory and time than one that is made here: it comes from
-/// Redis, and tells itself how much that is.
+/// Whether checking a hash takes no more memory and time than a hash made here. The hash comes from
+/// Redis, and its own parameters set the cost.
 fn costs_no_more_than_ours(hash: &PasswordHash<'_>) -> bool {
     Params::try_from(hash).is_ok_and(|params| {
         params.m_cost() <= Params::DEFAULT_M_COST
@@ -370,7 +372,7 @@ mod tests {
         PasswordAttempt { address, user: user.parse().unwrap(), room: room.parse().unwrap() }
     }
 
-    /// Fails at once, since it is no hash.
+    /// Fails at once, since it is not a hash.
     const NO_HASH: &str = "no hash";
 
     async fn fail(passwords: &Arc<Passwords>, attempt: PasswordAttempt) -> PasswordOutcome {
@@ -378,17 +380,17 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_password_fits_its_hash_and_no_other() {
+    async fn password_matches_only_its_own_hash() {
         let (passwords, metrics) = passwords(PasswordLimits::default());
         let hash = passwords.hash(None, "open sesame".to_owned()).await.unwrap();
         assert!(hash.starts_with("$argon2id$") && !hash.contains("sesame"));
         let check = async |user: &str, password: &str| {
             passwords.check(attempt(1, user, "r"), hash.clone(), password.to_owned()).await
         };
-        // Those source come at the same time share a check.
+        // Simultaneous attempts share a check.
         let both = tokio::join!(check("ann", "open sesame"), check("bob", "open sesame"));
         assert_eq!(both, (PasswordOutcome::Matches, PasswordOutcome::Matches));
-        assert!(passwords.running.lock().is_empty());
+        assert!(passwords.checks_running.lock().is_empty());
         assert_eq!(check("cat", "open barley").await, PasswordOutcome::Wrong);
         assert_eq!(fail(&passwords, attempt(1, "dan", "r")).await, PasswordOutcome::Wrong);
         let count = |of| metrics.room_password_checks.of(of).get();
@@ -396,7 +398,7 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn a_user_who_fails_waits_ever_longer_and_others_do_not() {
+    async fn failing_user_waits_longer_each_time() {
         let (passwords, _) = passwords(PasswordLimits::default());
         for _ in 0..FREE_FAILURES {
             assert_eq!(fail(&passwords, attempt(1, "eve", "r")).await, PasswordOutcome::Wrong);
@@ -410,17 +412,17 @@ mod tests {
             tokio::time::advance(wait).await;
             assert_eq!(fail(&passwords, attempt(1, "eve", "r")).await, PasswordOutcome::Wrong);
         }
-        // The name at another address is another's, and the right password of the room is known.
+        // The same name at another address is a different source.
         assert_eq!(fail(&passwords, attempt(2, "eve", "r")).await, PasswordOutcome::Wrong);
         tokio::time::advance(FAILED_FOR).await;
         assert_eq!(fail(&passwords, attempt(1, "eve", "r")).await, PasswordOutcome::Wrong);
     }
 
     #[tokio::test(start_paused = true)]
-    async fn an_address_and_a_room_are_guessed_at_so_often() {
+    async fn guesses_are_limited_per_address_and_per_room() {
         let (passwords, _) = passwords(PasswordLimits::default());
         let mut wrong = [0; 2];
-        // Users source have failed once, and again and again users source are new.
+        // Users who have failed once, and users who are new in each round.
         for round in 0..200 {
             for (kind, user) in
                 [format!("eve{}", round % 40), format!("new{round}")].iter().enumerate()
@@ -430,18 +432,15 @@ mod tests {
                 wrong[kind] += usize::from(checked == PasswordOutcome::Wrong);
             }
         }
-        assert!(
-            wrong.iter().sum::<usize>() <= 60,
-            "30 of those source have failed and 30 of others"
-        );
-        // Another address goes on, until it is too much for a room.
+        assert!(wrong.iter().sum::<usize>() <= 60, "30 with failures and 30 without");
+        // Another address continues, until the room's rate is exceeded.
         let mut wrong = 0;
         for address in 2..=202 {
             let checked = fail(&passwords, attempt(address, "mallory", "r")).await;
             wrong += usize::from(checked == PasswordOutcome::Wrong);
         }
         assert_eq!(wrong, 60);
-        // A password that fits is not charged.
+        // A matching password is not charged.
         assert_eq!(fail(&passwords, attempt(203, "ann", "other")).await, PasswordOutcome::Wrong);
         tokio::time::advance(Duration::from_secs(1)).await;
         assert_eq!(fail(&passwords, attempt(203, "bob", "r")).await, PasswordOutcome::Wrong);

@@ -14,27 +14,27 @@ fn wait(verdict: MeterDecision) -> Duration {
     }
 }
 
-/// Sends what `send` counts, as often as the meter lets it, for so long. Returns how often, and
-/// whether it was closed.
+/// Repeats `send` as often as the meter allows, for `seconds`. Returns the number of repetitions,
+/// and whether the connection was closed.
 fn flood(meter: &mut Meter, seconds: u64, mut send: impl FnMut(&mut Meter)) -> (u64, bool) {
     let begun = Instant::now();
-    let (mut now, mut turns) = (begun, 0);
+    let (mut now, mut repeats) = (begun, 0);
     while now < begun + Duration::from_secs(seconds) {
         send(meter);
-        turns += 1;
+        repeats += 1;
         match meter.settle(now) {
             // A budget takes its time.
             MeterDecision::Continue => now += INPUT_TIME_MAX,
             MeterDecision::Pause(wait, _) => now += wait.max(INPUT_TIME_MAX),
-            MeterDecision::Close => return (turns, true),
+            MeterDecision::Close => return (repeats, true),
         }
     }
-    (turns, false)
+    (repeats, false)
 }
 
 #[test]
-fn each_kind_of_overhead_is_slowed_and_then_closed() {
-    for (name, per_turn, send) in [
+fn overhead_is_throttled_and_then_closed() {
+    for (name, per_repeat, send) in [
         ("pings", 64, (|meter| (0..64).for_each(|_| meter.control(0))) as fn(&mut Meter)),
         ("fragments", 64, |meter| (0..64).for_each(|_| meter.fragment(0))),
         ("refused", 32, |meter| {
@@ -43,33 +43,34 @@ fn each_kind_of_overhead_is_slowed_and_then_closed() {
         }),
     ] {
         let mut meter = Meter::new(rates(), None);
-        let (turns, closed) = flood(&mut meter, 60, send);
+        let (repeats, closed) = flood(&mut meter, 60, send);
         assert!(closed, "{name}");
-        // The burst, and 10 s of the rate; a refused frame counts twice.
-        let units = turns * if name == "refused" { 2 * per_turn } else { per_turn };
+        // The burst and 10 s of the rate; a rejected frame counts twice.
+        let units = repeats * if name == "refused" { 2 * per_repeat } else { per_repeat };
         assert!((2900..3300).contains(&units), "{name}: {units}");
     }
 }
 
 #[test]
-fn volume_is_slowed_and_never_closed() {
+fn volume_is_throttled_and_never_closed() {
     let mut meter = Meter::new(rates(), None);
-    let (turns, closed) = flood(&mut meter, 60, |meter| meter.data(250_000));
+    let (repeats, closed) = flood(&mut meter, 60, |meter| meter.data(250_000));
     let expected = (60 + 2) * 4 * MIB / 250_128;
-    assert!(!closed && turns.abs_diff(expected) <= 10, "{turns} messages, {expected} expected");
+    assert!(!closed && repeats.abs_diff(expected) <= 10, "{turns} messages, {expected} expected");
     let mut meter = Meter::new(rates(), None);
-    let (turns, closed) = flood(&mut meter, 10, |meter| (0..64).for_each(|_| meter.data(0)));
-    let per_second = turns * 64 / 12;
+    let (repeats, closed) = flood(&mut meter, 10, |meter| (0..64).for_each(|_| meter.data(0)));
+    let per_second = repeats * 64 / 12;
     assert!(!closed && (30_000..35_000).contains(&per_second), "{per_second} empty messages/s");
 }
 
 #[test]
-fn a_client_that_works_never_waits() {
+fn client_within_its_rates_never_waits() {
     let mut meter = Meter::new(rates(), None);
     let begun = Instant::now();
     for seconds in 0..3600 {
         let now = begun + Duration::from_secs(seconds);
-        // All that its rates allow, heartbeats, and a message in large fragments now and then.
+        // Everything that its rates allow, heartbeats, and now and then a message in large
+        // fragments.
         for _ in 0..50 {
             assert_eq!(meter.take_message(now), Ok(()));
             meter.data(2_000);
@@ -102,7 +103,7 @@ fn excess_that_ends_is_forgiven() {
 }
 
 #[test]
-fn an_address_has_the_overhead_of_a_few_connections() {
+fn address_has_the_overhead_of_a_few_connections() {
     let (addresses, key) = (Arc::new(AddressMeters::default()), "192.0.2.1".parse().unwrap());
     let mut many: Vec<_> =
         (0..1000).map(|_| Meter::new(rates(), Some((addresses.clone(), key)))).collect();
@@ -130,22 +131,22 @@ fn an_address_has_the_overhead_of_a_few_connections() {
             assert_eq!(
                 meter.settle(now),
                 MeterDecision::Continue,
-                "who has caused little does not wait"
+                "a connection that caused little does not wait"
             );
         }
     }
-    // A connection below an eighth of its burst is never made to wait: 1,000 times 125, twice as much
+    // A connection below an eighth of its burst never waits: 1,000 times 125, and twice as much
     // with the budget in which it passes that.
     assert!(control < 300_000, "{control} control frames in 10 s");
 }
 
 #[test]
-fn names_in_a_frame_cost() {
+fn names_in_a_frame_are_charged() {
     let mut meter = Meter::new(rates(), None);
     let now = Instant::now();
     let taken = (0..1000).take_while(|_| meter.take_frame(100, now).is_ok()).count();
     assert_eq!(taken, 38, "1,000 units at once, and 26 for 100 names");
-    // 988 are used: 14 are too many.
+    // 988 units are used: 14 too many.
     assert!(meter.take_frame(100, now + Duration::from_millis(69)).is_err());
     assert_eq!(meter.take_frame(100, now + Duration::from_millis(70)), Ok(()));
 }
@@ -166,7 +167,7 @@ fn rates_of_zero_are_no_limits() {
 }
 
 #[test]
-fn a_turn_ends_by_frames_by_bytes_and_by_time() {
+fn input_budget_ends_by_frames_bytes_and_time() {
     let none = Duration::ZERO;
     let mut budget = InputBudget::default();
     (0..INPUT_FRAMES_MAX - 1).for_each(|_| budget.frame(0));
