@@ -1,5 +1,6 @@
-//! Who a client is, what it asks for in its handshake, and how it comes to have a session: the same for a
-//! WebSocket and an event stream.
+//! Admission of a client: the parameters of its handshake, its identity and its session.
+//!
+//! WebSockets and event streams share this part.
 
 use std::{borrow::Cow, sync::Arc, time::SystemTime};
 
@@ -41,46 +42,46 @@ use skein_core::{
     },
 };
 
-/// How soon an inbox is tried again that could not be followed.
+/// Delay before an inbox that could not be joined is tried again.
 const JOIN_RETRY: Duration = Duration::from_millis(100);
 
-/// The query of a handshake, in the order sent; the first of a name counts.
+/// Query of a handshake in the order sent. The first parameter of a name counts.
 pub(super) type Params = Query<Vec<(String, String)>>;
 
-/// What a client says in its handshake.
+/// Parameters that a client sends in its handshake.
 pub(super) struct ClientHandshake {
     credentials: Credentials,
     /// `?session=` or the subprotocol `session.<token>`.
     session: Option<ResumeToken>,
-    /// `?inbox=`: what this device has of the inbox.
+    /// `?inbox=`: the position up to which this device has the inbox.
     pub(super) inbox: Option<Result<Position, InvalidPosition>>,
     address: std::net::IpAddr,
     user_agent: Option<Box<str>>,
 }
 
-/// A client that is let in.
+/// An admitted client.
 pub(super) struct AdmittedClient {
     pub(super) identity: Identity,
-    /// Its place among the connections of its user.
-    pub(super) place: Permit<UserId>,
+    /// Permit for one more connection of the user.
+    pub(super) user_permit: Permit<UserId>,
     pub(super) opened: OpenedSession,
-    /// The secret of its session.
+    /// Secret of the session.
     secret: [u8; 16],
     pub(super) about: Arc<ConnectionInfo>,
 }
 
-/// Why a client is not let in.
+/// Reason for not admitting a client.
 pub(super) enum AdmissionError {
-    /// It is nobody.
+    /// The client has no valid token.
     Unauthenticated(AuthError),
-    /// Its user has as many connections as may be.
+    /// The user has the maximum of connections.
     TooManyConnections,
-    /// The bus is away.
+    /// The bus is unavailable.
     Unavailable,
 }
 
 impl AdmissionError {
-    /// The close code and the reason, after the upgrade.
+    /// Returns close code and reason for a WebSocket.
     pub(super) fn close(&self) -> (CloseCode, String) {
         match self {
             Self::Unauthenticated(error) => (CloseCode::PolicyViolation, error.to_string()),
@@ -93,12 +94,12 @@ impl AdmissionError {
 }
 
 impl ClientHandshake {
-    /// Reads a handshake.
+    /// Reads the parameters of a handshake.
     pub(super) fn read(
         node: &Node,
         headers: &HeaderMap,
         params: &[(String, String)],
-        ends: ConnectInfo,
+        info: ConnectInfo,
         allowed: OriginAccess,
     ) -> Self {
         let offered = subprotocols(headers);
@@ -107,13 +108,18 @@ impl ClientHandshake {
             session: param(params, "session").or_else(session).and_then(|text| text.parse().ok()),
             inbox: param(params, "inbox").map(str::parse),
             credentials: credentials(node, headers, params, &offered, allowed),
-            address: client_address(ends.peer.ip(), headers, &node.options.trusted_proxies),
+            address: client_address(info.peer.ip(), headers, &node.options.trusted_proxies),
             user_agent: user_agent(headers),
         }
     }
 
-    /// Finds out who the client is, and gives it its session. In anonymous mode a session tells the
-    /// user, where the client does not.
+    /// Identifies the client and opens its session.
+    ///
+    /// In anonymous mode a client that names no user gets the user of the session it presents.
+    ///
+    /// # Errors
+    ///
+    /// [`AdmissionError`]; the session is then not opened.
     pub(super) async fn admit(
         &self,
         node: &Node,
@@ -147,9 +153,9 @@ impl ClientHandshake {
         let Services { auth, sessions, limits, .. } = &*node.services;
         let identity = auth.identify(credentials).map_err(AdmissionError::Unauthenticated)?;
         let user = identity.user.id.clone();
-        let place =
+        let permit =
             node.state.by_user.acquire(user.clone(), node.options.limits.connections_per_user);
-        let place = place.ok_or(AdmissionError::TooManyConnections)?;
+        let user_permit = permit.ok_or(AdmissionError::TooManyConnections)?;
 
         let about = Arc::new(ConnectionInfo {
             name: identity.user.name.clone(),
@@ -171,7 +177,7 @@ impl ClientHandshake {
             Ok(Ok(opened)) => {
                 let token = presented.filter(|_| opened.resumed.is_some()).unwrap_or(&fresh);
                 let secret = token.secret;
-                Ok(AdmittedClient { identity, place, opened, secret, about })
+                Ok(AdmittedClient { identity, user_permit, opened, secret, about })
             }
             _ => Err(AdmissionError::Unavailable),
         }
@@ -179,7 +185,7 @@ impl ClientHandshake {
 }
 
 impl AdmittedClient {
-    /// Whose the connection is.
+    /// Returns the owner of the connection.
     pub(super) fn owner(&self) -> Owner {
         Owner {
             user: self.identity.user.id.clone(),
@@ -190,7 +196,11 @@ impl AdmittedClient {
     }
 }
 
-/// Has a connection given what its device lacks of the inbox, and what comes.
+/// Joins the inbox of the user: the device gets the entries it lacks, then the new ones.
+///
+/// # Errors
+///
+/// [`SubscribeFailed`] if the inbox could not be joined within the timeout of the bus.
 pub(super) async fn join_inbox(
     node: &Node,
     handle: &Arc<ConnectionHandle>,
@@ -199,7 +209,7 @@ pub(super) async fn join_inbox(
     device: Option<Result<Position, InvalidPosition>>,
 ) -> Result<(), SubscribeFailed> {
     if let Some(Err(_)) = device {
-        let text = "`inbox` is <epoch>:<seq>; the acknowledged position is taken";
+        let text = "`inbox` must be <epoch>:<seq>; continuing from the acknowledged position";
         node.metrics.errors.of(ErrorCode::BadRequest).inc();
         handle.send(&ServerFrame::Error(ErrorFrame::new(ErrorCode::BadRequest, text)));
     }
@@ -213,7 +223,7 @@ pub(super) async fn join_inbox(
         let joining = hub.join(room.clone(), handle, None, start, JoinGrant::default());
         match tokio::time::timeout_at(until, joining).await {
             Ok(Ok(_)) => return Ok(()),
-            // One failed attempt to read it, which may be over in a moment.
+            // One failed read, which may succeed in a moment.
             Ok(Err(SubscribeFailed)) if Instant::now() + JOIN_RETRY < until => {
                 tokio::time::sleep(JOIN_RETRY).await;
             }
@@ -222,35 +232,37 @@ pub(super) async fn join_inbox(
     }
 }
 
-/// The position behind which there is something unread. What has expired so is told of by `connected`.
+/// Returns the position after which entries are unread. `connected` reports expired ones.
 pub(super) fn unread_from(inbox: &InboxState) -> Seq {
     inbox.acked.max(inbox.oldest - 1).min(inbox.seq)
 }
 
-/// Makes sure that a connection which is in its inbox now still has its session: an order to close it, or
-/// another that presented it, may have come before it was to be found there.
+/// Closes a connection that no longer has its session.
+///
+/// A command to close the session, or another connection that presented it, may have come before this
+/// connection had joined its inbox, where such events reach it.
 pub(super) async fn verify_session(node: &Node, handle: &ConnectionHandle) {
     let Some(owner) = handle.owner() else { return };
     let Services { sessions, limits, .. } = &*node.services;
     let holder = sessions.holder(owner.user.clone(), owner.session, handle.connection);
     let (code, reason) = match tokio::time::timeout(limits.wait_max, holder).await {
         Ok(Ok(SessionHolder::Another)) => (CloseCode::SessionReplaced, ""),
-        // It comes back and is given another, or is refused again.
+        // The client reconnects, and gets another session or is rejected.
         Ok(Ok(SessionHolder::Gone)) => (CloseCode::TryAgainLater, "unavailable"),
-        // Where that cannot be found out now it is within a minute.
+        // If the holder is unknown now, a later check finds out within a minute.
         Ok(Ok(SessionHolder::This) | Err(_)) | Err(_) => return,
     };
     handle.outbox.close(Close { code: code.number(), reason: reason.to_owned() });
 }
 
-/// The first frame of a connection.
+/// Builds the first frame of a connection.
 pub(super) fn connected_frame(
     node: &Node,
-    entered: &AdmittedClient,
+    client: &AdmittedClient,
     handle: &ConnectionHandle,
     route: String,
 ) -> ServerFrame<Box<RawValue>> {
-    let AdmittedClient { identity, opened, secret, .. } = entered;
+    let AdmittedClient { identity, opened, secret, .. } = client;
     let user = identity.user.clone();
     let token = ResumeToken { secret: *secret, session: opened.session, user: user.id.clone() };
     ServerFrame::Connected(Box::new(ConnectedFrame {
@@ -272,13 +284,13 @@ pub(super) fn connected_frame(
     }))
 }
 
-/// What the client offers in `Sec-WebSocket-Protocol`.
+/// Returns the subprotocols that the client offers.
 pub(super) fn subprotocols(headers: &HeaderMap) -> Vec<String> {
     let offered = elements(headers, header::SEC_WEBSOCKET_PROTOCOL);
     offered.map(|offer| String::from_utf8_lossy(offer).into_owned()).collect()
 }
 
-/// What the client says of itself. The first source of a token decides.
+/// Returns the credentials of the client. The first source that has a token counts.
 fn credentials(
     node: &Node,
     headers: &HeaderMap,
@@ -287,7 +299,8 @@ fn credentials(
     allowed: OriginAccess,
 ) -> Credentials {
     let bearer = || bearer(headers).map(Cow::into_owned);
-    // A browser sends the visitor's cookies whichever page asks: where any page may, they say nothing.
+    // A browser sends the cookies of its visitor with the request of any page. If any page may connect,
+    // they prove nothing.
     let cookie = || match allowed {
         OriginAccess::WithoutCredentials => None,
         OriginAccess::NoOrigin | OriginAccess::WithCredentials => {
@@ -306,14 +319,14 @@ fn credentials(
     }
 }
 
-/// What a client calls itself, as far as that is kept.
+/// Returns the start of `User-Agent`.
 fn user_agent(headers: &HeaderMap) -> Option<Box<str>> {
     const CHARS_MAX: usize = 200;
     let text = String::from_utf8_lossy(headers.get(header::USER_AGENT)?.as_bytes());
     Some(text.chars().take(CHARS_MAX).collect::<String>().into())
 }
 
-/// The first parameter of a name.
+/// Returns the first parameter with this name.
 pub(super) fn param<'a>(params: &'a [(String, String)], name: &str) -> Option<&'a str> {
     params.iter().find(|(key, _)| key == name).map(|(_, value)| value.as_str())
 }

@@ -1,15 +1,15 @@
 //! Request headers, read as bytes.
 //!
-//! A header value is bytes, not text (RFC 9110, section 5.5): one byte above ASCII in a cookie that
-//! another application set must not hide the cookie beside it. Each function here splits bytes and
-//! looks at the wanted part only. `HeaderValue::to_str`, which fails for the whole value, is
-//! forbidden in this crate (`clippy.toml`).
+//! A header value is bytes, not text (RFC 9110, section 5.5): a byte above ASCII in the cookie of
+//! another application must not hide the cookie next to it. Each function here splits bytes and reads
+//! only the wanted part. `HeaderValue::to_str` fails for the whole value, and is forbidden in this
+//! crate (`clippy.toml`).
 
 use std::borrow::Cow;
 
 use axum::http::{HeaderMap, HeaderName, HeaderValue, header};
 
-/// Yields the elements of a header that is a list (RFC 9110, section 5.6.1), over all of its lines.
+/// Yields the elements of a list header (RFC 9110, section 5.6.1) from all of its lines.
 pub(super) fn elements(headers: &HeaderMap, name: HeaderName) -> impl Iterator<Item = &[u8]> {
     let lines = headers.get_all(name).into_iter();
     lines
@@ -18,12 +18,12 @@ pub(super) fn elements(headers: &HeaderMap, name: HeaderName) -> impl Iterator<I
         .filter(|element| !element.is_empty())
 }
 
-/// Whether a list header has this element, in either case.
+/// Whether a list header has this element, ignoring case.
 pub(super) fn has_element(headers: &HeaderMap, name: HeaderName, element: &str) -> bool {
     elements(headers, name).any(|found| found.eq_ignore_ascii_case(element.as_bytes()))
 }
 
-/// The credentials of the first `Authorization: Bearer` (RFC 6750, section 2.1).
+/// Returns the token of the first `Authorization: Bearer` (RFC 6750, section 2.1).
 pub(super) fn bearer(headers: &HeaderMap) -> Option<Cow<'_, str>> {
     headers.get_all(header::AUTHORIZATION).into_iter().find_map(|value| {
         let value = value.as_bytes().trim_ascii_start();
@@ -34,7 +34,7 @@ pub(super) fn bearer(headers: &HeaderMap) -> Option<Cow<'_, str>> {
     })
 }
 
-/// The value of a cookie, without the quotation marks it may have (RFC 6265, section 4.1.1).
+/// Returns the value of a cookie, without quotation marks (RFC 6265, section 4.1.1).
 pub(super) fn cookie<'a>(headers: &'a HeaderMap, name: &str) -> Option<Cow<'a, str>> {
     let lines = headers.get_all(header::COOKIE).into_iter();
     let mut pairs = lines.flat_map(|value| value.as_bytes().split(|byte| *byte == b';'));
@@ -47,7 +47,7 @@ pub(super) fn cookie<'a>(headers: &'a HeaderMap, name: &str) -> Option<Cow<'a, s
     })
 }
 
-/// A value as text, where it is UTF-8.
+/// Returns a value as text if it is UTF-8.
 pub(super) fn utf8(value: &HeaderValue) -> Option<&str> {
     std::str::from_utf8(value.as_bytes()).ok()
 }
@@ -68,7 +68,7 @@ mod tests {
     }
 
     #[test]
-    fn a_cookie_is_found_beside_others_of_any_bytes() {
+    fn a_cookie_is_found_next_to_cookies_of_any_bytes() {
         check_cookie(&["city=Zürich; token=good".as_bytes()], Some("good"));
         check_cookie(&[b"city=Z\xFCrich; token=good"], Some("good"));
         check_cookie(&[b"\xFF\xFE", b"a; =b; token=\"good\";"], Some("good"));
@@ -78,11 +78,11 @@ mod tests {
     }
 
     #[test]
-    fn a_bearer_token_is_found_beside_other_schemes() {
+    fn a_bearer_token_is_found_next_to_other_schemes() {
         let both: [(_, &[u8]); 2] =
             [("authorization", b"Basic Zm9v\xFC"), ("authorization", b"bEaReR  good")];
         assert_eq!(bearer(&headers(&both)).as_deref(), Some("good"));
-        // A token that is there and bad decides, as one that is signed by another key does.
+        // An invalid token still counts, like a token signed with another key.
         let bad: [(_, &[u8]); 1] = [("authorization", b"Bearer g\xFCt")];
         assert_eq!(bearer(&headers(&bad)).as_deref(), Some("g\u{FFFD}t"));
         for none in [&b"Bearer"[..], b"Basic x", b""] {
@@ -91,7 +91,7 @@ mod tests {
     }
 
     #[test]
-    fn a_list_element_that_is_no_ascii_hides_no_other() {
+    fn a_list_element_beyond_ascii_hides_no_other() {
         let lines: [(_, &[u8]); 2] =
             [("sec-websocket-protocol", b"\xFC, chat.v1,,"), ("sec-websocket-protocol", b" b ")];
         let found = headers(&lines);

@@ -1,8 +1,8 @@
-//! Which web pages may open a WebSocket or an event stream here.
+//! Origins of web pages that may open a WebSocket or an event stream.
 //!
-//! Browsers send the page's origin with the handshake, and cookies with it whoever the page is
-//! from: without this check any page could speak as its visitor (RFC 6455, section 10.2). Programs
-//! that are no browsers send none and are not asked.
+//! A browser sends the origin of the page with a handshake, and the cookies of its visitor whatever the
+//! page: without this check any page could act as its visitor (RFC 6455, section 10.2). Programs that
+//! are no browsers send no origin and are not checked.
 
 use std::{borrow::Cow, fmt, net::Ipv6Addr};
 
@@ -10,7 +10,7 @@ use axum::http::{HeaderMap, HeaderValue, header};
 
 use super::headers::utf8;
 
-/// Origins that may connect beside the gateway's own pages.
+/// Origins that may connect, besides the gateway's own pages.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct AllowedOrigins {
     any: bool,
@@ -18,15 +18,15 @@ pub struct AllowedOrigins {
     origins: Vec<OriginPattern>,
 }
 
-/// One origin, or those of all hosts below a name.
+/// One origin, or the origins of all hosts below a name.
 #[derive(Clone, Debug, PartialEq, Eq)]
 struct OriginPattern {
     origin: Origin,
-    /// The host stands for those with one or more labels in front of it.
+    /// Whether the host stands for all hosts with one or more labels in front of it.
     subdomains: bool,
 }
 
-/// Scheme, host and port of a page, in ASCII and lower case.
+/// Scheme, host and port of a page, in lower-case ASCII.
 #[derive(Clone, Debug, PartialEq, Eq)]
 struct Origin {
     scheme: String,
@@ -34,18 +34,18 @@ struct Origin {
     port: u16,
 }
 
-/// What a page of an allowed origin is allowed.
+/// Rights of a page whose origin is allowed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum OriginAccess {
-    /// There is no origin: the client is no browser, or its request is of no page.
+    /// No origin: the client is no browser, or its request belongs to no page.
     NoOrigin,
-    /// The page may use what the browser has of its visitor.
+    /// The page may use the cookies of its visitor.
     WithCredentials,
-    /// The page may come from anywhere, so that the visitor's cookies must not speak for it.
+    /// Any page may connect, so that the cookies of its visitor must not count.
     WithoutCredentials,
 }
 
-/// The origin of a page that may not connect, and what it was compared with, for the log.
+/// A denied origin and the host it was compared with, for the log.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct DeniedOrigin {
     /// `Origin`
@@ -54,15 +54,15 @@ pub struct DeniedOrigin {
     pub host: String,
 }
 
-/// An entry of `server.allowed_origins` that no page's origin can equal.
+/// An entry of `server.allowed_origins` that can match no origin.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("no page has the origin `{entry}`: {advice}")]
+#[error("no page can have the origin `{entry}`: {advice}")]
 pub struct InvalidOrigin {
     entry: String,
     advice: OriginAdvice,
 }
 
-/// What to write instead.
+/// Suggested replacement.
 #[derive(Clone, Debug, PartialEq, Eq)]
 enum OriginAdvice {
     Write(String),
@@ -81,12 +81,12 @@ impl fmt::Display for OriginAdvice {
 }
 
 impl AllowedOrigins {
-    /// Reads a list of origins; `*` allows any, `https://*.example.org` those of hosts below a name,
-    /// `null` pages that have none, such as files and sandboxed frames.
+    /// Parses a list of origins. `*` allows any, `https://*.example.org` all hosts below a name, `null`
+    /// pages without an origin, such as files and sandboxed frames.
     ///
     /// # Errors
     ///
-    /// [`InvalidOrigin`] for the first entry that can never be that of a page.
+    /// [`InvalidOrigin`] for the first entry that can match no page.
     pub fn parse<'a>(entries: impl Iterator<Item = &'a str>) -> Result<Self, InvalidOrigin> {
         let mut allowed = Self::default();
         for entry in entries {
@@ -102,12 +102,12 @@ impl AllowedOrigins {
         Ok(allowed)
     }
 
-    /// What a page with these headers is allowed. Its own pages always are: their origin has the host
-    /// and port of `Host`, by http or, behind a proxy that ends TLS, by https.
+    /// Returns the rights of a page with these headers. The gateway's own pages are always allowed: their
+    /// origin has the host and port of `Host`, with http or, behind a proxy that ends TLS, https.
     ///
     /// # Errors
     ///
-    /// [`DeniedOrigin`] where the page may not connect.
+    /// [`DeniedOrigin`] if the page may not connect.
     pub fn allow(&self, headers: &HeaderMap) -> Result<OriginAccess, DeniedOrigin> {
         let mut origins = headers.get_all(header::ORIGIN).iter();
         let Some(value) = origins.next() else { return Ok(OriginAccess::NoOrigin) };
@@ -127,21 +127,21 @@ impl AllowedOrigins {
     }
 }
 
-/// As much of a header as is worth a place in the log.
+/// Returns the start of a header value, for the log.
 fn for_log(value: Option<&HeaderValue>) -> String {
     const CHARS_MAX: usize = 200;
     let text = value.map_or(Cow::Borrowed("-"), |value| String::from_utf8_lossy(value.as_bytes()));
     text.chars().take(CHARS_MAX).collect()
 }
 
-/// Reads an entry of the configuration.
+/// Parses an entry of the configuration.
 fn parse_pattern(entry: &str) -> Result<OriginPattern, OriginAdvice> {
     let Some((scheme, rest)) = entry.split_once("://") else {
-        let would = format!("https://{entry}");
-        return Err(match parse_pattern(&would) {
-            Ok(_) => OriginAdvice::Write(would),
-            // `example.org/path` has two mistakes.
-            Err(OriginAdvice::Write(would)) => OriginAdvice::Write(would),
+        let suggestion = format!("https://{entry}");
+        return Err(match parse_pattern(&suggestion) {
+            Ok(_) => OriginAdvice::Write(suggestion),
+            // `example.org/path` lacks the scheme and has a path.
+            Err(OriginAdvice::Write(suggestion)) => OriginAdvice::Write(suggestion),
             Err(OriginAdvice::Shape) => OriginAdvice::Shape,
         });
     };
@@ -152,10 +152,9 @@ fn parse_pattern(entry: &str) -> Result<OriginPattern, OriginAdvice> {
         _ => {}
     }
     if let Some(end) = rest.find(['/', '?', '#']) {
-        let would = format!("{scheme}://{}", &rest[..end]);
-        return Err(
-            parse_pattern(&would).map_or(OriginAdvice::Shape, |_| OriginAdvice::Write(would))
-        );
+        let suggestion = format!("{scheme}://{}", &rest[..end]);
+        return Err(parse_pattern(&suggestion)
+            .map_or(OriginAdvice::Shape, |_| OriginAdvice::Write(suggestion)));
     }
     let below = rest.strip_prefix("*.");
     let bare = format!("{scheme}://{}", below.unwrap_or(rest));
@@ -198,7 +197,7 @@ impl Origin {
         Some(Self { scheme, host, port })
     }
 
-    /// Whether the page came from this gateway, as `Host` names it.
+    /// Whether the page belongs to this gateway, as `Host` names it.
     fn is_own(&self, headers: &HeaderMap) -> bool {
         let (true, Some(default)) =
             (matches!(&*self.scheme, "http" | "https"), default_port(&self.scheme))
@@ -218,12 +217,12 @@ fn default_port(scheme: &str) -> Option<u16> {
         _ if !is_scheme => None,
         "http" => Some(80),
         "https" => Some(443),
-        // Pages of applications (`tauri://localhost`) have no port.
+        // Origins of applications (`tauri://localhost`) have no port.
         _ => Some(0),
     }
 }
 
-/// `host` or `host:port`, in ASCII (UTS 46, as URLs have it) and lower case.
+/// Parses `host` or `host:port` to lower-case ASCII (UTS 46, as in URLs).
 fn authority(text: &str, default_port: u16) -> Option<(String, u16)> {
     let port_at = match text.rfind(']') {
         Some(end) => text[end..].find(':').map(|at| end + at),
@@ -273,7 +272,7 @@ mod tests {
     const ANY: Option<OriginAccess> = Some(OriginAccess::WithoutCredentials);
 
     #[test]
-    fn pages_of_the_gateway_itself_may_connect_whatever_is_listed() {
+    fn own_pages_may_connect_with_any_list() {
         for list in [&[][..], &["https://app.example"], &["*"]] {
             check(list, None, "a:8080", Some(OriginAccess::NoOrigin));
             check(list, Some("http://a:8080"), "a:8080", YES);
@@ -292,13 +291,13 @@ mod tests {
         }
         check(&[], Some("https://a"), "a:8443", None);
         check(&[], Some("https://a"), "a:80", None);
-        // Another scheme is no page of a gateway.
+        // A gateway serves no pages with another scheme.
         check(&[], Some("ftp://a:8080"), "a:8080", None);
         check(&[], Some("app://a"), "a", None);
     }
 
     #[test]
-    fn listed_origins_may_connect_beside_the_own_pages() {
+    fn listed_origins_may_connect_besides_own_pages() {
         let list = &["https://app.example", "http://localhost:3000", "tauri://localhost"];
         for good in ["https://app.example", "http://localhost:3000", "tauri://localhost"] {
             check(list, Some(good), "gw", YES);
@@ -348,20 +347,20 @@ mod tests {
     }
 
     #[test]
-    fn two_origins_are_none() {
+    fn two_origin_headers_are_denied() {
         let mut two = headers(Some("https://a"), "a");
         two.append("origin", "https://a".parse().unwrap());
         assert!(allowed(&[]).allow(&two).is_err());
     }
 
     #[test]
-    fn a_refusal_says_what_was_compared() {
-        let refused = allowed(&[]).allow(&headers(Some("https://b"), "a:80")).unwrap_err();
-        assert_eq!((&*refused.origin, &*refused.host), ("https://b", "a:80"));
+    fn a_denial_has_origin_and_host() {
+        let denied = allowed(&[]).allow(&headers(Some("https://b"), "a:80")).unwrap_err();
+        assert_eq!((&*denied.origin, &*denied.host), ("https://b", "a:80"));
     }
 
     #[test]
-    fn an_entry_that_no_page_has_is_refused_with_what_to_write() {
+    fn an_entry_that_matches_no_page_is_rejected_with_advice() {
         let long = "https://host";
         for (entry, advice) in [
             ("app.example", "write `https://app.example`"),
@@ -389,10 +388,10 @@ mod tests {
             ("**", long),
         ] {
             let Err(error) = AllowedOrigins::parse([entry].into_iter()) else {
-                panic!("{entry} is taken")
+                panic!("{entry} is accepted")
             };
-            let told = error.to_string();
-            assert!(told.contains(advice) && told.contains(entry), "{entry}: {told}");
+            let text = error.to_string();
+            assert!(text.contains(advice) && text.contains(entry), "{entry}: {text}");
         }
     }
 }

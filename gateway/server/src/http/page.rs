@@ -1,4 +1,4 @@
-//! The chat page, which is part of the binary.
+//! The chat page, embedded in the binary.
 
 use std::{convert::Infallible, sync::Arc};
 
@@ -18,10 +18,10 @@ const CHAT: &str = include_str!("../../../web/chat.html");
 const STYLE: &str = "<style>";
 const NOTICE_MARK: &str = "<!--skein:notice-->";
 const SCRIPT: &str = "<script type=\"module\">";
-/// What is filled in, in the order of the page.
+/// Placeholders of the page, in their order.
 const MARKS: [&str; 3] = [STYLE, NOTICE_MARK, SCRIPT];
-const NOTICE: &str = "<p class=\"notice\" role=\"alert\">Anonymous mode: anybody who reaches this \
-     page can read every room and speak as anybody. For people you do not know, set \
+const NOTICE: &str = "<p class=\"notice\" role=\"alert\">Anonymous mode: any visitor of this page can \
+     read every room and impersonate any user. Before you open it to others, set \
      GATEWAY__AUTH__MODE=jwt.</p>";
 
 pub(super) async fn chat(State(node): State<Arc<Node>>) -> Response {
@@ -31,7 +31,7 @@ pub(super) async fn chat(State(node): State<Arc<Node>>) -> Response {
     let mut parts: Vec<Bytes> = Vec::with_capacity(2 * MARKS.len() + 1);
     let mut rest = CHAT;
     for mark in MARKS {
-        // A test of the page would have found a mark that is not there.
+        // A test checks that the page has all marks.
         let Some((before, after)) = rest.split_once(mark) else { continue };
         let filled = match mark {
             STYLE => format!("<style nonce=\"{nonce}\">"),
@@ -43,7 +43,7 @@ pub(super) async fn chat(State(node): State<Arc<Node>>) -> Response {
     }
     parts.push(Bytes::from_static(rest.as_bytes()));
     let length: usize = parts.iter().map(Bytes::len).sum();
-    // In parts, so that who asks and does not read holds no copy of the page.
+    // In parts, so that a client which does not read the response holds no copy of the page.
     let page = Body::from_stream(stream::iter(parts.into_iter().map(Ok::<_, Infallible>)));
     let policy = format!(
         "default-src 'none'; script-src 'nonce-{nonce}'; style-src 'nonce-{nonce}'; \
@@ -67,8 +67,8 @@ mod tests {
     use super::*;
 
     #[test]
-    fn all_that_is_filled_in_is_there_in_its_order() {
-        let places: Vec<_> = MARKS.iter().map(|mark| CHAT.find(mark)).collect();
-        assert!(places.iter().all(Option::is_some) && places.is_sorted(), "{places:?}");
+    fn the_page_has_all_marks_in_order() {
+        let positions: Vec<_> = MARKS.iter().map(|mark| CHAT.find(mark)).collect();
+        assert!(positions.iter().all(Option::is_some) && positions.is_sorted(), "{positions:?}");
     }
 }

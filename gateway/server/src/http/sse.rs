@@ -1,14 +1,14 @@
-//! Event streams: what a connection would be sent, for those who cannot have a WebSocket (HTML Living
+//! Event streams: the frames of a connection for clients that cannot open a WebSocket (HTML Living
 //! Standard, section 9.2).
 //!
-//! A stream is a session like any other, whose outbox is read here: each frame becomes one event. Those
-//! of a log carry the positions in all rooms and the inbox as their id, by which the client goes on
-//! elsewhere. A client that reads slowly lags, as any client does: the stream is made piece by piece,
-//! the next one when the kernel has taken the one before, and what is under way counts in the outbox.
-//! Rooms are joined one after the other, each when there is room for its history.
+//! A stream is a session like any other, whose outbox is read here: each frame becomes one event. The
+//! id of an event from a log holds the positions in all rooms and the inbox, so that the client can
+//! resume on any node. A slow client continues from the log, like on a WebSocket: the stream is built
+//! in chunks, the next one when the kernel has taken the previous one, and chunks in flight count in
+//! the outbox. Rooms are joined one after the other, each when the outbox has space for its history.
 //!
-//! A browser gives up for good on any answer but 200 (`EventSource`, section 9.2.3), so that refusals
-//! which pass are streams as well, which say when to come back and end.
+//! A browser gives up for good on any response but 200 (`EventSource`, section 9.2.3). Temporary
+//! rejections are therefore streams too, which say when to reconnect and end.
 
 use std::{
     borrow::Cow,
@@ -74,25 +74,25 @@ use skein_core::{
     telemetry::metrics::{GaugeGuard, HandshakeResult},
 };
 
-/// The most rooms of a stream.
+/// Most rooms of a stream.
 const ROOMS_MAX: usize = 20;
-/// How often something is sent that means nothing, so that a proxy does not take the stream for dead.
+/// Interval of comments that keep proxies from closing an idle stream.
 const PING_EVERY: Duration = Duration::from_secs(25);
-/// What a client is told to wait before it comes back.
+/// Delay before a client reconnects.
 const RETRY: Duration = Duration::from_secs(3);
-/// The longest position that is looked at: 20 rooms with the longest names.
+/// Longest event id that is decoded: 20 rooms with the longest names.
 const CURSOR_BYTES_MAX: usize = 8 * 1024;
-/// How much of what waits is made into one piece of the stream.
+/// Bytes of queued frames per chunk of the stream.
 const CHUNK_BYTES: usize = 32 * 1024;
-/// How many pieces wait for the connection to take them: one, and one with which the stream ends.
+/// Chunks that wait for the connection: one, and the last one of the stream.
 const CHUNKS_MAX: usize = 2;
-/// Sent by a proxy that asks the next node where this one says 503, and tells browsers itself when to
-/// come back where none is left.
+/// Header of a proxy that tries the next node after a 503, and tells browsers itself when to reconnect
+/// if no node is left.
 const FAILOVER: HeaderName = HeaderName::from_static("x-skein-failover");
-/// The longest body of a refusal.
+/// Longest body of a rejection in bytes.
 const REJECTION_BYTES_MAX: usize = 4 * 1024;
 
-/// How far a client is, in rooms and in the inbox.
+/// Positions of a client in its rooms and its inbox.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 struct Cursors {
     rooms: BTreeMap<RoomId, Position>,
@@ -100,14 +100,15 @@ struct Cursors {
 }
 
 impl Cursors {
-    /// As an event's id: base64url of `[<room>]~<epoch>:<seq>`, with commas between.
+    /// Encodes the positions as an event id: base64url of `[<room>]~<epoch>:<seq>`, separated by commas.
     fn to_id(&self) -> String {
         let inbox = self.inbox.iter().map(|at| format!("~{at}"));
         let rooms = self.rooms.iter().map(|(room, at)| format!("{room}~{at}"));
         URL_SAFE_NO_PAD.encode(inbox.chain(rooms).collect::<Vec<_>>().join(","))
     }
 
-    /// What of an id can be read. One that cannot is as none: the client is told where it begins.
+    /// Decodes the valid parts of an event id. An invalid part counts as absent: the client then learns
+    /// where the room begins.
     fn of_id(id: &[u8]) -> Self {
         let mut cursors = Self::default();
         let text =
@@ -123,7 +124,7 @@ impl Cursors {
         cursors
     }
 
-    /// Takes note of a frame. Returns whether a position has moved.
+    /// Advances a position if the frame belongs to a log. Returns whether it did.
     fn advance(&mut self, frame: &EventFrame<'_>) -> bool {
         let at = |epoch: &Option<Epoch>, seq| Some(Position::new(epoch.clone()?, seq));
         match frame.kind {
@@ -140,7 +141,7 @@ impl Cursors {
                     return false;
                 };
                 let shown = frame.history.last().and_then(|last| at(&last.epoch, last.seq));
-                // What follows a position comes behind this frame.
+                // If the join resumed, the entries after the known position follow this frame.
                 let known = self.rooms.get(room).filter(|_| frame.recovered).cloned();
                 self.rooms.insert(room.clone(), shown.or(known).unwrap_or(top));
                 true
@@ -150,7 +151,7 @@ impl Cursors {
     }
 }
 
-/// A frame, as far as it moves positions.
+/// The fields of a frame that advance positions.
 #[derive(Deserialize)]
 struct EventFrame<'a> {
     #[serde(rename = "type")]
@@ -175,8 +176,8 @@ struct HistoryPosition {
     seq: Seq,
 }
 
-/// The JSON of a frame as it stands in an outbox: unmasked and whole (RFC 6455, section 5.2). A binary
-/// one has its payload in base64.
+/// Returns the JSON of a frame in the outbox, which is unmasked and unfragmented (RFC 6455, section
+/// 5.2). The content of a binary frame becomes base64.
 fn frame_json(frame: &[u8]) -> Option<Cow<'_, str>> {
     let (head, rest) = frame.split_first_chunk::<2>()?;
     let payload = match head[1] & 0x7F {
@@ -193,17 +194,17 @@ fn frame_json(frame: &[u8]) -> Option<Cow<'_, str>> {
             let content = STANDARD.encode(content);
             Some(format!(r#"{header},"encoding":"base64","content":"{content}"}}"#).into())
         }
-        // Pings are of this stream's own.
+        // The stream sends its own pings.
         _ => None,
     }
 }
 
-/// The `retry` field: when the client comes back once the stream has ended.
+/// Formats the `retry` field: the delay before the client reconnects after the end of the stream.
 fn retry(wait: Duration) -> String {
     format!("retry: {}\n\n", wait.as_millis())
 }
 
-/// The methods of `/sse`, with what all of its answers have.
+/// Builds the methods of `/sse`, with the headers that all of its responses share.
 pub(super) fn methods(node: Arc<Node>) -> MethodRouter<Arc<Node>> {
     get(stream)
         .head(method_not_allowed)
@@ -214,15 +215,15 @@ pub(super) fn methods(node: Arc<Node>) -> MethodRouter<Arc<Node>> {
 
 async fn method_not_allowed() -> Response {
     let status = StatusCode::METHOD_NOT_ALLOWED;
-    let mut response = error_response(status, "bad_request", "an event stream is a GET");
+    let mut response = error_response(status, "bad_request", "an event stream must be a GET");
     response.headers_mut().insert(header::ALLOW, METHODS);
     response
 }
 
 const METHODS: HeaderValue = HeaderValue::from_static("GET, OPTIONS");
 
-/// The question that a browser asks before it sends a header of the page's own (Fetch Standard,
-/// section 3.3.2). Whether the page may is said by [`finish_response`].
+/// Answers a CORS preflight (Fetch Standard, section 3.3.2). [`finish_response`] adds whether the origin
+/// is allowed.
 async fn preflight(request: axum::extract::Request) -> Response {
     const HEADERS: HeaderValue = HeaderValue::from_static("Authorization, Last-Event-ID");
     let wanted = request.headers().get(header::ACCESS_CONTROL_REQUEST_HEADERS);
@@ -236,8 +237,8 @@ async fn preflight(request: axum::extract::Request) -> Response {
     response
 }
 
-/// Adds what every answer of this path has: leave for the page to read it, where its origin is
-/// allowed, and that nobody keeps or changes it on the way. A refusal that passes becomes a stream.
+/// Adds CORS headers for an allowed origin, and forbids caching and changes in transit. Turns a temporary
+/// rejection into a stream.
 async fn finish_response(
     State(node): State<Arc<Node>>,
     request: axum::extract::Request,
@@ -248,12 +249,12 @@ async fn finish_response(
     let is_get = request.method() == Method::GET;
     let fails_over = request.headers().contains_key(FAILOVER);
     let mut response = next.run(request).await;
-    let passes = match response.status() {
+    let is_temporary = match response.status() {
         StatusCode::TOO_MANY_REQUESTS => is_get,
         StatusCode::SERVICE_UNAVAILABLE => is_get && !fails_over,
         _ => false,
     };
-    if passes {
+    if is_temporary {
         response = retry_stream(response).await;
     }
     let headers = response.headers_mut();
@@ -276,16 +277,16 @@ async fn finish_response(
     response
 }
 
-/// A stream that says why there is none now, and when to come back, in place of a refusal that passes.
-async fn retry_stream(refusal: Response) -> Response {
-    let wait = refusal.headers().get(header::RETRY_AFTER).and_then(utf8);
+/// Turns a temporary rejection into a stream with its error and the delay before the next attempt.
+async fn retry_stream(rejection: Response) -> Response {
+    let wait = rejection.headers().get(header::RETRY_AFTER).and_then(utf8);
     let wait = wait.and_then(|seconds| seconds.parse().ok()).map_or(RETRY, Duration::from_secs);
-    // Not all at once, who are refused at once.
+    // Clients that were rejected at the same time must not reconnect at the same time.
     let wait = wait.max(RETRY) + rand::random_range(Duration::ZERO..RETRY);
-    let body = axum::body::to_bytes(refusal.into_body(), REJECTION_BYTES_MAX).await;
-    let refused = body.ok().and_then(|body| serde_json::from_slice::<RejectionBody>(&body).ok());
+    let body = axum::body::to_bytes(rejection.into_body(), REJECTION_BYTES_MAX).await;
+    let error = body.ok().and_then(|body| serde_json::from_slice::<RejectionBody>(&body).ok());
     let mut text = retry(wait);
-    if let Some(RejectionBody { error: RejectionDetail { code, message } }) = refused {
+    if let Some(RejectionBody { error: RejectionDetail { code, message } }) = error {
         let error = json!({
             "type": "error",
             "code": code,
@@ -297,7 +298,7 @@ async fn retry_stream(refusal: Response) -> Response {
     event_stream(Body::from(text))
 }
 
-/// What is read of a refusal in HTTP.
+/// Body of a rejection in HTTP.
 #[derive(Deserialize)]
 struct RejectionBody {
     error: RejectionDetail,
@@ -313,7 +314,7 @@ fn event_stream(body: Body) -> Response {
     let mut response = Response::new(body);
     let headers = response.headers_mut();
     headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("text/event-stream"));
-    // nginx would hold events back until it has many.
+    // Without this header nginx buffers events.
     headers.insert("x-accel-buffering", HeaderValue::from_static("no"));
     response
 }
@@ -325,10 +326,10 @@ async fn stream(
     request: axum::extract::Request,
 ) -> Response {
     let (parts, _) = request.into_parts();
-    let places = match ConnectionPermits::take(&node, &parts) {
-        Ok(places) => places,
-        Err((outcome, response)) => {
-            node.metrics.handshakes.of(outcome).inc();
+    let permits = match ConnectionPermits::take(&node, &parts) {
+        Ok(permits) => permits,
+        Err((result, response)) => {
+            node.metrics.handshakes.of(result).inc();
             return *response;
         }
     };
@@ -336,52 +337,52 @@ async fn stream(
         Ok(rooms) => rooms,
         Err(text) => return error_response(StatusCode::BAD_REQUEST, "bad_request", text),
     };
-    let ends = parts.extensions.get::<ConnectInfo>().copied();
-    let ends = ends
+    let info = parts.extensions.get::<ConnectInfo>().copied();
+    let info = info
         .unwrap_or(ConnectInfo { peer: ([0, 0, 0, 0], 0).into(), local: ([0, 0, 0, 0], 0).into() });
-    let client = ClientHandshake::read(&node, &parts.headers, &params, ends, places.allowed);
+    let client = ClientHandshake::read(&node, &parts.headers, &params, info, permits.allowed);
     let id = parts.headers.get("last-event-id").map(HeaderValue::as_bytes);
     let id = id.or(param(&params, "last_event_id").map(str::as_bytes));
     let cursors = Cursors::of_id(id.unwrap_or_default());
 
-    let stall_limit = parts.extensions.get::<WriteTimeout>().cloned();
+    let write_timeout = parts.extensions.get::<WriteTimeout>().cloned();
 
-    let (answer, opened) = oneshot::channel();
-    let (route, connection) = (sticky_route(ends), ConnectionId::random());
-    let served = node.clone();
-    // A task of its own, which ends what it has begun wherever the client goes.
+    let (reply, opened) = oneshot::channel();
+    let (route, connection) = (sticky_route(info), ConnectionId::random());
+    let serving_node = node.clone();
+    // A separate task ends the session even if the client disconnects.
     let serve = async move {
-        let node = served;
-        match EventStream::open(&node, connection, client, rooms, (cursors, route), places).await {
-            Ok((mut stream, pieces)) => {
-                if answer.send(Ok(pieces)).is_err() {
+        let node = serving_node;
+        match EventStream::open(&node, connection, client, rooms, (cursors, route), permits).await {
+            Ok((mut stream, chunks)) => {
+                if reply.send(Ok(chunks)).is_err() {
                     return stream.session.end().await;
                 }
                 let _counted = GaugeGuard::new(&node.metrics.connections);
-                let code = stream.run(&node, stall_limit).await;
+                let code = stream.run(&node, write_timeout).await;
                 node.metrics.disconnected(code);
             }
-            Err(refused) => drop(answer.send(Err(refused))),
+            Err(refused) => drop(reply.send(Err(refused))),
         }
     };
-    let forgetting = node.clone();
+    let panic_node = node.clone();
     node.tasks
-        .spawn_connection(serve, move |panic| forget_panicked(&forgetting, connection, panic));
-    let pieces = match opened.await {
-        Ok(Ok(pieces)) => pieces,
+        .spawn_connection(serve, move |panic| forget_panicked(&panic_node, connection, panic));
+    let chunks = match opened.await {
+        Ok(Ok(chunks)) => chunks,
         Ok(Err(refused)) => {
             node.metrics.handshakes.of(HandshakeResult::Invalid).inc();
             return *refused;
         }
-        // The node ends.
+        // The node is stopping.
         Err(_) => return *rejected(ErrorCode::Unavailable, "this node is stopping"),
     };
     node.metrics.handshakes.of(HandshakeResult::Accepted).inc();
-    let pieces = futures_util::stream::unfold(pieces, async |mut pieces| {
-        let piece: Bytes = pieces.recv().await?;
-        Some((Ok::<_, std::convert::Infallible>(piece), pieces))
+    let chunks = futures_util::stream::unfold(chunks, async |mut chunks| {
+        let chunk: Bytes = chunks.recv().await?;
+        Some((Ok::<_, std::convert::Infallible>(chunk), chunks))
     });
-    event_stream(Body::from_stream(pieces))
+    event_stream(Body::from_stream(chunks))
 }
 
 fn rooms_of(params: &[(String, String)]) -> Result<Vec<RoomId>, &'static str> {
@@ -390,26 +391,26 @@ fn rooms_of(params: &[(String, String)]) -> Result<Vec<RoomId>, &'static str> {
     let mut rooms = names
         .map(str::parse)
         .collect::<Result<Vec<RoomId>, _>>()
-        .map_err(|_| "`rooms` are names with commas between")?;
+        .map_err(|_| "`rooms` must be room names separated by commas")?;
     rooms.sort_unstable();
     rooms.dedup();
-    if rooms.len() > ROOMS_MAX { Err("`rooms` are at most 20") } else { Ok(rooms) }
+    if rooms.len() > ROOMS_MAX { Err("`rooms` must be at most 20 names") } else { Ok(rooms) }
 }
 
-/// A client that reads an event stream.
+/// An open event stream.
 struct EventStream {
     session: Session,
     handle: Arc<ConnectionHandle>,
     cursors: Cursors,
-    /// Rooms to be joined when there is room for their history.
+    /// Rooms to join once the outbox has space for their history.
     waiting: VecDeque<RoomId>,
     chunks: mpsc::Sender<Bytes>,
     expires: Option<Instant>,
-    _places: ConnectionPermits,
-    _user: Permit<skein_protocol::ids::UserId>,
+    _permits: ConnectionPermits,
+    _user_permit: Permit<skein_protocol::ids::UserId>,
 }
 
-/// A part of a stream. It counts in the outbox until the kernel has taken it, or the client has gone.
+/// A part of a stream. Counts in the outbox until the kernel has taken it or the client has disconnected.
 struct StreamChunk {
     text: String,
     handle: Arc<ConnectionHandle>,
@@ -433,13 +434,13 @@ impl Drop for StreamChunk {
     }
 }
 
-/// How a stream ended, as a close code says it.
+/// End of a stream, as the close code that a WebSocket would have.
 struct StreamEnd(u16);
 
-/// The client has gone without a word.
+/// The client has disconnected.
 const GONE: StreamEnd = StreamEnd(1006);
 
-/// A refusal in HTTP.
+/// An error response in HTTP.
 type RejectedResponse = Box<Response>;
 
 fn rejected(code: ErrorCode, text: &str) -> RejectedResponse {
@@ -461,16 +462,20 @@ fn rejected(code: ErrorCode, text: &str) -> RejectedResponse {
 }
 
 impl EventStream {
-    /// Opens the session and joins the rooms. What is to be sent waits in the outbox.
+    /// Opens the session and joins the rooms. Frames to send wait in the outbox.
+    ///
+    /// # Errors
+    ///
+    /// The error response; the session has then ended.
     async fn open(
         node: &Node,
         connection: ConnectionId,
         client: ClientHandshake,
         rooms: Vec<RoomId>,
         (mut cursors, route): (Cursors, String),
-        places: ConnectionPermits,
+        permits: ConnectionPermits,
     ) -> Result<(Self, mpsc::Receiver<Bytes>), RejectedResponse> {
-        let entered = client.admit(node, connection).await.map_err(|error| match error {
+        let admitted = client.admit(node, connection).await.map_err(|error| match error {
             AdmissionError::Unauthenticated(error) => rejected(
                 ErrorCode::Unauthorized,
                 &match error {
@@ -481,33 +486,43 @@ impl EventStream {
             AdmissionError::TooManyConnections => {
                 rejected(ErrorCode::LimitReached, "this user has too many connections")
             }
-            AdmissionError::Unavailable => rejected(ErrorCode::Unavailable, "the bus is away"),
+            AdmissionError::Unavailable => {
+                rejected(ErrorCode::Unavailable, "the bus is unavailable")
+            }
         })?;
         let outbox = Outbox::to_owner(node.options.limits.outbox_bytes_max, node.metrics.clone());
         let handle =
-            Arc::new(ConnectionHandle::new(connection, outbox).with_owner(entered.owner()));
-        let (user, wait) = (entered.identity.user.clone(), node.services.limits.wait_max);
+            Arc::new(ConnectionHandle::new(connection, outbox).with_owner(admitted.owner()));
+        let (user, wait) = (admitted.identity.user.clone(), node.services.limits.wait_max);
         let online = node.services.presence.track_online(&user, wait).await;
-        handle.send(&connected_frame(node, &entered, &handle, route));
-        let AdmittedClient { identity, place, opened, .. } = entered;
+        handle.send(&connected_frame(node, &admitted, &handle, route));
+        let AdmittedClient { identity, user_permit, opened, .. } = admitted;
         let inbox = cursors.inbox.clone().map(Ok).or(client.inbox);
-        // Where the inbox begins is part of every position from now on.
+        // The start of the inbox is part of every event id from now on.
         let begins = Position::new(opened.inbox.epoch.clone(), unread_from(&opened.inbox));
         cursors.inbox = Some(inbox.clone().and_then(Result::ok).unwrap_or(begins));
-        let follows = join_inbox(node, &handle, &user.id, opened.inbox, inbox).await;
+        let inbox_joined = join_inbox(node, &handle, &user.id, opened.inbox, inbox).await;
         let services = node.services.clone();
         let session = Session::new(services, identity, opened.session, handle.clone(), online);
         let expires = session.expires_at().and_then(|at| {
             let left = at.duration_since(std::time::SystemTime::now()).unwrap_or_default();
             Instant::now().checked_add(left)
         });
-        let (pieces, taken) = mpsc::channel(CHUNKS_MAX);
-        let (_places, _user, waiting) = (places, place, rooms.into());
-        let mut stream =
-            Self { session, handle, cursors, waiting, chunks: pieces, expires, _places, _user };
-        let joined = match follows {
+        let (chunks, taken) = mpsc::channel(CHUNKS_MAX);
+        let (_permits, _user_permit, waiting) = (permits, user_permit, rooms.into());
+        let mut stream = Self {
+            session,
+            handle,
+            cursors,
+            waiting,
+            chunks: chunks,
+            expires,
+            _permits,
+            _user_permit,
+        };
+        let joined = match inbox_joined {
             Ok(()) => stream.join_all(node).await,
-            Err(SubscribeFailed) => Err(rejected(ErrorCode::Unavailable, "the bus is away")),
+            Err(SubscribeFailed) => Err(rejected(ErrorCode::Unavailable, "the bus is unavailable")),
         };
         if let Err(refused) = joined {
             stream.session.end().await;
@@ -517,8 +532,8 @@ impl EventStream {
         Ok((stream, taken))
     }
 
-    /// Joins as many rooms as the outbox has room for, and makes sure of the others that they can be
-    /// joined, since a refusal can be told in HTTP now only.
+    /// Joins rooms while the outbox has space, and checks that the others can be joined, since errors
+    /// can be HTTP responses only now.
     async fn join_all(&mut self, node: &Node) -> Result<(), RejectedResponse> {
         let refused = |code| rejected(code, "a room could not be joined");
         for room in &self.waiting {
@@ -549,7 +564,7 @@ impl EventStream {
         Ok(())
     }
 
-    /// Joins a room; a refusal is told by a frame.
+    /// Joins a room. Errors are also sent as a frame.
     async fn join(&mut self, room: RoomId) -> Result<(), ErrorCode> {
         let since = self.cursors.rooms.get(&room).cloned();
         let join = JoinFrame { room, since, history: history_default(), password: None };
@@ -557,16 +572,16 @@ impl EventStream {
         self.session.complete(outcome)
     }
 
-    /// Serves the stream until it ends. Returns the close code that a WebSocket would have had.
-    async fn run(mut self, node: &Node, stall_limit: Option<WriteTimeout>) -> u16 {
-        if let Some(limit) = &stall_limit {
+    /// Serves the stream until it ends. Returns the close code that a WebSocket would have.
+    async fn run(mut self, node: &Node, write_timeout: Option<WriteTimeout>) -> u16 {
+        if let Some(limit) = &write_timeout {
             limit.set(node.options.heartbeat.write_timeout);
         }
         let mut told = Some(self.session.bus_status());
         let StreamEnd(code) = self.serve(node, &mut told).await;
         self.session.end().await;
         self.handle.outbox.discard();
-        match stall_limit.is_some_and(|limit| limit.has_expired()) {
+        match write_timeout.is_some_and(|limit| limit.has_expired()) {
             true => CloseCode::WriteTimeout.number(),
             false => code,
         }
@@ -589,7 +604,7 @@ impl EventStream {
                 if std::mem::take(&mut has_held) {
                     handle.health.record_activity(unix_millis_now());
                 }
-                // What waits goes out before the end.
+                // Before the end all queued frames are sent.
                 let bytes_max = if outbox.is_closing() { usize::MAX } else { CHUNK_BYTES };
                 let text = self.events(bytes_max);
                 if !text.is_empty() {
@@ -602,14 +617,14 @@ impl EventStream {
                 Box::pin(self.session.catch_up(behind)).await;
             }
             if let Some(Close { code, .. }) = outbox.begin_close() {
-                tracing::debug!(connection = %handle.connection, code, "an event stream ends");
+                tracing::debug!(connection = %handle.connection, code, "an event stream ended");
                 return StreamEnd(code);
             }
             if outbox.has_room()
                 && let Some(room) = self.waiting.pop_front()
             {
                 if let Err(code) = Box::pin(self.join(room)).await {
-                    // It comes back, and is refused in HTTP where that does not pass.
+                    // The client reconnects, and gets an HTTP error if the cause is permanent.
                     let (code, reason) =
                         (CloseCode::PolicyViolation.number(), code.as_str().to_owned());
                     outbox.close(Close { code, reason });
@@ -628,7 +643,7 @@ impl EventStream {
                         node: None,
                     }));
                     self.session.end().await;
-                    // Browsers read no `reconnect`: this is what spreads them.
+                    // Browsers ignore `reconnect`; the `retry` field spreads them over time.
                     let wait = RETRY + Duration::from_millis(after_ms);
                     let last = self.events(usize::MAX);
                     self.send(retry(wait) + &last);
@@ -641,7 +656,7 @@ impl EventStream {
                 }
                 () = outbox.woken() => {}
                 news = status_changed(told) => self.session.send_bus_status(news),
-                // Where a piece is under way it says the same.
+                // A chunk in flight keeps the stream alive as well.
                 _ = ping.tick() => if !outbox.has_held() {
                     self.send(": ping\n\n".to_owned());
                     has_held = true;
@@ -650,7 +665,7 @@ impl EventStream {
         }
     }
 
-    /// Resolves when the client's token ends.
+    /// Resolves when the token of the client expires.
     fn expired(&self) -> impl Future<Output = ()> + use<> {
         let expires = self.expires;
         async move {
@@ -661,15 +676,16 @@ impl EventStream {
         }
     }
 
-    /// Hands a piece to the connection, which takes it when it can.
+    /// Passes a chunk to the connection, which sends it when it can.
     fn send(&self, text: String) {
-        let piece = StreamChunk { text, handle: self.handle.clone() };
-        self.handle.outbox.count_held(piece.bytes());
-        // One at a time is under way, and a last one. Where the client has gone `closed` tells.
-        let _ = self.chunks.try_send(Bytes::from_owner(piece));
+        let chunk = StreamChunk { text, handle: self.handle.clone() };
+        self.handle.outbox.count_held(chunk.bytes());
+        // The channel has space for one chunk in flight and the last one. If the client has disconnected,
+        // `closed` resolves.
+        let _ = self.chunks.try_send(Bytes::from_owner(chunk));
     }
 
-    /// The next frames of the outbox as events, of about `bytes_max`.
+    /// Returns the next frames of the outbox as events, about `bytes_max` in total.
     fn events(&mut self, bytes_max: usize) -> String {
         let mut text = String::new();
         for frame in self.handle.outbox.take_up_to(bytes_max) {
@@ -695,7 +711,7 @@ mod tests {
     }
 
     #[test]
-    fn positions_are_read_back_and_nonsense_is_none() {
+    fn event_ids_decode_and_invalid_parts_are_skipped() {
         let mut cursors = Cursors { inbox: Some(at("i", 3)), ..Cursors::default() };
         cursors.rooms.insert("a:b".parse().unwrap(), at("1-e_x", 7));
         cursors.rooms.insert("r".parse().unwrap(), at("e", 0));
@@ -706,7 +722,7 @@ mod tests {
     }
 
     #[test]
-    fn entries_move_positions_and_other_frames_do_not() {
+    fn only_frames_of_logs_advance_positions() {
         let mut cursors = Cursors::default();
         let mut note = |json: &str| cursors.advance(&serde_json::from_str(json).unwrap());
         assert!(note(
@@ -715,15 +731,12 @@ mod tests {
         assert!(note(r#"{"type":"message","room":"r","epoch":"e","seq":9}"#));
         assert!(note(r#"{"type":"direct","epoch":"i","seq":2}"#));
         assert!(!note(r#"{"type":"typing","room":"r","user":"ann","is_typing":true}"#));
-        assert!(
-            !note(r#"{"type":"message","room":"live","content":1}"#),
-            "of a room without a log"
-        );
+        assert!(!note(r#"{"type":"message","room":"live","content":1}"#), "a room without a log");
         assert_eq!((&cursors.rooms["r"], &cursors.inbox), (&at("e", 9), &Some(at("i", 2))));
     }
 
     #[test]
-    fn a_stream_that_is_resumed_is_where_it_was_until_it_gets_more() {
+    fn a_resumed_stream_keeps_its_position_until_it_gets_entries() {
         let mut cursors = Cursors::default();
         cursors.rooms.insert("r".parse().unwrap(), at("e", 4));
         let joined =
@@ -733,7 +746,7 @@ mod tests {
     }
 
     #[test]
-    fn frames_become_json_whatever_their_length_and_kind() {
+    fn frames_of_any_length_and_kind_become_json() {
         for length in [5, 200, 70_000] {
             let json = format!(r#"{{"a":"{}"}}"#, "x".repeat(length));
             let frame = skein_websocket::encode(Opcode::Text, &[json.as_bytes()]);

@@ -1,9 +1,9 @@
-//! The handshake of a WebSocket: who may open one, and the TCP stream taken back from HTTP.
+//! WebSocket handshakes: checks, the upgrade of the TCP connection, and the first steps of a connection.
 //!
-//! What is wrong with the handshake itself or with the node is answered in HTTP. What is wrong with
-//! the client's identity is answered by a close frame after 101, since a browser shows its page
-//! nothing of a refused handshake. A 503 makes nginx try the next node and counts against this one,
-//! so it is kept for what is this node's own: drain, overload, bus down.
+//! Errors of the handshake and of the node are HTTP responses. Errors of the client's identity are a
+//! close frame after the 101, since a browser shows its page nothing of a rejected handshake. nginx
+//! answers a 503 by trying the next node, and counts it against this one. A 503 is therefore only for
+//! conditions of this node: drain, overload, bus down.
 
 use std::{io, sync::Arc};
 
@@ -60,7 +60,7 @@ use skein_core::{
     telemetry::metrics::{GaugeGuard, HandshakeResult},
 };
 
-/// What a connection is for.
+/// Purpose of a WebSocket, by its path.
 enum Endpoint {
     Chat,
     Room(Result<JoinFrame, &'static str>),
@@ -81,7 +81,7 @@ pub(super) async fn room(
     Query(params): Params,
     request: axum::extract::Request,
 ) -> Response {
-    // What is no UTF-8 is no room either.
+    // A path that is no UTF-8 is no valid room either.
     let room = room.map_or_else(|_| String::new(), |Path(room)| room);
     let join = join_of(&room, &params);
     upgrade(node, request, &params, Endpoint::Room(join))
@@ -98,11 +98,14 @@ pub(super) async fn echo(
     upgrade(node, request, &params, Endpoint::Echo)
 }
 
-/// The join that `/ws/rooms/{room}` asks for by its path and query.
+/// Returns the join that path and query of `/ws/rooms/{room}` request.
 fn join_of(room: &str, params: &[(String, String)]) -> Result<JoinFrame, &'static str> {
-    let room: RoomId = room.parse().map_err(|_| "a room is 1 to 128 of A-Z a-z 0-9 _ . : @ -")?;
+    let room: RoomId =
+        room.parse().map_err(|_| "a room name has 1 to 128 characters of A-Z a-z 0-9 _ . : @ -")?;
     let since = match param(params, "since") {
-        Some(since) => Some(since.parse::<Position>().map_err(|_| "`since` is <epoch>:<seq>")?),
+        Some(since) => {
+            Some(since.parse::<Position>().map_err(|_| "`since` must be <epoch>:<seq>")?)
+        }
         None => None,
     };
     let history = match param(params, "history") {
@@ -110,7 +113,7 @@ fn join_of(room: &str, params: &[(String, String)]) -> Result<JoinFrame, &'stati
             .parse()
             .ok()
             .filter(|count| *count <= JOIN_HISTORY_MAX)
-            .ok_or("`history` is 0 to 1000")?,
+            .ok_or("`history` must be 0 to 1000")?,
         None => history_default(),
     };
     let password = param(params, "password").map(str::to_owned);
@@ -127,43 +130,43 @@ fn upgrade(
     endpoint: Endpoint,
 ) -> Response {
     let (mut parts, _) = request.into_parts();
-    let (handshake, places) = match check_handshake(&node, &mut parts, params) {
-        Ok(admitted) => admitted,
-        Err((outcome, response)) => {
-            node.metrics.handshakes.of(outcome).inc();
+    let (handshake, permits) = match check_handshake(&node, &mut parts, params) {
+        Ok(checked) => checked,
+        Err((result, response)) => {
+            node.metrics.handshakes.of(result).inc();
             return *response;
         }
     };
-    let (Some(on_upgrade), Some(ends)) =
+    let (Some(on_upgrade), Some(info)) =
         (parts.extensions.remove::<OnUpgrade>(), parts.extensions.get::<ConnectInfo>().copied())
     else {
         return error_response(
             StatusCode::BAD_REQUEST,
             "bad_request",
-            "this connection cannot upgrade",
+            "this connection cannot be upgraded",
         );
     };
     node.metrics.handshakes.of(HandshakeResult::Accepted).inc();
     node.metrics.deflate_handshakes.inc_by(handshake.deflate.iter().len() as u64);
 
-    let route = sticky_route(ends);
+    let route = sticky_route(info);
     let connection = ConnectionId::random();
-    let opening = Box::new(PendingUpgrade {
+    let upgrade = Box::new(PendingUpgrade {
         connection,
-        client: ClientHandshake::read(&node, &parts.headers, params, ends, places.allowed),
+        client: ClientHandshake::read(&node, &parts.headers, params, info, permits.allowed),
         json_ping: param(params, "ping") == Some("json"),
         endpoint,
         deflate: handshake.deflate,
         route: route.clone(),
-        places,
+        permits,
     });
-    let serving = node.clone();
+    let serving_node = node.clone();
     let serve = async move {
-        let node = serving;
+        let node = serving_node;
         let upgraded = match on_upgrade.await {
             Ok(upgraded) => upgraded,
             Err(error) => {
-                tracing::debug!(%error, "a client left during its handshake");
+                tracing::debug!(%error, "a client disconnected during its handshake");
                 return;
             }
         };
@@ -171,21 +174,22 @@ fn upgrade(
         let (socket, unread) = parts.io.into_parts();
         // hyper's read buffer must not live as long as the connection.
         let early = [parts.read_buf, unread].concat();
-        // What opening it takes must not live as long either.
+        // The same holds for the memory that opening it needs.
         let served = {
-            let _turn = node.state.lifecycle.opening.acquire().await;
-            Box::pin(opening.open(node.clone(), socket, early)).await
+            let _permit = node.state.lifecycle.opening.acquire().await;
+            Box::pin(upgrade.open(node.clone(), socket, early)).await
         };
         let Some(served) = served else { return node.metrics.handshakes_abandoned.inc() };
         served.serve(&node).await;
     };
-    let forgetting = node.clone();
+    let panic_node = node.clone();
     node.tasks
-        .spawn_connection(serve, move |panic| forget_panicked(&forgetting, connection, panic));
+        .spawn_connection(serve, move |panic| forget_panicked(&panic_node, connection, panic));
     switching_protocols(&handshake, &route)
 }
 
-/// A connection's task has ended by a panic, and its session may not have ended what it takes part in.
+/// Removes a connection from the hub after a panic of its task, since its session may not have left its
+/// rooms.
 pub(super) fn forget_panicked(node: &Arc<Node>, connection: ConnectionId, panic: &str) {
     node.metrics.panicked(connection, panic);
     let hub = node.services.hub.clone();
@@ -193,46 +197,46 @@ pub(super) fn forget_panicked(node: &Arc<Node>, connection: ConnectionId, panic:
         .spawn_job("forget_connection", async move { hub.remove_connection(connection).await });
 }
 
-/// What a handshake is answered.
+/// Result of a handshake.
 struct Negotiated {
     accept: String,
-    /// Whether the client offered a subprotocol, so that one has to be chosen.
+    /// Whether the client offered subprotocols, so that the response must choose one.
     subprotocol: bool,
     deflate: Option<DeflateParams>,
 }
 
-/// 101, with the sticky cookie.
-fn switching_protocols(agreed: &Negotiated, route: &str) -> Response {
+/// Builds the 101 response, with the sticky cookie.
+fn switching_protocols(negotiated: &Negotiated, route: &str) -> Response {
     let mut response = Response::builder()
         .status(StatusCode::SWITCHING_PROTOCOLS)
         .header(header::UPGRADE, "websocket")
         .header(header::CONNECTION, "Upgrade")
-        .header(header::SEC_WEBSOCKET_ACCEPT, &agreed.accept)
+        .header(header::SEC_WEBSOCKET_ACCEPT, &negotiated.accept)
         .header(
             header::SET_COOKIE,
             format!("{ROUTE_COOKIE}={route}; Path=/; HttpOnly; SameSite=Lax"),
         )
         .body(Body::empty())
-        .expect("the values are ASCII");
-    if agreed.subprotocol {
+        .expect("the header values are ASCII");
+    if negotiated.subprotocol {
         let value = HeaderValue::from_static(SUBPROTOCOL);
         response.headers_mut().insert(header::SEC_WEBSOCKET_PROTOCOL, value);
     }
-    if let Some(deflate) = agreed.deflate {
-        let value = deflate.to_string().try_into().expect("the answer is ASCII");
+    if let Some(deflate) = negotiated.deflate {
+        let value = deflate.to_string().try_into().expect("the header value is ASCII");
         response.headers_mut().insert(header::SEC_WEBSOCKET_EXTENSIONS, value);
     }
     response
 }
 
-/// The name of this node for nginx: what its `sticky route` computes of the address it dialled
-/// (the MD5 of `ip:port` in hexadecimal).
-pub(super) fn sticky_route(ends: ConnectInfo) -> String {
-    let digest = Md5::digest(ends.local.to_string());
+/// Returns the name of this node for nginx: `sticky route` computes it from the address it dials, as the
+/// MD5 of `ip:port` in hexadecimal.
+pub(super) fn sticky_route(info: ConnectInfo) -> String {
+    let digest = Md5::digest(info.local.to_string());
     digest.iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
-/// Whether the handshake is one, from a page that may, and whether there is room.
+/// Checks the handshake, negotiates its options, and takes the permits of the connection.
 fn check_handshake(
     node: &Node,
     parts: &mut Parts,
@@ -241,36 +245,41 @@ fn check_handshake(
     let as_invalid = |response| (HandshakeResult::Invalid, response);
     let accept = accept_key(parts).map_err(as_invalid)?;
     let subprotocol = choose_subprotocol(parts).map_err(as_invalid)?;
-    // Some clients agree on messages that are compressed each by itself, and then do not keep to it.
+    // Some clients negotiate compression without context takeover and then violate it; they can turn
+    // compression off.
     let is_wanted = param(params, "deflate") != Some("off");
     let deflate_options = is_wanted && node.options.deflate_bytes_min.is_some();
     let deflate = extensions::negotiate(&parts.headers, deflate_options).map_err(as_invalid)?;
-    let places = ConnectionPermits::take(node, parts)?;
-    Ok((Negotiated { accept, subprotocol, deflate }, places))
+    let permits = ConnectionPermits::take(node, parts)?;
+    Ok((Negotiated { accept, subprotocol, deflate }, permits))
 }
 
-/// Whether `chat.v1` is to be chosen among the subprotocols offered. Where there are only others no
-/// answer is right: a browser fails a handshake that chooses none, and tells its page nothing.
+/// Whether the response chooses `chat.v1` among the offered subprotocols.
+///
+/// # Errors
+///
+/// An error response if the client offers only others: a browser would fail a handshake that chooses
+/// none, without a reason for the page.
 fn choose_subprotocol(parts: &Parts) -> Result<bool, Box<Response>> {
     let offered = subprotocols(&parts.headers);
     if offered.is_empty() || offered.iter().any(|offer| offer == SUBPROTOCOL) {
         return Ok(!offered.is_empty());
     }
-    let text = "offer the subprotocol `chat.v1` as well, as in `Sec-WebSocket-Protocol: chat.v1, \
-                bearer.<token>`, or none";
+    let text = "offer the subprotocol `chat.v1` too, as in `Sec-WebSocket-Protocol: chat.v1, \
+                bearer.<token>`, or no subprotocol";
     Err(Box::new(error_response(StatusCode::BAD_REQUEST, "bad_request", text)))
 }
 
-/// Checks a handshake (RFC 6455, section 4.2.1) and answers its key (section 4.2.2).
+/// Checks a handshake (RFC 6455, section 4.2.1) and returns its accept key (section 4.2.2).
 fn accept_key(parts: &Parts) -> Result<String, Box<Response>> {
     let bad = |text| Box::new(error_response(StatusCode::BAD_REQUEST, "bad_request", text));
     let has = |name, element| has_element(&parts.headers, name, element);
     if parts.method != Method::GET {
-        let text = "a WebSocket handshake is a GET";
+        let text = "a WebSocket handshake must be a GET";
         return Err(Box::new(error_response(StatusCode::METHOD_NOT_ALLOWED, "bad_request", text)));
     }
     if !has(header::UPGRADE, "websocket") {
-        let text = "this path speaks WebSocket only";
+        let text = "this path accepts only WebSocket handshakes";
         let mut response = error_response(StatusCode::UPGRADE_REQUIRED, "upgrade_required", text);
         let headers = response.headers_mut();
         headers.insert(header::UPGRADE, HeaderValue::from_static("websocket"));
@@ -278,24 +287,24 @@ fn accept_key(parts: &Parts) -> Result<String, Box<Response>> {
         return Err(Box::new(response));
     }
     if parts.version != Version::HTTP_11 {
-        return Err(bad("a WebSocket handshake is HTTP/1.1"));
+        return Err(bad("a WebSocket handshake must be HTTP/1.1"));
     }
     if parts.headers.get_all(header::HOST).iter().count() != 1 {
-        return Err(bad("a request has one Host header"));
+        return Err(bad("a request must have exactly one Host header"));
     }
-    // The new protocol begins behind the whole request (RFC 9110, section 7.8): with a body one
-    // side's content would be the other's frames.
+    // The new protocol begins after the whole request (RFC 9110, section 7.8): with a body, the two
+    // sides could disagree on where the frames begin.
     let length = parts.headers.get(header::CONTENT_LENGTH);
     if parts.headers.contains_key(header::TRANSFER_ENCODING)
         || length.is_some_and(|length| length.as_bytes() != b"0")
     {
-        return Err(bad("a WebSocket handshake has no body"));
+        return Err(bad("a WebSocket handshake must have no body"));
     }
     if !has(header::CONNECTION, "upgrade") {
-        return Err(bad("the Connection header has no `Upgrade`"));
+        return Err(bad("the Connection header must contain `Upgrade`"));
     }
     if !has(header::SEC_WEBSOCKET_VERSION, "13") {
-        let text = "Sec-WebSocket-Version is 13 here";
+        let text = "Sec-WebSocket-Version must be 13";
         let mut response = error_response(StatusCode::UPGRADE_REQUIRED, "upgrade_required", text);
         let version = HeaderValue::from_static("13");
         response.headers_mut().insert(header::SEC_WEBSOCKET_VERSION, version);
@@ -303,7 +312,7 @@ fn accept_key(parts: &Parts) -> Result<String, Box<Response>> {
     }
     let mut keys = parts.headers.get_all(header::SEC_WEBSOCKET_KEY).iter();
     let (Some(key), None) = (keys.next(), keys.next()) else {
-        return Err(bad("a handshake has one Sec-WebSocket-Key"));
+        return Err(bad("a handshake must have exactly one Sec-WebSocket-Key"));
     };
     if STANDARD.decode(key.as_bytes()).is_ok_and(|nonce| nonce.len() == 16) {
         let mut digest = Sha1::new();
@@ -311,11 +320,11 @@ fn accept_key(parts: &Parts) -> Result<String, Box<Response>> {
         digest.update(b"258EAFA5-E914-47DA-95CA-C5AB0DC85B11");
         Ok(STANDARD.encode(digest.finalize()))
     } else {
-        Err(bad("Sec-WebSocket-Key is 16 bytes in base64"))
+        Err(bad("Sec-WebSocket-Key must be 16 bytes in base64"))
     }
 }
 
-/// A connection between its 101 and its first frame.
+/// A WebSocket between its 101 response and its first frame.
 struct PendingUpgrade {
     connection: ConnectionId,
     client: ClientHandshake,
@@ -323,13 +332,13 @@ struct PendingUpgrade {
     endpoint: Endpoint,
     deflate: Option<DeflateParams>,
     route: String,
-    places: ConnectionPermits,
+    permits: ConnectionPermits,
 }
 
-/// A connection that is to be served, and what it holds of the limits.
+/// An open connection with its permits.
 struct ActiveConnection {
     connection: WebSocketConnection,
-    _places: ConnectionPermits,
+    _permits: ConnectionPermits,
     _user: Option<Permit<UserId>>,
 }
 
@@ -340,7 +349,7 @@ impl PendingUpgrade {
         socket: TcpStream,
         early: Vec<u8>,
     ) -> Option<Box<ActiveConnection>> {
-        let Self { connection, client, json_ping, endpoint, deflate, route, places } = *self;
+        let Self { connection, client, json_ping, endpoint, deflate, route, permits } = *self;
         let limits = &node.options.limits;
         let deflating = deflate.zip(node.options.deflate_bytes_min);
         let deflating = deflating
@@ -354,50 +363,54 @@ impl PendingUpgrade {
             json_ping,
         };
         let rates = match (&endpoint, node.options.echo) {
-            // A conformance suite sends what nobody else does.
+            // A conformance suite sends frames that no client needs.
             (Endpoint::Echo, EchoMode::Verbatim) => Arc::new(MeterRates::unlimited()),
             _ => node.services.limits.rates.clone(),
         };
-        let meter = Meter::new(rates, Some((node.state.address_meters.clone(), places.address)));
-        let served = |handle, handler, places, user, early| {
+        let meter = Meter::new(rates, Some((node.state.address_meters.clone(), permits.address)));
+        let served = |handle, handler, permits, user, early| {
             let (wheel, metrics) = (node.timers.clone(), node.metrics.clone());
             let connection =
                 WebSocketConnection::new(handle, handler, options, meter, wheel, metrics, early);
-            Some(Box::new(ActiveConnection { connection, _places: places, _user: user }))
+            Some(Box::new(ActiveConnection { connection, _permits: permits, _user: user }))
         };
         if let Endpoint::Echo = endpoint {
             let echo = Handler::Echo(Echo { mode: node.options.echo });
-            return served(Arc::new(handle), echo, places, None, early);
+            return served(Arc::new(handle), echo, permits, None, early);
         }
 
         let mut early = early;
-        let nobody = || Handler::Echo(Echo { mode: EchoMode::Off });
-        let entering = client.admit(&node, handle.connection);
-        let entered = match unless_disconnected(entering, &handle.outbox, Some(&mut early)).await {
-            Some(Ok(entered)) => entered,
+        let closing = || Handler::Echo(Echo { mode: EchoMode::Off });
+        let admission = client.admit(&node, handle.connection);
+        let admitted = match unless_disconnected(admission, &handle.outbox, Some(&mut early)).await
+        {
+            Some(Ok(admitted)) => admitted,
             None => return None,
-            Some(Err(refused)) => {
-                let (code, reason) = refused.close();
+            Some(Err(error)) => {
+                let (code, reason) = error.close();
                 handle.outbox.close(Close { code: code.number(), reason });
-                return served(Arc::new(handle), nobody(), places, None, early);
+                return served(Arc::new(handle), closing(), permits, None, early);
             }
         };
-        let (id, user) = (handle.connection, entered.identity.user.clone());
+        let (id, user) = (handle.connection, admitted.identity.user.clone());
         tracing::debug!(connection = %id, user = %user.id, "connected");
-        let handle = Arc::new(handle.with_owner(entered.owner()));
+        let handle = Arc::new(handle.with_owner(admitted.owner()));
         let (presence, wait) = (&node.services.presence, node.services.limits.wait_max);
-        let connected = connected_frame(&node, &entered, &handle, route);
+        let connected = connected_frame(&node, &admitted, &handle, route);
         let AdmittedClient {
-            identity, place, opened: OpenedSession { session, inbox, .. }, ..
-        } = entered;
+            identity,
+            user_permit,
+            opened: OpenedSession { session, inbox, .. },
+            ..
+        } = admitted;
         let opening = async {
-            // When the client hears `connected` everybody can see that its user is.
+            // Before the client receives `connected`, all nodes see that its user is online.
             let online = presence.track_online(&user, wait).await;
             handle.send(&connected);
             match join_inbox(&node, &handle, &user.id, inbox, client.inbox).await {
                 Ok(()) => verify_session(&node, &handle).await,
                 Err(SubscribeFailed) => {
-                    // It comes back, to this node or one that hears.
+                    // The client reconnects, to this node or to one with a bus.
                     let (code, reason) =
                         (CloseCode::TryAgainLater.number(), "unavailable".to_owned());
                     handle.outbox.close(Close { code, reason });
@@ -415,11 +428,11 @@ impl PendingUpgrade {
         let services = node.services.clone();
         let session = Session::new(services, identity, session, handle.clone(), online);
         let chat = Handler::Chat(Box::new(session));
-        let mut opened = served(handle.clone(), chat, places, Some(place), early)?;
+        let mut opened = served(handle.clone(), chat, permits, Some(user_permit), early)?;
         if let Endpoint::Room(join) = endpoint {
             handle.outbox.flush();
             let joining = join_path_room(&node, &mut opened.connection, &handle, join);
-            // Where the peer goes meanwhile, serving it ends what it began.
+            // If the peer disconnects meanwhile, `serve` ends the session.
             if let Some(Err(code)) = unless_disconnected(joining, &handle.outbox, None).await {
                 let close = match code {
                     ErrorCode::Unavailable | ErrorCode::RateLimited => CloseCode::TryAgainLater,
@@ -433,18 +446,20 @@ impl PendingUpgrade {
     }
 }
 
-/// How much is taken of what a client sends before its connection is open.
+/// Bytes that are read from a client before its connection is open.
 const EARLY_BYTES_MAX: usize = 64 * 1024;
 
-/// The output of a step that opens a connection; `None`, and the step is dropped, where the peer goes
-/// before. What it sends early goes to `early`; without one it stays where it is, and hides its going.
+/// Runs a step that opens a connection. Returns `None`, and drops the step, if the peer disconnects.
+///
+/// Input that arrives meanwhile is appended to `early`. Without `early` it stays in the kernel, and
+/// hides a later disconnect.
 async fn unless_disconnected<T>(
     step: impl Future<Output = T>,
     outbox: &Outbox,
     early: Option<&mut Vec<u8>>,
 ) -> Option<T> {
     let Some(socket) = outbox.socket() else { return Some(step.await) };
-    // Both are cancel-safe, or at their end.
+    // Both arms are cancel-safe or complete.
     tokio::select! {
         biased;
         () = disconnected(socket, early) => None,
@@ -452,7 +467,7 @@ async fn unless_disconnected<T>(
     }
 }
 
-/// Resolves when the peer has closed. Cancel-safe.
+/// Resolves when the peer has closed the connection. Cancel-safe.
 async fn disconnected(socket: &TcpStream, mut early: Option<&mut Vec<u8>>) {
     loop {
         if has_closed(socket) {
@@ -466,7 +481,7 @@ async fn disconnected(socket: &TcpStream, mut early: Option<&mut Vec<u8>>) {
             },
             _ => match socket.try_io(Interest::READABLE, || peek(socket)) {
                 Ok(0) => return,
-                // It stays where it is, and nothing more is to be found out.
+                // The input stays in the kernel, and hides everything after it.
                 Ok(_) => return std::future::pending().await,
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
                 Err(_) => return,
@@ -478,7 +493,7 @@ async fn disconnected(socket: &TcpStream, mut early: Option<&mut Vec<u8>>) {
     }
 }
 
-/// Looks whether the peer has closed: nothing is read.
+/// Whether the peer has closed the connection. Reads nothing.
 fn has_closed(socket: &TcpStream) -> bool {
     match peek(socket) {
         Ok(count) => count == 0,
@@ -487,14 +502,14 @@ fn has_closed(socket: &TcpStream) -> bool {
 }
 
 fn peek(socket: &TcpStream) -> io::Result<usize> {
-    // Not through the runtime, which may not have heard of it yet.
+    // Directly, since the runtime may not have the event yet.
     socket2::SockRef::from(socket).peek(&mut [std::mem::MaybeUninit::uninit(); 1])
 }
 
 fn read_early(socket: &TcpStream, early: &mut Vec<u8>) -> io::Result<()> {
-    let mut piece = [0; 4096];
-    let count = socket.try_read(&mut piece)?;
-    early.extend_from_slice(&piece[..count]);
+    let mut chunk = [0; 4096];
+    let count = socket.try_read(&mut chunk)?;
+    early.extend_from_slice(&chunk[..count]);
     Ok(())
 }
 
@@ -524,12 +539,12 @@ async fn join_path_room(
         }
         (Ok(_), None) => Ok(()),
         (Err(text), _) => {
-            let refusal = ErrorFrame {
+            let rejection = ErrorFrame {
                 frame_type: Some("join".to_owned()),
                 ..*ErrorFrame::new(ErrorCode::BadRequest, text)
             };
             node.metrics.errors.of(ErrorCode::BadRequest).inc();
-            handle.send(&ServerFrame::Error(Box::new(refusal)));
+            handle.send(&ServerFrame::Error(Box::new(rejection)));
             Err(ErrorCode::BadRequest)
         }
     }

@@ -1,4 +1,4 @@
-//! How a connection ends: by its client, by the gateway, or because the client broke the rules.
+//! Closing handshake of a connection, started by the client, by the gateway, or after a protocol error.
 
 use std::{io, time::Duration};
 
@@ -12,31 +12,32 @@ use tokio::net::TcpStream;
 use super::{Handler, READ, WebSocketConnection};
 use skein_core::{drain::schedule::DrainBatch, outbox::Close};
 
-/// How long each step of the closing handshake may take: what is queued goes out, and the client
-/// answers the close frame.
-const CLOSE_MAX: Duration = Duration::from_secs(5);
-/// How long a client is given to end the TCP connection once both close frames are out.
-const LINGER_MAX: Duration = Duration::from_secs(1);
-/// How long nothing has to come from a client that broke the rules before the connection is ended: its
-/// close frame may not be found among bytes that are no frames.
-const QUIET_MAX: Duration = Duration::from_millis(300);
-/// The most bytes that are read of a client after the gateway has closed.
+/// Timeout of each step of the closing handshake: writing the queued frames, and waiting for the close
+/// frame of the client.
+const CLOSE_TIMEOUT: Duration = Duration::from_secs(5);
+/// Time for the client to end the TCP connection after both close frames.
+const LINGER_TIMEOUT: Duration = Duration::from_secs(1);
+/// Time without input after which the connection of a client with a protocol error is ended: its close
+/// frame may be lost among bytes that are no frames.
+const QUIET_TIMEOUT: Duration = Duration::from_millis(300);
+/// Bytes that are read and dropped after the gateway has closed.
 const DROPPED_BYTES_MAX: usize = 64 << 20;
 
-/// The side that ends a connection, which decides what is still read of it (RFC 6455, sections 5.5.1
-/// and 7.1.7).
+/// Side that ends a connection. It decides which input is still read (RFC 6455, sections 5.5.1 and
+/// 7.1.7).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum CloseInitiator {
-    /// The client, whose close frame is answered.
+    /// The client: its close frame is answered.
     ByClient,
-    /// The gateway, which waits for the client's close frame.
+    /// The gateway: it waits for the close frame of the client.
     ByGateway,
-    /// The gateway, since the client broke the rules: what it sends is dropped.
+    /// The gateway, after a protocol error of the client: further input is dropped.
     Failed,
 }
 
 impl WebSocketConnection {
-    /// Sends the client to another node: what it sent is answered, then `reconnect` and 1012.
+    /// Moves the client to another node: answers its pending frames, then sends `reconnect` and 1012.
+    /// Returns the close code.
     pub(super) async fn close_for_drain(&mut self, batch: &DrainBatch) -> u16 {
         let handle = self.handle.clone();
         let outbox = &handle.outbox;
@@ -46,7 +47,7 @@ impl WebSocketConnection {
                     outbox.woken().await;
                 }
             };
-            let _ = tokio::time::timeout(CLOSE_MAX, settled).await;
+            let _ = tokio::time::timeout(CLOSE_TIMEOUT, settled).await;
             handle.send(&ServerFrame::Reconnect(ReconnectFrame {
                 after_ms: batch.after_ms(),
                 reason: ReconnectReason::Draining,
@@ -63,8 +64,9 @@ impl WebSocketConnection {
         }
     }
 
-    /// Writes what is queued, the close frame last, waits for the client's, and ends the TCP
-    /// connection in order: its own direction, then all of it when the client has ended the other.
+    /// Writes the queued frames with the close frame last, waits for the close frame of the client, and
+    /// ends the TCP connection: first the own direction, then all of it when the client has ended the
+    /// other. Returns the close code.
     pub(super) async fn close(&mut self, close: Close, ending: CloseInitiator) -> u16 {
         let handle = self.handle.clone();
         let outbox = &handle.outbox;
@@ -77,24 +79,26 @@ impl WebSocketConnection {
                 }
             }
         };
-        let written = tokio::time::timeout(CLOSE_MAX, write).await.is_ok();
+        let written = tokio::time::timeout(CLOSE_TIMEOUT, write).await.is_ok();
         if written && ending != CloseInitiator::ByClient {
-            // The client hears of the close by reading it, and a proxy that is told of the end before
-            // the client's bytes are taken drops both directions, and the close frame with them. So
-            // what is under way is read and dropped first, until the client's own close frame.
-            let _ = tokio::time::timeout(CLOSE_MAX, self.skip_to_close_frame(socket, ending)).await;
+            // The client learns of the close only by reading the close frame. A proxy that sees the end
+            // of the connection before the bytes of the client are read drops both directions, and the
+            // close frame with them. So the input is read and dropped first, up to the client's own
+            // close frame.
+            let _ =
+                tokio::time::timeout(CLOSE_TIMEOUT, self.skip_to_close_frame(socket, ending)).await;
         }
         let _ = socket2::SockRef::from(socket).shutdown(std::net::Shutdown::Write);
         if written {
-            // Closing with bytes unread would have the kernel drop what is on its way.
-            let _ = tokio::time::timeout(LINGER_MAX, discard_input(socket)).await;
+            // Closing with unread bytes would make the kernel drop the output in flight.
+            let _ = tokio::time::timeout(LINGER_TIMEOUT, discard_input(socket)).await;
         }
         close.code
     }
 
-    /// Waits for the client's close frame. Bytes before it are dropped, up to [`DROPPED_BYTES_MAX`].
-    /// A client that broke the rules may send what is no frame: it is waited for as long as something
-    /// comes.
+    /// Waits for the close frame of the client, and drops up to [`DROPPED_BYTES_MAX`] before it.
+    ///
+    /// After a protocol error the input may be no frames: then it waits as long as input arrives.
     async fn skip_to_close_frame(&mut self, socket: &TcpStream, ending: CloseInitiator) {
         let unread = std::mem::take(&mut self.unread);
         let (mut closed, mut dropped) = (self.decoder.skip_to_close(&unread), 0);
@@ -102,7 +106,8 @@ impl WebSocketConnection {
         while !closed && dropped < DROPPED_BYTES_MAX {
             let readable = socket.readable();
             let ready = match ending {
-                CloseInitiator::Failed => match tokio::time::timeout(QUIET_MAX, readable).await {
+                CloseInitiator::Failed => match tokio::time::timeout(QUIET_TIMEOUT, readable).await
+                {
                     Ok(ready) => ready,
                     Err(_) => return,
                 },
@@ -120,13 +125,13 @@ impl WebSocketConnection {
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
                 Err(_) => return,
             }
-            // Others have their turn between two reads.
+            // Other tasks run between two reads.
             tokio::task::yield_now().await;
         }
     }
 }
 
-/// Reads and forgets until the other side is done.
+/// Reads and drops input until the peer ends its direction.
 async fn discard_input(socket: &TcpStream) {
     loop {
         if socket.readable().await.is_err() {
@@ -142,7 +147,7 @@ async fn discard_input(socket: &TcpStream) {
     }
 }
 
-/// The close of a connection whose client broke the rules; reasons are one word.
+/// Returns the close for a protocol error; reasons are one word.
 pub(super) fn close_for(error: CodecError) -> Close {
     let (code, reason) = match error {
         CodecError::Protocol(_) => (CloseCode::ProtocolError, "protocol_error"),

@@ -1,14 +1,14 @@
-//! `/ws/echo`: says back what it hears, to try a connection or a WebSocket implementation by.
+//! `/ws/echo`: returns what it receives, for testing a connection or a WebSocket implementation.
 
 use skein_protocol::close::CloseCode;
 use skein_websocket::{DecoderEvent, Opcode};
 
 use skein_core::outbox::{Close, Outbox};
 
-/// How `/ws/echo` answers.
+/// Reply of `/ws/echo`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum EchoMode {
-    /// Text comes back behind `Echo: `, and `bye` ends the connection.
+    /// Text comes back after `Echo: `, and `bye` closes the connection.
     Prefix,
     /// Everything comes back unchanged, for conformance suites.
     Verbatim,
@@ -16,15 +16,15 @@ pub enum EchoMode {
     Off,
 }
 
-/// The state of an echo connection: none but its mode.
+/// State of an echo connection.
 #[derive(Clone, Copy, Debug)]
 pub struct Echo {
-    /// How to answer.
+    /// Kind of reply.
     pub mode: EchoMode,
 }
 
 impl Echo {
-    /// Answers a text or binary message.
+    /// Replies to a text or binary message.
     pub fn handle(&mut self, message: &DecoderEvent<'_>, outbox: &Outbox) {
         match *message {
             DecoderEvent::Text(text) if self.mode == EchoMode::Verbatim => {

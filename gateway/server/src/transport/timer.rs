@@ -1,7 +1,7 @@
-//! One clock for all connections: a timing wheel (Varghese and Lauck, 1987) that wakes a connection
-//! when there is something to look at, in place of a timer in each of them.
+//! One clock for all connections: a timer wheel (Varghese and Lauck, 1987) that wakes a connection at its
+//! next deadline, in place of a timer in each connection.
 //!
-//! It is coarse on purpose. Heartbeats are a matter of seconds, and an entry takes two words.
+//! The wheel is coarse on purpose: heartbeats take seconds, and an entry takes two words.
 
 use std::{
     sync::{
@@ -17,23 +17,24 @@ use tokio::time::{Instant, MissedTickBehavior};
 
 use skein_core::hub::member::ConnectionHandle;
 
-/// How coarse it is: a connection is woken so much later than it asked for, at most.
+/// Resolution: the longest delay of a wake-up after its deadline.
 const TICK: Duration = Duration::from_millis(100);
-/// How many ticks it holds.
+/// Number of ticks in the wheel.
 const SLOTS: usize = 1024;
-/// How far it reaches: some 100 s. Who asks for later is woken then, and asks again.
+/// Range of the wheel, about 100 s. A connection with a later deadline wakes at its end and sets the
+/// timer again.
 const REACH: Duration = TICK.saturating_mul(SLOTS as u32 - 2);
 
-/// The wheel.
+/// Timers of all connections of a node.
 #[derive(Debug)]
 pub struct TimerWheel {
     begun: Instant,
-    /// The tick whose slot is being emptied, or was last.
+    /// Tick of the slot that is being emptied, or was emptied last.
     done: AtomicU64,
     slots: Box<[Mutex<Slab<Arc<ConnectionHandle>>>]>,
 }
 
-/// When one connection is to be woken. Nothing is left in the wheel when it is dropped.
+/// Timer of one connection; leaves the wheel on drop.
 #[derive(Debug)]
 pub(super) struct TimerEntry {
     wheel: Arc<TimerWheel>,
@@ -56,16 +57,16 @@ impl Default for TimerWheel {
 }
 
 impl TimerWheel {
-    /// Turns the wheel, for ever.
+    /// Runs the wheel for ever.
     pub async fn run(&self) {
         let mut ticks = tokio::time::interval(TICK);
         ticks.set_missed_tick_behavior(MissedTickBehavior::Skip);
         loop {
             ticks.tick().await;
             let (done, now) = (self.done.load(Ordering::Acquire), self.ticks_until(Instant::now()));
-            // More than a turn, after the machine was suspended, is one turn.
+            // After a suspend of the machine one revolution is enough.
             for tick in done.max(now.saturating_sub(SLOTS as u64)) + 1..=now {
-                // First, so that nobody is put into a slot that has been emptied.
+                // Before the slot is emptied, so that no entry is added to it afterwards.
                 self.done.store(tick, Ordering::Release);
                 let due = std::mem::take(&mut *self.slots[slot_of(tick)].lock());
                 for (_, handle) in due {
@@ -75,13 +76,13 @@ impl TimerWheel {
         }
     }
 
-    /// Whole ticks from the beginning until `at`.
+    /// Returns the whole ticks from the start of the wheel to `at`.
     fn ticks_until(&self, at: Instant) -> u64 {
         (at.saturating_duration_since(self.begun).as_millis() / TICK.as_millis()) as u64
     }
 
-    /// Puts a connection into the slot whose turn is next at `at` or after it, as far as the wheel
-    /// reaches. Returns slot and place.
+    /// Adds a connection to the slot of the first tick at or after `at`, within the range of the wheel.
+    /// Returns slot and key.
     fn insert(&self, at: Instant, handle: &Arc<ConnectionHandle>) -> (usize, usize) {
         let wanted = self.ticks_until(at) + 1;
         loop {
@@ -104,7 +105,7 @@ impl TimerEntry {
         Self { wheel, handle, set: None }
     }
 
-    /// Has the connection woken at `at`, or before.
+    /// Wakes the connection at `at` or earlier.
     pub(super) fn set(&mut self, at: Instant, now: Instant) {
         let at = at.min(now + REACH);
         if self.set.is_some_and(|set| set.at > now && set.at <= at) {
@@ -118,7 +119,7 @@ impl TimerEntry {
     fn clear(&mut self) {
         let Some(TimerSlot { slot, key, .. }) = self.set.take() else { return };
         let mut slot = self.wheel.slots[slot].lock();
-        // Its turn may be over, and the place another's.
+        // The slot may have been emptied, and the key reused.
         if slot.get(key).is_some_and(|there| Arc::ptr_eq(there, &self.handle)) {
             slot.remove(key);
         }
@@ -151,16 +152,16 @@ mod tests {
         wheel.slots.iter().map(|slot| slot.lock().len()).sum()
     }
 
-    /// How long it takes until it is woken.
+    /// Returns the time until the timer wakes its connection.
     async fn woken(timer: &TimerEntry) -> Duration {
         let asked = Instant::now();
         let woken = timer.handle.outbox.woken();
-        timeout(Duration::from_secs(1000), woken).await.expect("it is woken");
+        timeout(Duration::from_secs(1000), woken).await.expect("the timer fires");
         asked.elapsed()
     }
 
     #[tokio::test(start_paused = true)]
-    async fn a_connection_is_woken_when_it_asked_for_and_little_later() {
+    async fn a_connection_wakes_at_its_deadline_or_little_later() {
         let wheel = Arc::new(TimerWheel::default());
         let turning = wheel.clone();
         let tasks = Tasks::default();
@@ -173,13 +174,13 @@ mod tests {
             let took = woken(&timer).await;
             assert!(took >= wait && took <= wait + 2 * TICK, "{took:?} for {wait:?}");
         }
-        // The time has passed when it asks, and so has the slot.
+        // A deadline in the past, whose slot has been emptied.
         let now = Instant::now();
         advance(3 * TICK).await;
         tokio::task::yield_now().await;
         timer.set(now, now);
         assert!(woken(&timer).await <= TICK);
-        // What is further away than the wheel reaches is looked at once a turn, again and again.
+        // A deadline beyond the range wakes the connection once per revolution.
         let hour = Instant::now() + Duration::from_secs(3600);
         for _ in 0..3 {
             timer.set(hour, Instant::now());
@@ -197,11 +198,11 @@ mod tests {
         for secs in [25, 60, 30, 25] {
             one.set(at(secs), now);
         }
-        assert_eq!(one.set.unwrap().at, at(25), "the earliest counts");
+        assert_eq!(one.set.unwrap().at, at(25), "the earliest deadline counts");
         one.set(at(5), now);
         other.set(at(5), now);
         assert_eq!(len(&wheel), 2);
-        // The slot has had its turn, and the place of the first is another's.
+        // The slot has been emptied, and the key of the first entry is reused.
         let slot = one.set.unwrap().slot;
         *wheel.slots[slot].lock() = Slab::new();
         let mut third = timer(&wheel);
