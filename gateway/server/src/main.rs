@@ -1,4 +1,4 @@
-//! The gateway's command line: arguments, log, runtime, signals.
+//! Command line of the gateway: arguments, log, runtime, signals.
 
 use std::{
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
@@ -20,46 +20,46 @@ use tokio::{
     signal::unix::{Signal, SignalKind, signal},
 };
 
-// What it gives and costs: docs/adr/0011.
+// Reasons and costs: docs/adr/0011.
 #[global_allocator]
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
-/// The Skein gateway. Without any argument: a single node on 127.0.0.1:8080 that needs nothing
-/// else.
+/// The Skein gateway. Without arguments it runs a single node on 127.0.0.1:8080 that keeps its logs in
+/// memory.
 ///
-/// Options come from defaults, then the file, then the environment (GATEWAY__SECTION__KEY), then
-/// --set. `--options` lists them.
+/// Options come from the defaults, then the file, then the environment (GATEWAY__SECTION__KEY), then
+/// --set; later sources replace earlier ones. `--options` lists all options.
 #[derive(Parser)]
 #[command(version)]
 struct Arguments {
-    /// The configuration file. `gateway.toml` is read if it is there.
+    /// Configuration file. Without this argument `gateway.toml` is read if it exists.
     #[arg(long, value_name = "FILE")]
     config: Option<PathBuf>,
-    /// Sets an option, as `--set server.listen=0.0.0.0:8080`. May be repeated.
-    #[arg(long, value_name = "KEY=VALUE", value_parser = pair)]
+    /// Sets an option, such as `--set server.listen=0.0.0.0:8080`. May be repeated.
+    #[arg(long, value_name = "KEY=VALUE", value_parser = parse_setting)]
     set: Vec<(String, String)>,
-    /// Prints every option with its default, and ends.
+    /// Prints all options with their defaults, and exits.
     #[arg(long)]
     options: bool,
-    /// Asks the gateway at `admin.listen` whether it is ready, and ends with 0 or 1.
+    /// Asks the gateway at `admin.listen` whether it is ready, and exits with 0 or 1.
     #[arg(long)]
     health_check: bool,
 }
 
-fn pair(text: &str) -> Result<(String, String), String> {
-    let (key, value) = text.split_once('=').ok_or("an option is set by KEY=VALUE")?;
+fn parse_setting(text: &str) -> Result<(String, String), String> {
+    let (key, value) = text.split_once('=').ok_or("an option must be KEY=VALUE")?;
     Ok((key.to_owned(), value.to_owned()))
 }
 
-/// The exit code for bad usage (sysexits.h: EX_USAGE).
-const BAD_USAGE: u8 = 64;
-/// The exit code after a part of the gateway has failed (sysexits.h: EX_SOFTWARE).
-const FAILED: u8 = 70;
-/// How long the runtime waits at the end for what blocks a thread.
-const LAST_TASKS_MAX: Duration = Duration::from_secs(1);
-/// After how many steps of tasks a busy thread looks at its sockets again, where tokio does after 61:
-/// what is ready by then gathers for one write per socket (docs/adr/0011).
-const STEPS_PER_LOOK: u32 = 1024;
+/// Exit code for an invalid configuration (sysexits.h: EX_USAGE).
+const EXIT_USAGE: u8 = 64;
+/// Exit code after a part of the gateway has failed (sysexits.h: EX_SOFTWARE).
+const EXIT_FAILED: u8 = 70;
+/// Time for blocked threads to end at the shutdown of the runtime.
+const SHUTDOWN_TIMEOUT: Duration = Duration::from_secs(1);
+/// Task polls after which a busy thread polls its sockets again (tokio: 61): output gathers meanwhile for
+/// one write per socket (docs/adr/0011).
+const EVENT_INTERVAL: u32 = 1024;
 
 fn main() -> ExitCode {
     let arguments = Arguments::parse();
@@ -72,28 +72,28 @@ fn main() -> ExitCode {
         Ok(config) => config,
         Err(errors) => {
             eprintln!("gateway: {errors}");
-            return ExitCode::from(BAD_USAGE);
+            return ExitCode::from(EXIT_USAGE);
         }
     };
     let runtime = tokio::runtime::Builder::new_multi_thread()
-        .event_interval(STEPS_PER_LOOK)
+        .event_interval(EVENT_INTERVAL)
         .enable_all()
         .build();
     let runtime = match runtime {
         Ok(runtime) => runtime,
         Err(error) => {
-            eprintln!("gateway: cannot start threads: {error}");
+            eprintln!("gateway: cannot start the runtime: {error}");
             return ExitCode::FAILURE;
         }
     };
     if arguments.health_check {
-        return runtime.block_on(health_check(reachable(config.admin_listen)));
+        return runtime.block_on(health_check(dial_address(config.admin_listen)));
     }
     telemetry::start_log(config.log_format, &config.log_level);
     log_panics();
     let code = runtime.block_on(run(config));
-    // What is left is not waited for: after a failure it may never end.
-    runtime.shutdown_timeout(LAST_TASKS_MAX);
+    // Remaining tasks get a timeout: after a failure they may never end.
+    runtime.shutdown_timeout(SHUTDOWN_TIMEOUT);
     code
 }
 
@@ -122,7 +122,7 @@ async fn run(config: Config) -> ExitCode {
         Ok(server) => server,
         Err(StartError::Failed(failure)) => {
             tracing::error!(%failure, "cannot start");
-            return ExitCode::from(FAILED);
+            return ExitCode::from(EXIT_FAILED);
         }
         Err(error) => {
             tracing::error!(%error, "cannot start");
@@ -134,36 +134,36 @@ async fn run(config: Config) -> ExitCode {
         listen = %server.listen,
         admin = %server.admin_listen,
         bus = if cluster { "redis" } else { "memory" },
-        "ready; the chat page is at http://{}/", reachable(server.listen)
+        "ready; the chat page is at http://{}/", dial_address(server.listen)
     );
     let mut failed = pin!(server.failed());
     let signal = tokio::select! {
         failure = &mut failed => {
-            tracing::error!(%failure, code = FAILED, "this process ends");
+            tracing::error!(%failure, code = EXIT_FAILED, "a part of the gateway has failed: exiting");
             server.abandon().await;
-            return ExitCode::from(FAILED);
+            return ExitCode::from(EXIT_FAILED);
         }
         signal = signals.stop() => signal,
     };
-    tracing::info!(signal, "stopping; a second signal ends at once");
+    tracing::info!(signal, "stopping; a second signal exits at once");
     let stopped = tokio::select! {
         stopped = server.stop() => stopped,
         failure = &mut failed => {
-            tracing::error!(%failure, code = FAILED, "this process ends before it has stopped in order");
-            return ExitCode::from(FAILED);
+            tracing::error!(%failure, code = EXIT_FAILED, "a part of the gateway has failed while stopping: exiting");
+            return ExitCode::from(EXIT_FAILED);
         }
         _ = signals.stop() => false,
     };
     if stopped {
         tracing::info!("stopped");
     } else {
-        tracing::warn!("stopped before everything had ended");
+        tracing::warn!("stopped before all tasks had ended");
     }
     ExitCode::SUCCESS
 }
 
-/// The address as somebody on this machine would dial it.
-fn reachable(listen: SocketAddr) -> SocketAddr {
+/// Returns the address that a client on this machine dials.
+fn dial_address(listen: SocketAddr) -> SocketAddr {
     match listen.ip() {
         ip if !ip.is_unspecified() => listen,
         IpAddr::V4(_) => (Ipv4Addr::LOCALHOST, listen.port()).into(),
@@ -171,11 +171,11 @@ fn reachable(listen: SocketAddr) -> SocketAddr {
     }
 }
 
-/// The signals whose default would end the process without a word to its clients.
+/// Signals whose default action would end the process without closing its connections.
 struct Signals {
-    /// They stop it in order.
+    /// Signals that stop the gateway in order.
     stop: Vec<(&'static str, Signal)>,
-    /// They mean nothing here: a log rotation that sends one must not end a gateway.
+    /// Ignored signals: a log rotation that sends one must not end a gateway.
     _ignored: [Signal; 2],
 }
 
@@ -188,7 +188,7 @@ impl Signals {
             ("SIGHUP", SignalKind::hangup()),
         ];
         let named = named.into_iter().filter(|(name, kind)| {
-            // `nohup` asks for that.
+            // `nohup` ignores SIGHUP.
             *name != "SIGHUP" || !is_ignored(*kind)
         });
         let stop = named.map(|(name, kind)| Ok((name, signal(kind)?)));
@@ -198,7 +198,7 @@ impl Signals {
         })
     }
 
-    /// Waits for one that asks to stop. Returns its name. Cancel-safe.
+    /// Waits for a signal that stops the gateway. Returns its name. Cancel-safe.
     async fn stop(&mut self) -> &'static str {
         std::future::poll_fn(|context| {
             let due = |(name, signal): &mut (&'static str, Signal)| {
@@ -213,7 +213,7 @@ impl Signals {
     }
 }
 
-/// Whether the process was started with the signal ignored (proc(5)).
+/// Whether the signal was ignored when the process started (proc(5)).
 fn is_ignored(kind: SignalKind) -> bool {
     let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
     let mask = status.lines().find_map(|line| line.strip_prefix("SigIgn:"));
@@ -221,20 +221,20 @@ fn is_ignored(kind: SignalKind) -> bool {
     mask >> (kind.as_raw_value() - 1) & 1 == 1
 }
 
-/// Asks `/ready` on this machine. An image without curl has nothing else to ask with.
+/// Requests `/ready` on this machine, for images without curl.
 async fn health_check(admin: SocketAddr) -> ExitCode {
     let ask = async {
         let mut socket = TcpStream::connect(admin).await?;
         let request = "GET /ready HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n";
         socket.write_all(request.as_bytes()).await?;
-        let mut answer = String::new();
-        socket.read_to_string(&mut answer).await?;
-        std::io::Result::Ok(answer)
+        let mut response = String::new();
+        socket.read_to_string(&mut response).await?;
+        std::io::Result::Ok(response)
     };
     match tokio::time::timeout(Duration::from_secs(2), ask).await {
-        Ok(Ok(answer)) if answer.starts_with("HTTP/1.1 200") => ExitCode::SUCCESS,
-        Ok(Ok(answer)) => {
-            eprintln!("not ready: {}", answer.lines().last().unwrap_or_default());
+        Ok(Ok(response)) if response.starts_with("HTTP/1.1 200") => ExitCode::SUCCESS,
+        Ok(Ok(response)) => {
+            eprintln!("not ready: {}", response.lines().last().unwrap_or_default());
             ExitCode::FAILURE
         }
         Ok(Err(error)) => {
@@ -242,7 +242,7 @@ async fn health_check(admin: SocketAddr) -> ExitCode {
             ExitCode::FAILURE
         }
         Err(_) => {
-            eprintln!("not ready: {admin}: no answer within 2 s");
+            eprintln!("not ready: {admin}: no response within 2 s");
             ExitCode::FAILURE
         }
     }

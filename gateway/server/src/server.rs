@@ -1,4 +1,4 @@
-//! Builds every part in order, and ends them in reverse.
+//! Start and stop of a gateway: builds all parts in order, and ends them in reverse.
 
 use std::{io, net::SocketAddr, sync::Arc, time::Duration};
 
@@ -28,55 +28,55 @@ use skein_core::{
 };
 use skein_redis::{RedisBus, RedisStartError};
 
-/// How long each step of a stop may take: connections say goodbye, then the rest ends.
-const STOP_STEP_MAX: Duration = Duration::from_secs(20);
-/// How long clients may take to be sent away by a gateway that has failed.
-const ABANDON_MAX: Duration = Duration::from_secs(1);
-/// TCP connections beyond those that may become WebSockets: probes, pages, refused handshakes.
+/// Timeout of each step of a stop: closing the connections, then ending the other tasks.
+const STOP_STEP_TIMEOUT: Duration = Duration::from_secs(20);
+/// Time for disconnecting the clients of a gateway that has failed.
+const ABANDON_TIMEOUT: Duration = Duration::from_secs(1);
+/// TCP connections beyond those that may become WebSockets: probes, pages, rejected handshakes.
 const TCP_CONNECTIONS_SPARE: usize = 500;
 
-/// The same per address, so that who has too many WebSockets is still told by HTTP 429.
+/// The same per address, so that an address with too many WebSockets still gets HTTP 429.
 const TCP_CONNECTIONS_PER_IP_SPARE: usize = 100;
 
-/// A gateway that runs.
+/// A running gateway.
 pub struct Server {
-    /// Where clients connect, with the port that was given for 0.
+    /// Address that clients connect to, with the actual port for port 0.
     pub listen: SocketAddr,
-    /// Where metrics are served.
+    /// Address of the admin listener.
     pub admin_listen: SocketAddr,
     node: Arc<Node>,
     tasks: Tasks,
     drain_delay: Duration,
 }
 
-/// Why a gateway does not start.
+/// Reason for which a gateway does not start.
 #[derive(Debug, thiserror::Error)]
 pub enum StartError {
-    /// An address cannot be listened on.
+    /// The gateway cannot listen on an address.
     #[error("cannot listen on {address} ({key}): {error}")]
     Listen {
-        /// The option.
+        /// Key of the option.
         key: &'static str,
-        /// Its value.
+        /// Value of the option.
         address: SocketAddr,
-        /// Why.
+        /// Error of the socket.
         error: io::Error,
     },
     /// Redis cannot be used as configured.
     #[error(transparent)]
     Redis(#[from] RedisStartError),
-    /// A part of the gateway failed meanwhile.
+    /// A part of the gateway failed during the start.
     #[error("{0}")]
     Failed(TaskFailure),
 }
 
 impl Server {
-    /// Starts a gateway: reaches the bus, then listens. The admin listener answers before that,
-    /// so that a node that waits for Redis can be told from one that is dead.
+    /// Starts a gateway: connects to the bus, then listens for clients. The admin listener answers before
+    /// that, so that a node that waits for Redis can be told from a dead one.
     ///
     /// # Errors
     ///
-    /// [`StartError`]. A Redis that is away is no error: it is waited for.
+    /// [`StartError`]. An unavailable Redis is no error: the start waits for it.
     pub async fn start(config: Config) -> Result<Self, StartError> {
         let tasks = Tasks::default();
         let metrics = Arc::new(Metrics::new().with_legacy_names(config.legacy_metric_names));
@@ -158,7 +158,7 @@ impl Server {
         let services = Arc::new(services);
         let node = Node::new(config.node, config.http, services, control, metrics, tasks.clone());
         let node = Arc::new(node);
-        tasks.spawn_job("drain", drain_when_ordered(node.clone(), config.drain_delay));
+        tasks.spawn_job("drain", drain_on_command(node.clone(), config.drain_delay));
         let (turning, stopped) = (node.timers.clone(), tasks.stopped().clone());
         tasks.spawn_service("wheel", async move {
             tokio::select! {
@@ -191,28 +191,28 @@ impl Server {
         Ok(Self { listen, admin_listen, node, tasks, drain_delay: config.drain_delay })
     }
 
-    /// What waits until a part of this gateway has failed that others rely on: the process has to end.
-    /// It may be kept longer than the server.
+    /// Resolves when a part of the gateway has failed that others depend on: the process must end.
+    /// The future may outlive the server.
     pub fn failed(&self) -> impl Future<Output = TaskFailure> + use<> {
         let tasks = self.tasks.clone();
         async move { tasks.failed().await }
     }
 
-    /// Sends clients away, as far as that can be done at once: a part has failed, and to wait for what
-    /// relies on it would be in vain. Nothing else is ended in order.
+    /// Disconnects the clients as far as possible within a second, after a part has failed. Other parts
+    /// are not ended in order, since they may depend on the failed one.
     pub async fn abandon(self) {
         self.node.start_draining();
-        self.tasks.leave(ABANDON_MAX).await;
+        self.tasks.leave(ABANDON_TIMEOUT).await;
     }
 
-    /// Stops in order: `ready` says 503 for `drain.delay`, then clients are sent away in batches
-    /// with what is queued, `reconnect` and 1012, and the rest ends, the listeners last. Returns
-    /// whether all of it ended in time.
+    /// Stops in order: `/ready` returns 503 for `drain.delay`, then clients are disconnected in batches
+    /// with their queued frames, `reconnect` and 1012, and the other tasks end, the listeners last.
+    /// Returns whether everything ended in time.
     pub async fn stop(self) -> bool {
         self.node.start_draining();
         tokio::time::sleep(self.drain_delay).await;
         self.node.drain_clients().await;
-        self.tasks.finish(STOP_STEP_MAX).await
+        self.tasks.finish(STOP_STEP_TIMEOUT).await
     }
 }
 
@@ -231,8 +231,8 @@ impl Stores {
     }
 }
 
-/// Has the node take no client any more, and send those it has to others, once that is ordered.
-async fn drain_when_ordered(node: Arc<Node>, delay: Duration) {
+/// Drains the node once a control command requests it: rejects new clients and disconnects the others.
+async fn drain_on_command(node: Arc<Node>, delay: Duration) {
     let stopped = node.tasks.stopped().clone();
     // Both arms are cancel-safe.
     tokio::select! {
@@ -241,7 +241,7 @@ async fn drain_when_ordered(node: Arc<Node>, delay: Duration) {
         () = node.control.draining().cancelled() => {}
     }
     node.start_draining();
-    // Cancel-safe: a stop says goodbye to all who are still there.
+    // Cancel-safe: a stop disconnects the remaining clients.
     let send_away = async {
         tokio::time::sleep(delay).await;
         node.drain_clients().await;

@@ -1,10 +1,10 @@
-//! One WebSocket connection after its upgrade: reads, decodes, answers pings, watches the time,
-//! and ends it in order.
+//! One WebSocket connection after its upgrade: reads and decodes input, answers pings, keeps its timeouts,
+//! and closes in order.
 //!
-//! One task per connection. It waits for the socket to be readable, reads into a buffer of the
-//! thread and handles what came; it writes only what the outbox could not write at once. An idle
-//! connection holds no buffer. Frames are handled in the order sent: one that has to wait (a join)
-//! keeps those behind it in `unread`.
+//! One task per connection. It waits until the socket is readable, reads into a buffer of the thread and
+//! handles the input; it writes only bytes that the outbox could not write at once. An idle connection
+//! holds no buffer. Frames are handled in the order sent: while one waits (a join), later ones stay in
+//! `unread`.
 //!
 //! A [`InputBudget`] bounds how much of a connection's input is handled before the task yields, and a
 //! [`Meter`] how much in all: a connection above its rates is not read until they allow it.
@@ -53,36 +53,36 @@ use closing::{CloseInitiator, close_for};
 use echo::Echo;
 use timer::{TimerEntry, TimerWheel};
 
-/// How much one read takes. The buffer belongs to the thread, so that its size costs nothing.
+/// Bytes of one read. The buffer belongs to the thread, so that its size costs little.
 const READ_BYTES: usize = 64 * 1024;
 
 thread_local! {
     static READ: RefCell<Vec<u8>> = RefCell::new(vec![0; READ_BYTES]);
 }
 
-/// When a connection is asked whether it lives, and when it counts as dead.
+/// Ping interval and timeouts of a connection.
 #[derive(Clone, Debug)]
 pub struct Heartbeat {
-    /// How often to ping.
+    /// Time between pings.
     pub interval: Duration,
-    /// Nothing heard for so long: 4002.
+    /// Longest time without input; then close with 4002.
     pub idle_timeout: Duration,
-    /// Nothing could be written for so long: 4003.
+    /// Longest time without progress in writing; then close with 4003.
     pub write_timeout: Duration,
 }
 
-/// How a connection is served.
+/// Options of a connection.
 #[derive(Clone, Debug)]
 pub struct ConnectionOptions {
-    /// The most bytes of a message.
+    /// Largest message in bytes.
     pub message_bytes_max: usize,
-    /// The heartbeat.
+    /// Ping interval and timeouts.
     pub heartbeat: Arc<Heartbeat>,
-    /// Whether to ask by a `ping` frame in JSON instead of a protocol-level ping.
+    /// Whether to send `ping` frames in JSON instead of WebSocket pings.
     pub json_ping: bool,
 }
 
-/// Who the frames are for.
+/// Receiver of the frames of a connection.
 pub enum Handler {
     /// `/ws`
     Chat(Box<Session>),
@@ -90,56 +90,56 @@ pub enum Handler {
     Echo(Echo),
 }
 
-/// A connection.
+/// A WebSocket after its handshake.
 pub struct WebSocketConnection {
     handle: Arc<ConnectionHandle>,
     handler: Handler,
     decoder: Decoder,
     heartbeat: Arc<Heartbeat>,
-    /// Whether to ask by a `ping` frame in JSON instead of a protocol-level ping.
+    /// Whether to send `ping` frames in JSON instead of WebSocket pings.
     json_ping: bool,
     timer: TimerEntry,
     metrics: Arc<Metrics>,
     meter: Meter,
-    /// Bytes that were received and not handled yet.
+    /// Received bytes that are not handled yet.
     unread: Vec<u8>,
-    /// Some of it was there a turn ago.
+    /// Whether `unread` has bytes from an earlier turn.
     has_backlog: bool,
-    /// The outbox is full, so that nothing is read and nothing can be heard.
+    /// Whether the outbox is full, so that no input is read.
     outbox_full: bool,
-    /// The meter has the connection wait until then, so that nothing is read.
+    /// Set while the meter pauses reading.
     paused_until: Option<Instant>,
     last_received: Instant,
     last_ping: Instant,
     expires: Option<Instant>,
 }
 
-/// Why handling what was received stopped.
+/// Reason for which handling input stopped.
 enum InputStep {
-    /// All of it is handled, or the turn is over.
+    /// All input is handled, or the turn is over.
     More,
-    /// The outbox is full: the client has to take its answers first.
+    /// The outbox is full: the client must read its replies first.
     Full,
-    /// This has to be done before the next frame.
+    /// This request must complete before the next frame.
     Perform(DeferredRequest),
-    /// It is over.
+    /// The connection closes.
     Close(CloseInitiator),
 }
 
-/// How serving a connection ended.
+/// End of serving a connection.
 enum ServeEnd {
-    /// The socket is gone.
+    /// The peer has disconnected.
     Gone,
-    /// By a close frame, which is queued.
+    /// A close frame is queued.
     Close { close: Close, ending: CloseInitiator },
-    /// The gateway stops.
+    /// The gateway drains.
     Drain,
 }
 
 impl WebSocketConnection {
-    /// A connection whose handshake is done; `early` was received with it.
+    /// Creates a connection after its handshake; `early` is input that arrived with it.
     ///
-    /// The handle's outbox has a socket.
+    /// The outbox of `handle` must have a socket.
     pub fn new(
         handle: Arc<ConnectionHandle>,
         handler: Handler,
@@ -175,12 +175,12 @@ impl WebSocketConnection {
         }
     }
 
-    /// Its id.
+    /// Returns the id of the connection.
     pub fn id(&self) -> ConnectionId {
         self.handle.connection
     }
 
-    /// The session of a chat connection.
+    /// Returns the session of a chat connection.
     pub fn session(&mut self) -> Option<&mut Session> {
         match &mut self.handler {
             Handler::Chat(session) => Some(session),
@@ -188,10 +188,10 @@ impl WebSocketConnection {
         }
     }
 
-    /// Serves the connection until it ends. Returns the close code, 1006 for none.
+    /// Serves the connection until it ends. Returns the close code, 1006 without one.
     ///
-    /// What happens once in a connection's life is boxed, so that its task, which lives as long,
-    /// is no larger than serving needs. The session is ended when `ending` has a permit.
+    /// Steps that happen once per connection are boxed, so that the task, which lives as long as the
+    /// connection, is no larger than serving needs. The session ends once `ending` has a permit.
     pub async fn run(&mut self, batch: &DrainBatch, ending: &Semaphore) -> u16 {
         let served = catch_panic(self.serve(batch)).await;
         let code = match served.unwrap_or_else(|panic| self.panicked(&panic)) {
@@ -200,7 +200,7 @@ impl WebSocketConnection {
             ServeEnd::Drain => Box::pin(self.close_for_drain(batch)).await,
         };
         let handle = self.handle.clone();
-        let _turn = ending.acquire().await;
+        let _permit = ending.acquire().await;
         if let Some(session) = self.session() {
             Box::pin(session.end()).await;
         }
@@ -209,13 +209,13 @@ impl WebSocketConnection {
         code
     }
 
-    /// What was being handled is dropped half-done; the client is told, and comes back.
+    /// Closes the connection after a panic in its handler; the client reconnects.
     fn panicked(&self, panic: &str) -> ServeEnd {
         self.metrics.panicked(self.handle.connection, panic);
         let close =
             Close { code: CloseCode::InternalError.number(), reason: "internal".to_owned() };
         self.handle.outbox.close(close.clone());
-        // Unless it was being closed already.
+        // A close that had begun before the panic counts.
         let close = self.handle.outbox.begin_close().unwrap_or(close);
         ServeEnd::Close { close, ending: CloseInitiator::Failed }
     }
@@ -225,7 +225,7 @@ impl WebSocketConnection {
         let outbox = &handle.outbox;
         let Some(socket) = outbox.socket() else { return ServeEnd::Gone };
         let mut performing: Option<BoxFuture<RequestOutcome>> = None;
-        let mut told = self.session().map(|session| session.bus_status());
+        let mut status_rx = self.session().map(|session| session.bus_status());
         let mut turn = InputBudget::default();
         loop {
             if let Some(close) = outbox.begin_close() {
@@ -239,7 +239,8 @@ impl WebSocketConnection {
                 self.outbox_full = matches!(step, InputStep::Full);
                 match step {
                     InputStep::More | InputStep::Full => {}
-                    // The client has gone, and what is left of its frames would be answered to nobody.
+                    // The client has disconnected, and cannot receive the replies to its remaining
+                    // reads.
                     InputStep::Perform(request)
                         if request.is_read_only() && is_read_closed(socket) =>
                     {
@@ -248,7 +249,7 @@ impl WebSocketConnection {
                     InputStep::Perform(request) => {
                         turn.request();
                         performing = self.session().map(|session| session.execute(request));
-                        // It may have been another token.
+                        // The frame may have been a new token.
                         self.expires = expires_of(&self.handler);
                     }
                     InputStep::Close(ending) => {
@@ -259,8 +260,8 @@ impl WebSocketConnection {
                 }
             }
             if turn.is_over(Duration::ZERO) {
-                // Others of this thread have their turn, and the sockets are looked at: a task that has
-                // yielded runs behind both.
+                // Yielding lets the other tasks of this thread run, and the runtime poll its sockets,
+                // before this task continues.
                 turn = InputBudget::default();
                 outbox.flush();
                 tokio::task::yield_now().await;
@@ -269,8 +270,8 @@ impl WebSocketConnection {
                 }
             }
             if outbox.take_acked() {
-                // The shard that has the copy waits a turn itself, to gather. After two both are queued
-                // here, and leave in one write (docs/adr/0011).
+                // The shard that has the copy yields once itself, to batch. After two yields the ack and
+                // the copy are queued here, and leave in one write (docs/adr/0011).
                 tokio::task::yield_now().await;
                 tokio::task::yield_now().await;
             }
@@ -295,7 +296,7 @@ impl WebSocketConnection {
                 has_waited |= polled.is_pending();
                 polled
             });
-            // All arms are cancel-safe: what is outcome is kept. The bodies do not await.
+            // All arms are cancel-safe: `performing` is kept. The bodies do not await.
             tokio::select! {
                 biased;
                 () = batch.left() => return ServeEnd::Drain,
@@ -303,11 +304,11 @@ impl WebSocketConnection {
                 outcome = output_of(&mut performing), if performing.is_some() => {
                     performing = None;
                     if let Some(session) = self.session() {
-                        // A refusal has been sent, which is all a client of `/ws` needs.
+                        // An error frame has been sent; a client of `/ws` needs no more.
                         let _ = session.complete(outcome);
                     }
                 }
-                // A client that is gone waits for nothing.
+                // The peer has disconnected, and needs no reply.
                 _ = socket.ready(Interest::ERROR), if performing.is_some() => return ServeEnd::Gone,
                 ready = socket.writable(), if blocked.is_some() => {
                     if ready.is_ok() {
@@ -316,28 +317,28 @@ impl WebSocketConnection {
                 }
                 ready = readable, if reads => {
                     if has_waited {
-                        // The others have had theirs meanwhile.
+                        // Other tasks have run meanwhile.
                         turn = InputBudget::default();
                     }
                     if ready.and_then(|()| self.read(socket)).is_err() {
                         return ServeEnd::Gone;
                     }
                 }
-                news = status_changed(&mut told), if told.is_some() => {
+                status = status_changed(&mut status_rx), if status_rx.is_some() => {
                     if let Some(session) = self.session() {
-                        session.send_bus_status(news);
+                        session.send_bus_status(status);
                     }
                 }
             }
         }
     }
 
-    /// Takes what the socket has into `unread`.
+    /// Reads the available input into `unread`.
     fn read(&mut self, socket: &TcpStream) -> io::Result<()> {
         READ.with_borrow_mut(|buffer| {
             let mut count = None;
-            // A socket that had less than was asked for is empty: to say so here saves the read that
-            // would find nothing. What comes after this one is a new event (epoll(7), question 9).
+            // A read that returned less than the buffer has emptied the socket: `WouldBlock` saves
+            // the next read. Later input is a new event (epoll(7), question 9).
             let read = socket.try_io(Interest::READABLE, || {
                 let read = (&*socket2::SockRef::from(socket)).read(buffer)?;
                 count = Some(read);
@@ -365,7 +366,7 @@ impl WebSocketConnection {
             return InputStep::More;
         }
         let mut input = std::mem::take(&mut self.unread);
-        // Input that was not there before has just been read.
+        // Without a backlog, the input has just been read.
         let begun = if self.has_backlog { Instant::now() } else { self.last_received };
         let (used, mut step) = self.handle(&mut input, begun, turn);
         self.decoder.release();
@@ -394,7 +395,7 @@ impl WebSocketConnection {
         step
     }
 
-    /// Whether the meter has the connection wait.
+    /// Whether the meter pauses reading.
     fn is_paused(&mut self) -> bool {
         if self.paused_until.is_some_and(|until| until <= Instant::now()) {
             self.paused_until = None;
@@ -402,7 +403,7 @@ impl WebSocketConnection {
         self.paused_until.is_some()
     }
 
-    /// Handles the frames in `input`, as far as that can be done at once.
+    /// Handles the frames in `input` until one must wait. Returns the number of bytes used.
     fn handle(
         &mut self,
         input: &mut [u8],
@@ -415,14 +416,14 @@ impl WebSocketConnection {
             if outbox.is_full() {
                 return (used, InputStep::Full);
             }
-            // Most often there is one frame, and the time is not looked at for it.
+            // Usually there is one frame, and the clock is not read for it.
             if used > 0 && turn.is_over(now.elapsed()) {
                 return (used, InputStep::More);
             }
             let (count, received) = match self.decoder.next(&mut input[used..]) {
                 Ok(next) => next,
                 Err(error) => {
-                    tracing::debug!(connection = %self.handle.connection, %error, "bad frame");
+                    tracing::debug!(connection = %self.handle.connection, %error, "protocol error");
                     outbox.close(close_for(error));
                     return (used, InputStep::Close(CloseInitiator::Failed));
                 }
@@ -475,11 +476,11 @@ impl WebSocketConnection {
         (used, InputStep::More)
     }
 
-    /// Looks at the time if that is due, and is woken when it is next.
+    /// Checks the timeouts if one is due, and sets the timer to the next deadline.
     fn arm_timer(&mut self, blocked: Option<Instant>) {
         let now = Instant::now();
-        let stalled = blocked.map(|since| since + self.heartbeat.write_timeout);
-        let next = |next: Instant| stalled.map_or(next, |stalled| next.min(stalled));
+        let write_deadline = blocked.map(|since| since + self.heartbeat.write_timeout);
+        let next = |next: Instant| write_deadline.map_or(next, |deadline| next.min(deadline));
         if next(self.next_deadline()) <= now {
             self.check_timeouts(now);
         }
@@ -487,21 +488,21 @@ impl WebSocketConnection {
         self.timer.set(self.paused_until.map_or(next, |until| next.min(until)), now);
     }
 
-    /// Pings, and ends a connection that is dead, stuck, or past its token.
+    /// Sends a due ping, and closes a connection that is idle, blocked, or whose token has expired.
     fn check_timeouts(&mut self, now: Instant) {
         let outbox = &self.handle.outbox;
-        // Bytes that the peer's TCP acknowledges are a sign of life: over a slow link the client's own
-        // frames may come late.
+        // TCP acknowledgements of the peer count as input: over a slow link the frames of the client
+        // may arrive late.
         self.last_received =
             outbox.last_progress().map_or(self.last_received, |at| self.last_received.max(at));
-        let over =
+        let close =
             |code: CloseCode| outbox.close(Close { code: code.number(), reason: String::new() });
         if self.expires.is_some_and(|expires| expires <= now) {
-            over(CloseCode::TokenExpired);
+            close(CloseCode::TokenExpired);
         } else if outbox.stalled(now) >= self.heartbeat.write_timeout {
-            over(CloseCode::WriteTimeout);
+            close(CloseCode::WriteTimeout);
         } else if now - self.last_received >= self.heartbeat.idle_timeout {
-            over(CloseCode::IdleTimeout);
+            close(CloseCode::IdleTimeout);
         } else if now - self.last_ping >= self.heartbeat.interval {
             self.last_ping = now;
             outbox.push(self.ping());
@@ -518,40 +519,40 @@ impl WebSocketConnection {
         }
     }
 
-    /// When there is next something to be looked at.
+    /// Returns the next time at which [`Self::check_timeouts`] has work.
     fn next_deadline(&self) -> Instant {
         let ping = self.last_ping + self.heartbeat.interval;
-        let dead = self.last_received + self.heartbeat.idle_timeout;
-        let next = ping.min(dead);
+        let idle = self.last_received + self.heartbeat.idle_timeout;
+        let next = ping.min(idle);
         self.expires.map_or(next, |expires| next.min(expires))
     }
 }
 
-/// Whether the connection was reset or is closed in both directions, so that nothing can be answered.
+/// Whether the connection was reset or is closed in both directions, so that no reply can be sent.
 fn is_write_closed(socket: &TcpStream) -> bool {
     let ready = socket.ready(Interest::WRITABLE).now_or_never();
     matches!(ready, Some(Ok(ready)) if ready.is_write_closed())
 }
 
-/// Whether the peer sends nothing any more, once what was received is handled.
+/// Whether the peer has ended its direction. Received input may still be unhandled.
 fn is_read_closed(socket: &TcpStream) -> bool {
     let ready = socket.ready(Interest::READABLE).now_or_never();
     matches!(ready, Some(Ok(ready)) if ready.is_read_closed())
 }
 
-/// When the client's token ends.
+/// Returns the time at which the token of the client expires.
 fn expires_of(handler: &Handler) -> Option<Instant> {
     let Handler::Chat(session) = handler else { return None };
     let left = session.expires_at()?.duration_since(SystemTime::now()).unwrap_or_default();
     Instant::now().checked_add(left)
 }
 
-/// What clients are told of the bus, when that has changed; never, where nobody is told. Cancel-safe.
-pub async fn status_changed(told: &mut Option<watch::Receiver<BusStatus>>) -> BusStatus {
-    if let Some(told) = told
-        && told.changed().await.is_ok()
+/// Resolves with the next bus status for clients, never without a receiver. Cancel-safe.
+pub async fn status_changed(status_rx: &mut Option<watch::Receiver<BusStatus>>) -> BusStatus {
+    if let Some(status_rx) = status_rx
+        && status_rx.changed().await.is_ok()
     {
-        return *told.borrow_and_update();
+        return *status_rx.borrow_and_update();
     }
     std::future::pending().await
 }

@@ -9,10 +9,10 @@ use skein_core::{
     outbox::{Outbox, deflate::DeflateOptions},
 };
 
-/// An echo connection that has received `early`.
+/// Returns an echo connection that has received `early`.
 fn connection(early: Vec<u8>) -> WebSocketConnection {
     let metrics = Arc::<Metrics>::default();
-    // It inflates; what it answers stays as it is.
+    // Input is compressed; replies are not.
     let deflating = DeflateOptions { window: WindowBits::MAX, bytes_min: usize::MAX };
     let outbox = Outbox::to_owner(usize::MAX, metrics.clone()).with_deflate(Some(deflating));
     let handle = Arc::new(ConnectionHandle::new(ConnectionId::random(), outbox));
@@ -32,12 +32,12 @@ fn connection(early: Vec<u8>) -> WebSocketConnection {
 }
 
 #[tokio::test(start_paused = true)]
-async fn who_has_much_inflated_lets_others_have_their_turn() {
+async fn a_connection_with_much_inflated_input_yields() {
     let message = skein_websocket::encode(Opcode::Text, &[&vec![b'x'; 200_000]]);
     let compressed = compress_frame(&message, WindowBits::MAX).unwrap();
     let compressed = frame_payload(&compressed);
     assert!(compressed.len() < 1000);
-    // With a mask of zeros a client's payload stands as it is.
+    // A mask of zeros leaves the payload unchanged.
     let mut frame = vec![0xC1, 0x80 | 126];
     frame.extend((compressed.len() as u16).to_be_bytes());
     frame.extend([0; 4]);
@@ -54,7 +54,7 @@ async fn who_has_much_inflated_lets_others_have_their_turn() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn frames_that_carry_nothing_end_a_turn_and_then_wait() {
+async fn frames_without_content_end_a_turn_and_are_throttled() {
     for (name, frame) in [
         ("pings", &[0x89, 0x80, 0, 0, 0, 0][..]),
         ("pongs", &[0x8A, 0x80, 0, 0, 0, 0]),
