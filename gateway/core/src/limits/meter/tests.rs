@@ -56,7 +56,7 @@ fn volume_is_throttled_and_never_closed() {
     let mut meter = Meter::new(rates(), None);
     let (repeats, closed) = flood(&mut meter, 60, |meter| meter.data(250_000));
     let expected = (60 + 2) * 4 * MIB / 250_128;
-    assert!(!closed && repeats.abs_diff(expected) <= 10, "{turns} messages, {expected} expected");
+    assert!(!closed && repeats.abs_diff(expected) <= 10, "{repeats} messages, {expected} expected");
     let mut meter = Meter::new(rates(), None);
     let (repeats, closed) = flood(&mut meter, 10, |meter| (0..64).for_each(|_| meter.data(0)));
     let per_second = repeats * 64 / 12;
