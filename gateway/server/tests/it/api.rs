@@ -14,7 +14,7 @@ use skein_protocol::{
 use crate::{
     directs::Device,
     harness::{Http, closed, http_raw, next_message, room, say, until, within},
-    people::{World, ask, heard, refused},
+    presence::{World, ask, heard, refused},
 };
 
 pub const KEY: &str = "a key of sixteen and more";

@@ -19,7 +19,7 @@ use tokio::{
 
 use crate::{
     harness::{Gateway, closed, room, say, within},
-    people::{ask, heard, refused},
+    presence::{ask, heard, refused},
 };
 
 const SECRET: &str = "a secret of at least thirty-two bytes";

@@ -21,7 +21,7 @@ use tokio::time::Instant;
 
 use crate::{
     harness::{Gateway, Redis, closed, get, next_message, room, say, within},
-    people::{World, ask, heard, refused},
+    presence::{World, ask, heard, refused},
 };
 
 /// A connection with its `connected`.

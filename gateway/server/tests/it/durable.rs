@@ -12,7 +12,7 @@ use tokio::time::Duration;
 
 use crate::{
     harness::{Gateway, PATIENCE, Redis, connect, get, poll_pause, room, say, until, within},
-    people::{World, ask, refused},
+    presence::{World, ask, refused},
 };
 
 /// A direct that was taken.

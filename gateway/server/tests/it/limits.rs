@@ -240,7 +240,7 @@ async fn connections_of_a_user_and_of_an_address_are_limited() {
     assert_eq!(closed(&mut second).await, (Some(1008), "too_many_connections".into()));
     drop(second);
     let _bob = gateway.connect("bob").await;
-    // Places are given back when a connection ends.
+    // Permits are returned when a connection ends.
     until("two places are left", async || {
         get(gateway.admin, "/metrics").await.body.contains("gateway_connections 2")
     })

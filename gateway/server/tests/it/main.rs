@@ -13,7 +13,7 @@ mod servers;
 mod handshake;
 mod rfc;
 mod chat;
-mod people;
+mod presence;
 mod managed;
 mod directs;
 mod api;

@@ -18,7 +18,7 @@ use skein_protocol::{
 
 use crate::{
     harness::{Gateway, closed, get, next_message, room, say, until, within},
-    people::{World, ask, heard, refused},
+    presence::{World, ask, heard, refused},
 };
 
 async fn info(connection: &mut ClientConnection, frame: Value) -> RoomInfoFrame {

@@ -10,7 +10,7 @@ use tokio::{
 
 use crate::{
     harness::{Gateway, Http, get, http_raw, room, say, within},
-    people::World,
+    presence::World,
 };
 
 /// An open stream.

@@ -1,4 +1,4 @@
-//! The witness sees what it is there to see: each wrong, shown to it, is counted.
+//! The delivery checker counts each violation that it observes.
 
 use std::time::Duration;
 
@@ -37,8 +37,12 @@ fn joined(epoch: &str, seq: u64, recovered: bool, reason: Value) -> JoinedFrame<
     .unwrap()
 }
 
-/// As [`joined`] where the log cannot be continued, shown these of the log.
-fn shown(epoch: &str, seq: u64, history: &[(&str, u64, u8)]) -> JoinedFrame<HistoryEntry> {
+/// As [`joined`] if the log cannot be continued, with these entries of the log.
+fn joined_with_history(
+    epoch: &str,
+    seq: u64,
+    history: &[(&str, u64, u8)],
+) -> JoinedFrame<HistoryEntry> {
     let entry = |(epoch, seq, number): &(&str, u64, u8)| {
         HistoryEntry::Message(Box::new(message(epoch, *seq, *number)))
     };
@@ -62,26 +66,26 @@ fn ack(epoch: &str, seq: u64, number: u8) -> AckFrame {
 }
 
 /// One frame, or an ack of the reader's own message.
-enum Shown {
+enum ObservedFrame {
     Joined(JoinedFrame<HistoryEntry>),
     Message(MessageFrame),
     Reset(ResetFrame),
     Ack(AckFrame),
 }
 
-/// A reader that joined at (e, 0) and got 1 and 2, is shown more; `wrong` is what comes of it.
+/// A reader that joined at (e, 0) and got 1 and 2, receives more frames; `expected` are the violations.
 #[track_caller]
-fn check(shown: Vec<Shown>, expected: &[Violation]) -> DeliveryReport {
+fn check(frames: Vec<ObservedFrame>, expected: &[Violation]) -> DeliveryReport {
     let (mut checker, now) = (DeliveryChecker::new(1), Instant::now());
     checker.on_joined(0, &joined("e", 0, false, Value::Null), now);
     checker.on_message(0, &message("e", 1, 1), now);
     checker.on_message(0, &message("e", 2, 2), now);
-    for shown in shown {
-        match shown {
-            Shown::Joined(joined) => checker.on_joined(0, &joined, now),
-            Shown::Message(message) => checker.on_message(0, &message, now),
-            Shown::Reset(reset) => checker.on_reset(0, &reset),
-            Shown::Ack(ack) => checker.on_ack(0, &ack, Duration::ZERO),
+    for frame in frames {
+        match frame {
+            ObservedFrame::Joined(joined) => checker.on_joined(0, &joined, now),
+            ObservedFrame::Message(message) => checker.on_message(0, &message, now),
+            ObservedFrame::Reset(reset) => checker.on_reset(0, &reset),
+            ObservedFrame::Ack(ack) => checker.on_ack(0, &ack, Duration::ZERO),
         }
     }
     let report = checker.report();
@@ -93,63 +97,77 @@ fn check(shown: Vec<Shown>, expected: &[Violation]) -> DeliveryReport {
 #[test]
 fn what_is_right_is_not_held_against_anybody() {
     check(vec![], &[]);
-    check(vec![Shown::Message(message("e", 3, 3)), Shown::Ack(ack("e", 3, 3))], &[]);
-    check(vec![Shown::Joined(joined("e", 2, true, Value::Null))], &[]);
+    check(
+        vec![ObservedFrame::Message(message("e", 3, 3)), ObservedFrame::Ack(ack("e", 3, 3))],
+        &[],
+    );
+    check(vec![ObservedFrame::Joined(joined("e", 2, true, Value::Null))], &[]);
     // A new epoch, announced, in which an orphan comes again.
-    let shown = vec![
-        Shown::Reset(reset("f", 1)),
-        Shown::Message(message("f", 2, 2)),
-        Shown::Ack(ack("f", 2, 2)),
+    let frames = vec![
+        ObservedFrame::Reset(reset("f", 1)),
+        ObservedFrame::Message(message("f", 2, 2)),
+        ObservedFrame::Ack(ack("f", 2, 2)),
     ];
-    assert_eq!(check(shown, &[]).redelivered, 1);
+    assert_eq!(check(frames, &[]).redelivered, 1);
 }
 
 #[test]
-fn what_is_shown_first_may_begin_in_a_former_epoch_without_a_step() {
-    let check = |joined, expected: &[Violation]| check(vec![Shown::Joined(joined)], expected);
-    check(shown("g", 9, &[("f", 7, 7), ("f", 8, 8), ("g", 9, 9)]), &[]);
-    check(shown("g", 8, &[("f", 7, 7), ("f", 8, 8)]), &[]);
-    check(shown("g", 9, &[("f", 7, 7), ("g", 9, 9)]), &[Violation::UnsignalledDiscontinuity]);
-    check(shown("g", 9, &[("f", 7, 7), ("f", 8, 8)]), &[Violation::Gap]);
+fn a_first_page_may_begin_in_a_former_epoch() {
+    let check =
+        |joined, expected: &[Violation]| check(vec![ObservedFrame::Joined(joined)], expected);
+    check(joined_with_history("g", 9, &[("f", 7, 7), ("f", 8, 8), ("g", 9, 9)]), &[]);
+    check(joined_with_history("g", 8, &[("f", 7, 7), ("f", 8, 8)]), &[]);
+    check(
+        joined_with_history("g", 9, &[("f", 7, 7), ("g", 9, 9)]),
+        &[Violation::UnsignalledDiscontinuity],
+    );
+    check(joined_with_history("g", 9, &[("f", 7, 7), ("f", 8, 8)]), &[Violation::Gap]);
 }
 
 #[test]
 fn each_wrong_is_seen() {
-    let then = |seq, number| Shown::Message(message("e", seq, number));
+    let then = |seq, number| ObservedFrame::Message(message("e", seq, number));
     check(vec![then(2, 2)], &[Violation::Duplicated]);
     check(vec![then(3, 2)], &[Violation::Duplicated, Violation::Disagreement]);
     check(vec![then(4, 4)], &[Violation::Gap]);
     check(vec![then(4, 4), then(3, 3)], &[Violation::OutOfOrder, Violation::Gap]);
     check(vec![then(2, 3)], &[Violation::Duplicated, Violation::Disagreement]);
-    check(vec![Shown::Message(message("f", 3, 3))], &[Violation::UnsignalledDiscontinuity]);
+    check(vec![ObservedFrame::Message(message("f", 3, 3))], &[Violation::UnsignalledDiscontinuity]);
     // Recovered, and nothing follows or the log is shorter.
-    check(vec![Shown::Ack(ack("e", 3, 3))], &[Violation::Lost]);
+    check(vec![ObservedFrame::Ack(ack("e", 3, 3))], &[Violation::Lost]);
     check(
-        vec![Shown::Joined(joined("e", 1, true, Value::Null))],
+        vec![ObservedFrame::Joined(joined("e", 1, true, Value::Null))],
         &[Violation::UnsignalledDiscontinuity],
     );
     check(
-        vec![Shown::Joined(joined("f", 5, true, Value::Null)), Shown::Message(message("f", 6, 6))],
+        vec![
+            ObservedFrame::Joined(joined("f", 5, true, Value::Null)),
+            ObservedFrame::Message(message("f", 6, 6)),
+        ],
         &[Violation::UnsignalledDiscontinuity],
     );
-    check(vec![Shown::Ack(ack("e", 2, 3))], &[Violation::Lost, Violation::Disagreement]);
-    check(vec![Shown::Ack(ack("e", 1, 2))], &[Violation::Disagreement]);
-    check(vec![Shown::Joined(joined("f", 5, false, Value::Null))], &[Violation::Protocol]);
+    check(vec![ObservedFrame::Ack(ack("e", 2, 3))], &[Violation::Lost, Violation::Disagreement]);
+    check(vec![ObservedFrame::Ack(ack("e", 1, 2))], &[Violation::Disagreement]);
+    check(vec![ObservedFrame::Joined(joined("f", 5, false, Value::Null))], &[Violation::Protocol]);
     // Sent one after the other, and numbered the other way round.
-    check(vec![Shown::Ack(ack("e", 2, 2)), Shown::Ack(ack("e", 1, 1))], &[Violation::OutOfOrder]);
+    check(
+        vec![ObservedFrame::Ack(ack("e", 2, 2)), ObservedFrame::Ack(ack("e", 1, 1))],
+        &[Violation::OutOfOrder],
+    );
 }
 
 #[test]
 fn what_a_break_did_not_jump_over_is_lost_all_the_same() {
-    let break_then_ack =
-        |position: AckFrame| vec![Shown::Reset(reset("f", 7)), Shown::Ack(position)];
+    let break_then_ack = |position: AckFrame| {
+        vec![ObservedFrame::Reset(reset("f", 7)), ObservedFrame::Ack(position)]
+    };
     assert_eq!(check(break_then_ack(ack("e", 3, 9)), &[]).skipped, 1);
     assert_eq!(check(break_then_ack(ack("f", 7, 9)), &[]).skipped, 1);
     check(break_then_ack(ack("f", 8, 9)), &[Violation::Lost]);
-    let told = Shown::Joined(joined("e", 9, false, json!("log_trimmed")));
-    assert_eq!(check(vec![told, Shown::Ack(ack("e", 5, 9))], &[]).skipped, 1);
-    let told = Shown::Joined(joined("e", 9, false, json!("log_trimmed")));
-    check(vec![told, Shown::Ack(ack("e", 10, 9))], &[Violation::Lost]);
+    let told = ObservedFrame::Joined(joined("e", 9, false, json!("log_trimmed")));
+    assert_eq!(check(vec![told, ObservedFrame::Ack(ack("e", 5, 9))], &[]).skipped, 1);
+    let told = ObservedFrame::Joined(joined("e", 9, false, json!("log_trimmed")));
+    check(vec![told, ObservedFrame::Ack(ack("e", 10, 9))], &[Violation::Lost]);
 }
 
 #[tokio::test(flavor = "multi_thread")]
