@@ -1,9 +1,7 @@
 //! The contract of both ends of the Skein protocol `chat.v1`.
 //!
-//! Everything here is pure: no I/O, no clock. The one exception is `client`, the Rust client,
-//! behind the feature of that name. In reading order: ids and positions ([`ids`], [`position`]),
-//! frames, codes and tokens ([`protocol`], [`error`], [`close`], [`token`]), the WebSocket codec
-//! ([`codec`]), and the format of an entry in a log ([`envelope`]).
+//! Pure: no I/O, no clock. In reading order: ids and positions ([`ids`], [`position`]), frames,
+//! codes and tokens ([`protocol`], [`error`], [`close`], [`token`]).
 
 pub mod ids;
 pub mod position;

@@ -97,7 +97,7 @@ pub struct JoinInfo {
 
 /// A message to send.
 #[derive(Clone, Debug)]
-pub struct NewMessage {
+pub struct MessageDraft {
     /// The idempotency key. Store it to send the message again after [`SendError::Uncertain`].
     pub id: MessageId,
     /// The content.
@@ -122,7 +122,7 @@ pub enum MessageContent {
     Binary(Bytes),
 }
 
-impl NewMessage {
+impl MessageDraft {
     /// A text message with a new id.
     pub fn json(content: impl Into<Value>) -> Self {
         Self::of(MessageContent::Json(content.into()))
@@ -231,7 +231,7 @@ pub enum HistoryRange {
 
 /// A page of a room's log.
 #[derive(Clone, Debug)]
-pub struct HistoryPage {
+pub struct RoomHistoryPage {
     /// The epoch of the log.
     pub epoch: Epoch,
     /// Entries, oldest first.

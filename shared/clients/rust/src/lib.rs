@@ -19,8 +19,8 @@ use tokio::{
 
 use self::{
     api::{
-        ClientEvent, ClientOptions, HistoryError, HistoryPage, HistoryRange, JoinError, JoinInfo,
-        LeaveError, MessageContent, NewMessage, SendError, SendReceipt, StartFrom,
+        ClientEvent, ClientOptions, HistoryError, RoomHistoryPage, HistoryRange, JoinError, JoinInfo,
+        LeaveError, MessageContent, MessageDraft, SendError, SendReceipt, StartFrom,
     },
     options::ConnectOptions,
     room::PendingSend,
@@ -139,7 +139,7 @@ impl Client {
         room: &RoomId,
         content: impl Into<Value>,
     ) -> Result<SendReceipt, SendError> {
-        self.send_message(room, NewMessage::json(content)).await
+        self.send_message(room, MessageDraft::json(content)).await
     }
 
     /// Sends a message to a room and waits until it is in the log.
@@ -155,7 +155,7 @@ impl Client {
     pub async fn send_message(
         &self,
         room: &RoomId,
-        message: NewMessage,
+        message: MessageDraft,
     ) -> Result<SendReceipt, SendError> {
         let bytes = approximate_len(&message);
         let full = |error| match error {
@@ -180,7 +180,7 @@ impl Client {
         room: &RoomId,
         page: HistoryRange,
         limit: u32,
-    ) -> Result<HistoryPage, HistoryError> {
+    ) -> Result<RoomHistoryPage, HistoryError> {
         let (reply, receiver) = oneshot::channel();
         let call = ClientCall::History { room: room.clone(), page, limit, reply };
         self.send_call(call, receiver).await.unwrap_or(Err(HistoryError::ClientClosed))
@@ -219,7 +219,7 @@ impl Client {
 }
 
 /// Approximate size of a message in bytes. At least 1, because every message takes some memory.
-fn approximate_len(message: &NewMessage) -> u32 {
+fn approximate_len(message: &MessageDraft) -> u32 {
     let content = match &message.content {
         MessageContent::Json(content) => frames::encode_text(content).len(),
         MessageContent::Binary(payload) => payload.len(),

@@ -9,7 +9,7 @@ use tokio::{
 
 use super::{
     api::{
-        JoinError, JoinInfo, LeaveError, MessageContent, NewMessage, SendError, SendReceipt,
+        JoinError, JoinInfo, LeaveError, MessageContent, MessageDraft, SendError, SendReceipt,
         StartFrom,
     },
     frames::{self, HeaderTooLong},
@@ -35,7 +35,7 @@ impl EncodedFrame {
 
 /// A message to send, and the call that waits for its result.
 pub(super) struct PendingSend {
-    pub(super) message: NewMessage,
+    pub(super) message: MessageDraft,
     pub(super) bytes: u32,
     pub(super) reply: oneshot::Sender<Result<SendReceipt, SendError>>,
     /// Permits for the limits of unacknowledged messages and bytes, released on drop.

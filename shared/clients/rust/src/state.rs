@@ -21,7 +21,7 @@ use tokio::time::Instant;
 use self::calls::HistoryReply;
 use super::{
     api::{
-        ClientEvent, HistoryError, HistoryPage, JoinError, JoinInfo, LeaveError, SendError,
+        ClientEvent, HistoryError, RoomHistoryPage, JoinError, JoinInfo, LeaveError, SendError,
         SendReceipt, StartFrom,
     },
     frames,
@@ -121,7 +121,7 @@ impl ProtocolState {
             }
             ServerFrame::History(history) => {
                 let messages = history.messages.into_iter().filter_map(into_message).collect();
-                let page = HistoryPage { epoch: history.epoch, messages, more: history.more };
+                let page = RoomHistoryPage { epoch: history.epoch, messages, more: history.more };
                 if let Some(PendingRequest::History(reply)) =
                     self.take_request(history.reference.as_ref())
                 {

@@ -703,7 +703,7 @@ pub struct ErrorFrame {
     pub id: Option<MessageId>,
     /// The code that clients act on.
     pub code: ErrorCode,
-    /// What is wrong and what to do, for a person.
+    /// The fault and its remedy, for a person.
     pub message: String,
     /// When to retry, in milliseconds.
     #[serde(default, skip_serializing_if = "Option::is_none")]

@@ -8,7 +8,7 @@ use tokio::{sync::oneshot, time::Instant};
 use super::{PendingRequest, ProtocolState};
 use crate::{
     api::{
-        HISTORY_REQUESTS_MAX, HistoryError, HistoryPage, HistoryRange, JoinError, JoinInfo,
+        HISTORY_REQUESTS_MAX, HistoryError, RoomHistoryPage, HistoryRange, JoinError, JoinInfo,
         LeaveError, ROOMS_MAX, SendError, StartFrom,
     },
     frames,
@@ -44,7 +44,7 @@ pub(crate) enum ClientCall {
     SetToken(String),
 }
 
-pub(super) type HistoryReply = oneshot::Sender<Result<HistoryPage, HistoryError>>;
+pub(super) type HistoryReply = oneshot::Sender<Result<RoomHistoryPage, HistoryError>>;
 
 impl ProtocolState {
     /// Handles a call of the application.

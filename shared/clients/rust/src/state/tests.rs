@@ -8,7 +8,7 @@ use tokio::sync::{
 
 use super::{calls::ClientCall, *};
 use crate::{
-    api::{HistoryRange, NewMessage},
+    api::{HistoryRange, MessageDraft},
     room::PendingSend,
 };
 
@@ -81,7 +81,7 @@ impl StateFixture {
         receiver
     }
 
-    fn send(&mut self, message: NewMessage) -> ReplyReceiver<SendReceipt, SendError> {
+    fn send(&mut self, message: MessageDraft) -> ReplyReceiver<SendReceipt, SendError> {
         let (reply, receiver) = oneshot::channel();
         let permit = || Arc::new(Semaphore::new(1)).try_acquire_owned().unwrap();
         let bytes = match &message.content {
@@ -94,7 +94,7 @@ impl StateFixture {
         receiver
     }
 
-    fn history(&mut self, page: HistoryRange) -> ReplyReceiver<HistoryPage, HistoryError> {
+    fn history(&mut self, page: HistoryRange) -> ReplyReceiver<RoomHistoryPage, HistoryError> {
         let (reply, receiver) = oneshot::channel();
         let room = "r".parse().unwrap();
         self.state.on_call(ClientCall::History { room, page, limit: 10, reply }, self.now);
@@ -228,8 +228,8 @@ async fn joining_a_joined_room_changes_nothing() {
 async fn messages_wait_for_the_join_and_are_sent_one_by_one() {
     let mut fixture = StateFixture::new();
     let _join = fixture.join("r", StartFrom::Now);
-    let mut one = fixture.send(NewMessage::json("1"));
-    let _two = fixture.send(NewMessage::json("2"));
+    let mut one = fixture.send(MessageDraft::json("1"));
+    let _two = fixture.send(MessageDraft::json("2"));
     let join = fixture.take_written();
     assert_eq!(join.len(), 1);
     fixture.feed(joined(&join[0]["ref"], 0, false, &[]));
@@ -244,8 +244,8 @@ async fn messages_wait_for_the_join_and_are_sent_one_by_one() {
 #[tokio::test(start_paused = true)]
 async fn a_message_with_a_temporary_error_is_retried_in_order() {
     let mut fixture = StateFixture::joined();
-    let mut one = fixture.send(NewMessage::json("1"));
-    let _two = fixture.send(NewMessage::json("2"));
+    let mut one = fixture.send(MessageDraft::json("1"));
+    let _two = fixture.send(MessageDraft::json("2"));
     let mut last = fixture.take_written().remove(0);
     for code in ["unavailable", "overloaded", "rate_limited"] {
         fixture.feed(error(&last, code, Some(200)));
@@ -264,8 +264,8 @@ async fn a_message_with_a_temporary_error_is_retried_in_order() {
 #[tokio::test(start_paused = true)]
 async fn a_permanent_error_fails_its_message_only() {
     let mut fixture = StateFixture::joined();
-    let mut one = fixture.send(NewMessage::json("1"));
-    let mut two = fixture.send(NewMessage::json("2"));
+    let mut one = fixture.send(MessageDraft::json("1"));
+    let mut two = fixture.send(MessageDraft::json("2"));
     let first = fixture.take_written().remove(0);
     fixture.feed(error(&first, "forbidden", None));
     assert!(matches!(one.try_recv().unwrap(), Err(SendError::Rejected(_))));
@@ -277,7 +277,7 @@ async fn a_permanent_error_fails_its_message_only() {
 #[tokio::test(start_paused = true)]
 async fn only_an_ack_without_an_echo_moves_the_cursor() {
     let mut fixture = StateFixture::joined();
-    let _echo = fixture.send(NewMessage::json("1"));
+    let _echo = fixture.send(MessageDraft::json("1"));
     let first = fixture.take_written().remove(0);
     fixture.feed(ack(&first, 6, false));
     assert_eq!(fixture.state.cursor(&"r".parse().unwrap()), Some(&at(5)));
@@ -285,7 +285,7 @@ async fn only_an_ack_without_an_echo_moves_the_cursor() {
     fixture.feed(entry(6, "me", id));
     assert_eq!(fixture.delivered(), [6]);
 
-    let without_echo = NewMessage { echo: false, ..NewMessage::json("2") };
+    let without_echo = MessageDraft { echo: false, ..MessageDraft::json("2") };
     let _no_echo = fixture.send(without_echo);
     let second = fixture.take_written().remove(0);
     assert_eq!(second["echo"], json!(false));
@@ -297,7 +297,7 @@ async fn only_an_ack_without_an_echo_moves_the_cursor() {
 #[tokio::test(start_paused = true)]
 async fn an_ack_in_the_log_can_follow_the_ack_of_the_repeat() {
     let mut fixture = StateFixture::joined();
-    let mut reply = fixture.send(NewMessage { echo: false, ..NewMessage::json("1") });
+    let mut reply = fixture.send(MessageDraft { echo: false, ..MessageDraft::json("1") });
     let first = fixture.take_written().remove(0);
     fixture.feed(error(&first, "unavailable", Some(1)));
     fixture.advance(Duration::from_millis(1));
@@ -315,7 +315,7 @@ async fn a_recovery_acknowledges_own_messages_it_contains() {
     let mut fixture = StateFixture::joined();
     fixture.state.in_flight_max = 3;
     let mut replies: Vec<_> =
-        ["1", "2", "3"].into_iter().map(|text| fixture.send(NewMessage::json(text))).collect();
+        ["1", "2", "3"].into_iter().map(|text| fixture.send(MessageDraft::json(text))).collect();
     let first = fixture.take_written().remove(0);
     let id = serde_json::from_value(first["id"].clone()).unwrap();
     fixture.state.on_disconnected();
@@ -336,7 +336,7 @@ async fn a_recovery_acknowledges_own_messages_it_contains() {
 #[tokio::test(start_paused = true)]
 async fn the_same_id_of_another_user_is_no_acknowledgement() {
     let mut fixture = StateFixture::joined();
-    let mut reply = fixture.send(NewMessage::json("1"));
+    let mut reply = fixture.send(MessageDraft::json("1"));
     let frame = fixture.take_written().remove(0);
     fixture.feed(entry(6, "you", serde_json::from_value(frame["id"].clone()).unwrap()));
     assert_eq!(reply.try_recv().unwrap_err(), TryRecvError::Empty);
@@ -345,8 +345,8 @@ async fn the_same_id_of_another_user_is_no_acknowledgement() {
 #[tokio::test(start_paused = true)]
 async fn a_send_older_than_the_window_is_uncertain() {
     let mut fixture = StateFixture::joined();
-    let mut one = fixture.send(NewMessage::json("1"));
-    let mut two = fixture.send(NewMessage::json("2"));
+    let mut one = fixture.send(MessageDraft::json("1"));
+    let mut two = fixture.send(MessageDraft::json("2"));
     fixture.take_written();
     fixture.state.on_disconnected();
     fixture.advance(Duration::from_secs(600));
@@ -412,7 +412,7 @@ async fn a_reset_ends_the_recovery_and_releases_sends() {
     let mut fixture = StateFixture::joined();
     fixture.state.on_disconnected();
     fixture.connect();
-    let _reply = fixture.send(NewMessage::json("1"));
+    let _reply = fixture.send(MessageDraft::json("1"));
     let join = fixture.take_written().remove(0);
     fixture.feed(joined(&join["ref"], 9, true, &[]));
     assert!(fixture.take_written().is_empty());
@@ -428,8 +428,8 @@ async fn a_reset_ends_the_recovery_and_releases_sends() {
 #[tokio::test(start_paused = true)]
 async fn a_removed_client_gets_pending_acks_and_cannot_send() {
     let mut fixture = StateFixture::joined();
-    let mut one = fixture.send(NewMessage::json("1"));
-    let mut two = fixture.send(NewMessage::json("2"));
+    let mut one = fixture.send(MessageDraft::json("1"));
+    let mut two = fixture.send(MessageDraft::json("2"));
     let frame = fixture.take_written().remove(0);
     fixture.feed(json!({"type": "left", "room": "r", "reason": "kicked"}));
     let events = fixture.events();
@@ -440,7 +440,7 @@ async fn a_removed_client_gets_pending_acks_and_cannot_send() {
     fixture.feed(ack(&frame, 6, false));
     assert!(one.try_recv().unwrap().is_ok());
     assert!(fixture.state.rooms.is_empty());
-    let mut three = fixture.send(NewMessage::json("3"));
+    let mut three = fixture.send(MessageDraft::json("3"));
     assert_eq!(three.try_recv().unwrap(), Err(SendError::NotJoined));
 }
 
@@ -488,7 +488,7 @@ async fn a_leave_with_a_temporary_error_is_retried() {
 #[tokio::test(start_paused = true)]
 async fn a_connection_lost_while_leaving_completes_the_leave() {
     let mut fixture = StateFixture::joined();
-    let mut unanswered = fixture.send(NewMessage::json("1"));
+    let mut unanswered = fixture.send(MessageDraft::json("1"));
     let mut left = fixture.leave("r");
     fixture.state.on_disconnected();
     assert_eq!(left.try_recv().unwrap(), Ok(()));
@@ -500,7 +500,7 @@ async fn a_connection_lost_while_leaving_completes_the_leave() {
 #[tokio::test(start_paused = true)]
 async fn a_room_that_cannot_be_rejoined_is_left() {
     let mut fixture = StateFixture::joined();
-    let mut sent = fixture.send(NewMessage::json("1"));
+    let mut sent = fixture.send(MessageDraft::json("1"));
     fixture.take_written();
     fixture.state.on_disconnected();
     fixture.connect();
@@ -513,8 +513,8 @@ async fn a_room_that_cannot_be_rejoined_is_left() {
 #[tokio::test(start_paused = true)]
 async fn a_message_larger_than_the_limit_is_never_sent() {
     let mut fixture = StateFixture::joined();
-    let mut large = fixture.send(NewMessage::json("x".repeat(1_001)));
-    let mut small = fixture.send(NewMessage::json("1"));
+    let mut large = fixture.send(MessageDraft::json("x".repeat(1_001)));
+    let mut small = fixture.send(MessageDraft::json("1"));
     assert_eq!(large.try_recv().unwrap(), Err(SendError::TooLarge));
     assert_eq!(fixture.summary(), ["1"]);
     // If the server rejects the size, it closes with 1009 and does not name the message.
@@ -525,7 +525,7 @@ async fn a_message_larger_than_the_limit_is_never_sent() {
 #[tokio::test(start_paused = true)]
 async fn an_id_in_flight_cannot_be_sent_again() {
     let mut fixture = StateFixture::joined();
-    let send = NewMessage::json("1");
+    let send = MessageDraft::json("1");
     let _first = fixture.send(send.clone());
     assert_eq!(fixture.send(send).try_recv().unwrap(), Err(SendError::IdInUse));
 }
@@ -554,7 +554,7 @@ async fn history_requires_a_joined_room() {
 #[tokio::test(start_paused = true)]
 async fn binary_messages_are_equal_live_and_from_the_log() {
     let mut fixture = StateFixture::joined();
-    let _sent = fixture.send(NewMessage::binary(vec![1, 2]));
+    let _sent = fixture.send(MessageDraft::binary(vec![1, 2]));
     assert!(fixture.take_written()[0]["bytes"].is_array());
     let mut in_json = other(6);
     in_json["encoding"] = json!("base64");
@@ -581,8 +581,8 @@ async fn other_frames_are_events_and_pings_are_answered() {
 #[tokio::test(start_paused = true)]
 async fn ending_the_client_completes_all_calls() {
     let mut fixture = StateFixture::joined();
-    let mut sent = fixture.send(NewMessage::json("1"));
-    let mut unsent = fixture.send(NewMessage::json("2"));
+    let mut sent = fixture.send(MessageDraft::json("1"));
+    let mut unsent = fixture.send(MessageDraft::json("2"));
     let mut joining = fixture.join("s", StartFrom::Now);
     let mut asking = fixture.history(HistoryRange::Newest);
     fixture.state.fail_all();
