@@ -1,17 +1,17 @@
 #!/usr/bin/env python3
-"""Checks gateways from outside: members talk in rooms, and every frame is held against `chat.v1`.
+"""Checks gateways independently: members send messages, and every frame is checked by `chat.v1`.
 
-A client of its own, which shares no code with the project's: Python 3.11, standard library only.
-All members join all rooms, each over one connection to any of the URLs. They talk at a rate for a
-time, come back from whatever happens to their connections, resume, and send again what was not
-acknowledged. When they are done it waits until everybody has everything, and judges.
+It shares no code with the project: Python 3.11, standard library only. All members join all rooms,
+each over one connection to one of the URLs. They send at a rate for a time, reconnect whenever a
+connection ends, resume, and send unacknowledged messages again. At the end the checker waits until
+every member has received every message, and checks for losses.
 
-Each violation goes to standard error as it is found, with room, position and member. The last line
-of standard output is one JSON object with the counts.
+Each violation is printed to standard error as it is found, with room, position and member. The last
+line of standard output is one JSON object with the counts.
 
 exit status:
   0  clean
-  1  a violation, or not settled in time
+  1  a violation, or messages outstanding after the time limit
   2  usage
 """
 
@@ -28,8 +28,8 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from judge import Judge, Kind, Violation
-from member import Manner, Member, Stats
+from delivery import DeliveryChecker, Kind, MemberView, Violation
+from member import Member, Profile, Stats
 
 
 def is_ws_url(text: str) -> str:
@@ -51,7 +51,7 @@ def above_zero(text: str) -> float:
     return number
 
 
-def share(text: str) -> float:
+def fraction(text: str) -> float:
     if not 0 <= (number := float(text)) <= 1:
         raise argparse.ArgumentTypeError("must be from 0 to 1")
     return number
@@ -63,57 +63,64 @@ def arguments() -> argparse.Namespace:
     )
     add = parser.add_argument
     add("urls", nargs="+", type=is_ws_url, metavar="URL", help="ws://host:port/ws of a gateway")
-    add("--members", type=at_least_one, default=6, help="how many (default 6)")
-    add("--rooms", type=at_least_one, default=3, help="how many (default 3)")
-    add("--prefix", default="outside", help="of the names of members and rooms (default outside)")
-    add("--rate", type=above_zero, default=100, help="messages a second (default 100)")
-    add("--seconds", type=above_zero, default=10, help="for how long they talk (default 10)")
-    add("--until-eof", action="store_true", help="they talk until standard input ends instead")
-    add("--settle", type=above_zero, default=60, help="seconds to wait at the end (default 60)")
-    add("--patience", type=above_zero, default=Manner.patience,
-        help="seconds of silence after which a connection is given up (default 3)")  # fmt: skip
-    add("--stay", type=int, default=0, help="so many members never give up a silent connection")
-    add("--roam", type=float, default=0, metavar="SECONDS",
-        help="mean time until a member leaves and comes back (default: never)")  # fmt: skip
-    add("--no-echo", type=share, default=Manner.no_echo, help="share with echo:false (default 0.2)")
-    add("--binary", type=share, default=Manner.binary, help="share as binary frames (default 0.1)")
-    add("--content-bytes", type=int, default=Manner.content_bytes, help="of a text (default 40)")
-    add("--seed", type=int, help="of everything that is random here (default: another each time)")
-    add("--progress", action="store_true", help="print the counts so far every 50 ms as well")
-    add("--trace", metavar="FILE", help="write every frame of every member there")
+    add("--members", type=at_least_one, default=6, help="number of members (default 6)")
+    add("--rooms", type=at_least_one, default=3, help="number of rooms (default 3)")
+    add("--prefix", default="outside", help="prefix of all ids (default outside)")
+    add("--rate", type=above_zero, default=100, help="messages per second (default 100)")
+    add("--seconds", type=above_zero, default=10, help="duration of sending (default 10)")
+    add("--until-eof", action="store_true", help="send until standard input ends")
+    add("--settle", type=above_zero, default=60, help="time limit of the end (default 60)")
+    add("--idle-timeout", type=above_zero, default=Profile.idle_timeout,
+        help="seconds without a frame after which a member reconnects (default 3)")  # fmt: skip
+    add("--patient", type=int, default=0, help="number of members without an idle timeout")
+    add("--reconnect-interval", type=float, default=0, metavar="SECONDS",
+        help="mean time until a member disconnects and reconnects (default: never)")  # fmt: skip
+    add("--no-echo", type=fraction, default=Profile.no_echo,
+        help="fraction of messages with echo:false (default 0.2)")  # fmt: skip
+    add("--binary", type=fraction, default=Profile.binary,
+        help="fraction of messages as binary frames (default 0.1)")  # fmt: skip
+    add("--content-bytes", type=int, default=Profile.content_bytes,
+        help="minimum length of a text (default 40)")  # fmt: skip
+    add("--seed", type=int, help="seed of the random numbers (default: random)")
+    add("--progress", action="store_true", help="also print the counts every 50 ms")
+    add("--trace", metavar="FILE", help="write every frame of every member to this file")
     return parser.parse_args()
 
 
-class Checker:
-    """All members of a run."""
+def print_violation(violation: Violation) -> None:
+    print(violation, file=sys.stderr, flush=True)
+
+
+class Run:
+    """A run with all its members."""
 
     def __init__(self, options: argparse.Namespace, trace: Callable[[str, str, Any], None]) -> None:
         self.options = options
-        self.judge = Judge(lambda violation: print(violation, file=sys.stderr, flush=True))
+        self.checker = DeliveryChecker(print_violation)
         self.stats = Stats()
         self.started = time.monotonic()
         self.rng = random.Random(options.seed)
         self._change = asyncio.Event()
-        manner = Manner(
-            patience=options.patience,
+        profile = Profile(
+            idle_timeout=options.idle_timeout,
             no_echo=options.no_echo,
             binary=options.binary,
             content_bytes=options.content_bytes,
-            roam=options.roam,
+            reconnect_interval=options.reconnect_interval,
         )
         self.rooms = [f"{options.prefix}-{number}" for number in range(options.rooms)]
         self.members = []
         for number in range(options.members):
             at = number % len(options.urls)
-            stays = number < options.stay
+            is_patient = number < options.patient
             self.members.append(
                 Member(
                     f"{options.prefix}-member-{number}",
                     options.urls[at:] + options.urls[:at],
                     self.rooms,
-                    self.judge,
+                    self.checker,
                     self.stats,
-                    replace(manner, patience=3600.0) if stays else manner,
+                    replace(profile, idle_timeout=3600.0) if is_patient else profile,
                     random.Random(self.rng.random()),
                     self._change.set,
                     trace,
@@ -121,7 +128,7 @@ class Checker:
             )
 
     async def until(self, holds: Callable[[], bool], seconds: float) -> bool:
-        """Waits for something to hold, so long at most. Whether it does."""
+        """Waits until a condition holds, or for `seconds`. Returns whether it holds."""
         try:
             async with asyncio.timeout(seconds):
                 while not holds():
@@ -132,13 +139,13 @@ class Checker:
             return False
 
     async def run(self) -> bool:
-        """The whole run. Whether it was clean."""
+        """Runs to the end. Returns whether there was no violation."""
         tasks = [asyncio.create_task(member.run()) for member in self.members]
         if self.options.progress:
             tasks.append(asyncio.create_task(self._progress()))
-        views = self.judge.views.values()
+        views = self.checker.views.values()
         if await self.until(lambda: all(view.cursor for view in views), self.options.settle):
-            await self._talk()
+            await self._send_messages()
             await self._settle()
         else:
             self._unsettled(lambda view: view.cursor is None, "never joined")
@@ -147,22 +154,22 @@ class Checker:
         for outcome in await asyncio.gather(*tasks, return_exceptions=True):
             if isinstance(outcome, Exception):
                 raise outcome
-        self.judge.finish()
-        return not self.judge.violations
+        self.checker.finish()
+        return not self.checker.violations
 
-    async def _talk(self) -> None:
-        """Messages at the rate, in whichever room by whomever."""
-        end = asyncio.create_task(self._end_of_talk())
+    async def _send_messages(self) -> None:
+        """Sends messages at the rate, from random members to random rooms."""
+        end = asyncio.create_task(self._end_of_sending())
         loop, number = asyncio.get_running_loop(), 0
         due = loop.time()
         while not end.done():
-            self.rng.choice(self.members).say(self.rng.choice(self.rooms), f"number {number}")
+            self.rng.choice(self.members).send(self.rng.choice(self.rooms), f"number {number}")
             number += 1
-            # Who was held up does not make up for more than a second.
+            # After a delay, at most one second of messages is sent at once.
             due = max(due + 1 / self.options.rate, loop.time() - 1)
             await asyncio.sleep(due - loop.time())
 
-    async def _end_of_talk(self) -> None:
+    async def _end_of_sending(self) -> None:
         if not self.options.until_eof:
             await asyncio.sleep(self.options.seconds)
             return
@@ -172,71 +179,74 @@ class Checker:
         await reader.read()
 
     async def _settle(self) -> None:
-        """What was begun is acknowledged; then a last message shows that all are at the end."""
-        if not await self.until(self._is_answered, self.options.settle):
+        """Waits for all acks. A last message per room then shows that every member is done."""
+        if not await self.until(self._all_acknowledged, self.options.settle):
             rooms = {(m.name, name): room for m in self.members for name, room in m.rooms.items()}
             self._unsettled(lambda view: bool(rooms[view.member, view.room].pending), "no ack")
             return
-        last = [(room, self.members[0].say(room, "last")) for room in self.rooms]
+        last = [(room, self.members[0].send(room, "last")) for room in self.rooms]
 
-        def has_last() -> bool:
-            return self._is_answered() and all(
-                self.judge.has(view, id)
+        def all_have_last() -> bool:
+            return self._all_acknowledged() and all(
+                self.checker.has_received(view, id)
                 for room, id in last
-                for view in self.judge.views.values()
+                for view in self.checker.views.values()
                 if id and view.room == room
             )
 
-        if not await self.until(has_last, self.options.settle):
+        if not await self.until(all_have_last, self.options.settle):
             ids = {room: id or "" for room, id in last}
-            self._unsettled(lambda view: not self.judge.has(view, ids[view.room]), "not at the end")
+            self._unsettled(
+                lambda view: not self.checker.has_received(view, ids[view.room]),
+                "last message not received",
+            )
 
-    def _is_answered(self) -> bool:
+    def _all_acknowledged(self) -> bool:
         return all(member.pending() == 0 for member in self.members)
 
-    def _unsettled(self, concerns: Callable[[Any], bool], what: str) -> None:
-        for view in self.judge.views.values():
+    def _unsettled(self, concerns: Callable[[MemberView], bool], fault: str) -> None:
+        for view in self.checker.views.values():
             if concerns(view):
-                detail = f"{what} within {self.options.settle} s"
-                self.judge.wrong(Kind.UNSETTLED, view, view.cursor, detail)
+                detail = f"{fault} within {self.options.settle} s"
+                self.checker.violation(Kind.UNSETTLED, view, view.cursor, detail)
 
     async def _progress(self) -> None:
         while True:
-            joined = all(view.cursor for view in self.judge.views.values())
+            joined = all(view.cursor for view in self.checker.views.values())
             counts = {"joined": joined} | self.counts()
             print(json.dumps(counts), flush=True)
             await asyncio.sleep(0.05)
 
     def counts(self) -> dict[str, Any]:
-        judge, stats = self.judge, self.stats
+        checker, stats = self.checker, self.stats
         kinds = {kind.value: 0 for kind in Kind}
-        for violation in judge.violations:
+        for violation in checker.violations:
             kinds[violation.kind.value] += 1
-        names = ["acknowledged", "delivered", "resets", "recovered_false", "skipped", "again"]
+        names = ["acknowledged", "delivered", "resets", "recovered_false", "skipped", "reappended"]
         names.append("histories_over_epochs")
         return {
             "members": len(self.members),
             "rooms": len(self.rooms),
-            **{name: judge.counts[name] for name in names},
-            "reasons": dict(judge.reasons),
+            **{name: checker.counts[name] for name in names},
+            "reasons": dict(checker.reasons),
             **kinds,
-            "violations": len(judge.violations),
+            "violations": len(checker.violations),
             "connections": stats.counts["connections"],
             **{name: count for name, count in stats.counts.items() if name != "connections"},
-            "ack_slowest_ms": round(stats.ack_slowest * 1000),
-            "quiet_longest_ms": round(stats.quiet_longest * 1000),
+            "ack_latency_max_ms": round(stats.ack_latency_max * 1000),
+            "delivery_pause_max_ms": round(stats.delivery_pause_max * 1000),
             "seconds": round(time.monotonic() - self.started, 1),
         }
 
 
 def tracer(path: str | None) -> Callable[[str, str, Any], None]:
     if path is None:
-        return lambda member, direction, what: None
+        return lambda member, direction, frame: None
     file = open(path, "w", encoding="utf-8", buffering=1)
     start = time.monotonic()
 
-    def trace(member: str, direction: str, what: Any) -> None:
-        text = what if isinstance(what, str) else json.dumps(what, default=repr)
+    def trace(member: str, direction: str, frame: Any) -> None:
+        text = frame if isinstance(frame, str) else json.dumps(frame, default=repr)
         file.write(f"{time.monotonic() - start:.3f} {member} {direction} {text}\n")
 
     return trace
@@ -244,9 +254,9 @@ def tracer(path: str | None) -> Callable[[str, str, Any], None]:
 
 async def main() -> int:
     options = arguments()
-    checker = Checker(options, tracer(options.trace))
-    clean = await checker.run()
-    print(json.dumps(checker.counts()), flush=True)
+    run = Run(options, tracer(options.trace))
+    clean = await run.run()
+    print(json.dumps(run.counts()), flush=True)
     return 0 if clean else 1
 
 

@@ -1,7 +1,7 @@
-"""One member of some rooms: connects, resumes, sends, and tells the judge of all it is given.
+"""One member of some rooms: connects, resumes, sends, and reports every frame to the checker.
 
-Written from the protocol's text: back-off and close codes as its section 5 and 3.5 ask, `since` for
-each room, unacknowledged messages again with the same id once the recovery has not shown them.
+Written from the text of the protocol: back-off and close codes as it requires, `since` for each
+room, and unacknowledged messages sent again with the same id if the recovery did not contain them.
 """
 
 from __future__ import annotations
@@ -18,64 +18,64 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from judge import Judge, Kind, Position, View
-from websocket import Broken, Closed, Refused, WebSocket
+from delivery import DeliveryChecker, Kind, MemberView, Position
+from websocket import ConnectionClosed, HandshakeRejected, ProtocolError, WebSocket
 
 PROTOCOL = "chat.v1"
 BACK_OFF_BASE, BACK_OFF_CAP = 0.5, 30.0
-# How long a server may take to shake hands, and to say goodbye.
+# Time limits for the handshake and for the answer to a close frame.
 HANDSHAKE_SECONDS, CLOSE_SECONDS = 5.0, 3.0
-# After these a client comes back by itself; after any other it does not.
-COME_BACK = {1001, 1005, 1006, 1011, 1012, 1013, 4002, 4003}
-# A send that is answered by one of these is sent again with the same id.
-SEND_AGAIN = {"unavailable", "overloaded", "rate_limited"}
+# Close codes after which a client reconnects by itself; after others it does not.
+RECONNECT_CODES = {1001, 1005, 1006, 1011, 1012, 1013, 4002, 4003}
+# Error codes after which a message is sent again with the same id.
+TEMPORARY_ERRORS = {"unavailable", "overloaded", "rate_limited"}
 
 
 @dataclass
 class Message:
-    """What a member has to say and has no `ack` for."""
+    """An unacknowledged message of a member."""
 
     id: str
     content: Any
     echo: bool
-    begun_at: float
+    created_at: float
 
 
 @dataclass
 class Room:
-    """A room on the present connection, and what outlives it."""
+    """The state of a room: that of the current connection, and that which outlives it."""
 
-    view: View
+    view: MemberView
     joined: bool = False
-    # Up to where the recovery goes, before which nothing is sent.
+    # The end of the recovery; no message is sent before it.
     recovers_to: Position | None = None
-    is_open: bool = False
+    can_send: bool = False
     pending: dict[str, Message] = field(default_factory=dict)
 
 
 @dataclass
-class Manner:
-    """How members behave."""
+class Profile:
+    """The behaviour of members."""
 
-    # Seconds of silence after which a connection is given up.
-    patience: float = 3.0
-    # How many messages may be unacknowledged in all rooms together.
-    window: int = 64
-    # Shares of messages sent with `echo:false` and as binary frames.
+    # Seconds without a frame after which a member closes its connection.
+    idle_timeout: float = 3.0
+    # Maximum number of unacknowledged messages in all rooms together.
+    unacked_max: int = 64
+    # Fractions of messages sent with `echo:false` and as binary frames.
     no_echo: float = 0.2
     binary: float = 0.1
     content_bytes: int = 40
-    # Seconds, on average, after which a member leaves by itself and comes back; 0: never.
-    roam: float = 0.0
+    # Mean time in seconds until a member disconnects and reconnects; 0: never.
+    reconnect_interval: float = 0.0
 
 
 @dataclass
 class Stats:
-    """What is no verdict but worth knowing."""
+    """Statistics that are not violations."""
 
     counts: Counter[str] = field(default_factory=Counter)
-    ack_slowest: float = 0.0
-    quiet_longest: float = 0.0
+    ack_latency_max: float = 0.0
+    delivery_pause_max: float = 0.0
 
 
 class Member:
@@ -84,20 +84,20 @@ class Member:
         name: str,
         urls: list[str],
         rooms: list[str],
-        judge: Judge,
+        checker: DeliveryChecker,
         stats: Stats,
-        manner: Manner,
+        profile: Profile,
         rng: random.Random,
         changed: Callable[[], None],
         trace: Callable[[str, str, Any], None],
     ) -> None:
         self.name = name
-        self.rooms = {room: Room(judge.view(name, room)) for room in rooms}
-        self.closed_for_good = False
+        self.rooms = {room: Room(checker.view(name, room)) for room in rooms}
+        self.ended = False
         self._urls = urls
-        self._judge = judge
+        self._checker = checker
         self._stats = stats
-        self._manner = manner
+        self._profile = profile
         self._rng = rng
         self._changed = changed
         self._trace = trace
@@ -106,39 +106,39 @@ class Member:
         self._session: str | None = None
         self._failures = 0
         self._delivered_at: float | None = None
-        # What the last `reconnect` asked for, in seconds.
+        # The delay that the last `reconnect` requested, in seconds.
         self._after = 0.0
 
     # Connections.
 
     async def run(self) -> None:
-        """Is there for its rooms until it is cancelled, whatever happens to its connections."""
+        """Reconnects and resumes until it is cancelled."""
         url = self._urls[0]
-        while not self.closed_for_good:
-            wait = await self._one_connection(url)
+        while not self.ended:
+            wait = await self._run_connection(url)
             # Full jitter.
             most = min(BACK_OFF_CAP, BACK_OFF_BASE * 2 ** min(self._failures, 10))
             self._failures += 1
             await asyncio.sleep(max(wait, self._rng.uniform(0, most)))
             url = self._rng.choice(self._urls)
 
-    async def _one_connection(self, url: str) -> float:
-        """Lives through one connection. Returns how long the server wants to be left alone."""
+    async def _run_connection(self, url: str) -> float:
+        """Runs one connection. Returns the minimum delay that the server requests."""
         query = {"user": self.name} | ({"session": self._session} if self._session else {})
         try:
             async with asyncio.timeout(HANDSHAKE_SECONDS):
                 socket = await WebSocket.open(f"{url}?{urllib.parse.urlencode(query)}", PROTOCOL)
-        except Refused as refused:
-            self._trace(self.name, "refused", f"{url} {refused}")
-            self._stats.counts["handshakes_refused"] += 1
-            if refused.status < 500 and refused.status != 429:
-                self._give_up(str(refused))
-            return refused.retry_after
+        except HandshakeRejected as rejected:
+            self._trace(self.name, "rejected", f"{url} {rejected}")
+            self._stats.counts["handshakes_rejected"] += 1
+            if rejected.status < 500 and rejected.status != 429:
+                self._end(str(rejected))
+            return rejected.retry_after
         except (OSError, TimeoutError, asyncio.IncompleteReadError) as error:
             self._trace(self.name, "no connection", f"{url} {error!r}")
             return 0
-        except (Broken, ValueError, IndexError) as broken:
-            self._give_up(str(broken))
+        except (ProtocolError, ValueError, IndexError) as error:
+            self._end(str(error))
             return 0
         self._connections += 1
         self._stats.counts["connections"] += 1
@@ -146,47 +146,47 @@ class Member:
         watch = asyncio.create_task(self._watch(socket))
         self._after = 0.0
         try:
-            await self._listen(socket)
-        except Closed as closed:
+            await self._receive(socket)
+        except ConnectionClosed as closed:
             self._trace(self.name, "closed", f"{url} {closed}")
-            if closed.code not in COME_BACK and not socket.was_left():
-                self._give_up(str(closed))
-        except (Broken, ValueError, KeyError, TypeError) as error:
+            if closed.code not in RECONNECT_CODES and not socket.closed_here():
+                self._end(str(closed))
+        except (ProtocolError, ValueError, KeyError, TypeError) as error:
             self._protocol(f"{type(error).__name__}: {error}")
         finally:
             watch.cancel()
             self._socket = None
             socket.abort()
             for room in self.rooms.values():
-                room.joined = room.is_open = False
+                room.joined = room.can_send = False
         return self._after
 
     async def _watch(self, socket: WebSocket) -> None:
-        """Asks for signs of life; gives up what is silent, or what it has had enough of."""
+        """Sends pings. Closes the connection when it is idle for too long, or at a random time."""
         loop = asyncio.get_running_loop()
-        roam = self._manner.roam
-        leave_at = loop.time() + self._rng.expovariate(1 / roam) if roam else float("inf")
-        while loop.time() - socket.heard_at < self._manner.patience:
+        mean = self._profile.reconnect_interval
+        leave_at = loop.time() + self._rng.expovariate(1 / mean) if mean else float("inf")
+        while loop.time() - socket.received_at < self._profile.idle_timeout:
             if loop.time() >= leave_at:
-                self._trace(self.name, "leaves", "")
-                self._stats.counts["left"] += 1
-                # In the middle of whatever is on its way, or politely.
+                self._trace(self.name, "disconnects", "")
+                self._stats.counts["disconnects"] += 1
+                # Abruptly, or with a close frame.
                 if self._rng.random() < 0.5:
                     socket.close()
                     await asyncio.sleep(CLOSE_SECONDS)
                 socket.abort()
                 return
-            pause = min(1.0, self._manner.patience / 3)
+            pause = min(1.0, self._profile.idle_timeout / 3)
             await asyncio.sleep(min(pause, max(0, leave_at - loop.time())))
             socket.send('{"type":"ping"}')
-        self._trace(self.name, "silent", "")
-        self._stats.counts["given_up_silent"] += 1
+        self._trace(self.name, "idle timeout", "")
+        self._stats.counts["idle_timeouts"] += 1
         socket.abort()
 
-    async def _listen(self, socket: WebSocket) -> None:
+    async def _receive(self, socket: WebSocket) -> None:
         first = self._decode(await socket.receive())
         if first["type"] != "connected" or first["user"]["id"] != self.name:
-            raise Broken(f"the first frame is {first}")
+            raise ProtocolError(f"the first frame is {first}")
         self._failures = 0
         self._session = first.get("session", self._session)
         for name in self.rooms:
@@ -195,7 +195,7 @@ class Member:
             frame = self._decode(await socket.receive())
             if frame["type"] == "reconnect":
                 self._after = frame["after_ms"] / 1000
-            self._take(frame)
+            self._on_frame(frame)
             self._changed()
 
     def _join(self, name: str) -> None:
@@ -203,14 +203,14 @@ class Member:
         since = {"since": cursor._asdict()} if cursor else {}
         self._send({"type": "join", "room": name, **since})
 
-    def _give_up(self, why: str) -> None:
-        self.closed_for_good = True
-        self._protocol(f"the connection is over for good: {why}")
+    def _end(self, why: str) -> None:
+        self.ended = True
+        self._protocol(f"the connection ended for good: {why}")
         self._changed()
 
-    def _protocol(self, what: str, room: Room | None = None) -> None:
-        view = room.view if room else View(self.name, "-")
-        self._judge.wrong(Kind.PROTOCOL, view, view.cursor, what)
+    def _protocol(self, detail: str, room: Room | None = None) -> None:
+        view = room.view if room else MemberView(self.name, "-")
+        self._checker.violation(Kind.PROTOCOL, view, view.cursor, detail)
 
     # Frames.
 
@@ -228,7 +228,7 @@ class Member:
         return frame
 
     def _send(self, frame: dict[str, Any]) -> None:
-        """Sends a frame, a binary one where its content is bytes."""
+        """Sends a frame; a binary frame if its content is bytes."""
         self._trace(self.name, ">", frame)
         if self._socket is None:
             return
@@ -239,106 +239,106 @@ class Member:
         else:
             self._socket.send(json.dumps(frame))
 
-    def _take(self, frame: dict[str, Any]) -> None:
+    def _on_frame(self, frame: dict[str, Any]) -> None:
         kind, room = frame["type"], self.rooms.get(frame.get("room", ""))
         if kind == "error":
-            self._refused(frame, room)
+            self._on_error(frame, room)
         elif kind not in ("joined", "message", "reset", "ack"):
-            # Everything else is at most once, or unknown.
+            # All other frames are at most once, or unknown.
             return
         elif room is None:
-            self._protocol(f"a frame of no room of ours: {frame}")
+            self._protocol(f"a frame of a room that was not joined: {frame}")
         elif kind == "joined":
-            self._judge.joined(room.view, frame)
+            self._checker.joined(room.view, frame)
             room.joined, room.recovers_to = True, Position.of(frame)
         elif not room.joined:
-            self._protocol(f"not joined, and got {frame}", room)
+            self._protocol(f"received before joined: {frame}", room)
         elif kind == "message":
-            self._judge.message(room.view, frame)
-            self._delivery()
+            self._checker.message(room.view, frame)
+            self._on_delivery()
         elif kind == "reset":
-            self._judge.reset(room.view, frame)
+            self._checker.reset(room.view, frame)
         else:
-            self._acknowledged(room, frame)
-        if room and room.joined and not room.is_open:
-            self._go_on_sending(room)
+            self._on_ack(room, frame)
+        if room and room.joined and not room.can_send:
+            self._resume_sending(room)
 
-    def _delivery(self) -> None:
+    def _on_delivery(self) -> None:
         now = asyncio.get_running_loop().time()
         if self._delivered_at is not None:
-            quiet = now - self._delivered_at
-            self._stats.quiet_longest = max(self._stats.quiet_longest, quiet)
+            pause_length = now - self._delivered_at
+            self._stats.delivery_pause_max = max(self._stats.delivery_pause_max, pause_length)
         self._delivered_at = now
 
-    def _acknowledged(self, room: Room, frame: dict[str, Any]) -> None:
+    def _on_ack(self, room: Room, frame: dict[str, Any]) -> None:
         message = room.pending.pop(frame["id"], None)
         in_stream = message is not None and not message.echo and not frame["duplicate"]
-        self._judge.ack(room.view, frame, in_stream)
+        self._checker.ack(room.view, frame, in_stream)
         if message:
-            after = asyncio.get_running_loop().time() - message.begun_at
-            self._stats.ack_slowest = max(self._stats.ack_slowest, after)
+            after = asyncio.get_running_loop().time() - message.created_at
+            self._stats.ack_latency_max = max(self._stats.ack_latency_max, after)
 
-    def _refused(self, frame: dict[str, Any], room: Room | None) -> None:
-        """A send or a join was refused; for the time being, or else that is wrong."""
-        code, what = frame["code"], frame.get("for")
-        self._stats.counts[f"refused_{code}"] += 1
-        if room is None or code not in SEND_AGAIN or "retry_after_ms" not in frame:
+    def _on_error(self, frame: dict[str, Any], room: Room | None) -> None:
+        """A message or a join was rejected. Only temporary errors are expected."""
+        code, frame_type = frame["code"], frame.get("for")
+        self._stats.counts[f"rejected_{code}"] += 1
+        if room is None or code not in TEMPORARY_ERRORS or "retry_after_ms" not in frame:
             self._protocol(f"unexpected: {frame}", room)
             return
         loop, socket = asyncio.get_running_loop(), self._socket
         message = room.pending.get(frame.get("id", ""))
 
-        def again() -> None:
+        def retry() -> None:
             if self._socket is not socket:
                 return
-            if what == "join":
+            if frame_type == "join":
                 self._join(room.view.room)
-            elif message and message.id in room.pending and room.is_open:
-                self._transmit(room, message)
+            elif message and message.id in room.pending and room.can_send:
+                self._send_message(room, message)
 
-        loop.call_later(frame["retry_after_ms"] / 1000, again)
+        loop.call_later(frame["retry_after_ms"] / 1000, retry)
 
     # Sending.
 
-    def _go_on_sending(self, room: Room) -> None:
-        """When the recovery is complete: an own id seen in it is acknowledged, others go again."""
+    def _resume_sending(self, room: Room) -> None:
+        """Once the recovery is complete: own ids in it are acknowledged, the others sent again."""
         cursor, target = room.view.cursor, room.recovers_to
         if cursor is None or target is None:
             return
         if cursor.epoch == target.epoch and cursor.seq < target.seq:
             return
-        room.is_open = True
+        room.can_send = True
         for message in list(room.pending.values()):
-            seen = room.view.places.get(message.id)
+            seen = room.view.numbers_of.get(message.id)
             if seen:
                 del room.pending[message.id]
                 epoch, seq = next(iter(seen.items()))
-                self._judge.taken(room.view, message.id, Position(epoch, seq))
+                self._checker.mark_acknowledged(room.view, message.id, Position(epoch, seq))
             else:
-                self._transmit(room, message)
+                self._send_message(room, message)
 
-    def _transmit(self, room: Room, message: Message) -> None:
+    def _send_message(self, room: Room, message: Message) -> None:
         name = room.view.room
-        self._judge.transmitted(room.view, message.id, message.content, self._connections)
+        self._checker.on_sent(room.view, message.id, message.content, self._connections)
         frame = {"type": "message", "room": name, "id": message.id, "content": message.content}
         self._send(frame if message.echo else frame | {"echo": False})
 
     def pending(self) -> int:
         return sum(len(room.pending) for room in self.rooms.values())
 
-    def say(self, name: str, text: str) -> str | None:
-        """Has something to say in a room. Returns its id; nothing where too much waits already."""
-        if self.pending() >= self._manner.window:
+    def send(self, name: str, text: str) -> str | None:
+        """Sends a message to a room. Returns its id, or `None` if too many are unacknowledged."""
+        if self.pending() >= self._profile.unacked_max:
             return None
-        padded = text.ljust(self._manner.content_bytes, ".")
+        padded = text.ljust(self._profile.content_bytes, ".")
         content: Any = {"by": self.name, "text": padded}
-        if self._rng.random() < self._manner.binary:
+        if self._rng.random() < self._profile.binary:
             content = padded.encode()
         id = str(uuid.UUID(int=self._rng.getrandbits(128), version=4))
-        echo = self._rng.random() >= self._manner.no_echo
+        echo = self._rng.random() >= self._profile.no_echo
         message = Message(id, content, echo, asyncio.get_running_loop().time())
         room = self.rooms[name]
         room.pending[id] = message
-        if room.is_open:
-            self._transmit(room, message)
+        if room.can_send:
+            self._send_message(room, message)
         return id

@@ -1,4 +1,4 @@
-"""A WebSocket client after RFC 6455: handshake and framing. Strict about what servers send."""
+"""A WebSocket client (RFC 6455): handshake and framing. Strict about the frames of the server."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ import urllib.parse
 
 TEXT, BINARY, CLOSE, PING, PONG = 0x1, 0x2, 0x8, 0x9, 0xA
 ACCEPT_KEY = "258EAFA5-E914-47DA-95CA-C5AB0DC85B11"
-# Far above what `max_message_size` lets a server frame be.
+# Far above the largest server frame that `max_message_size` allows.
 MESSAGE_BYTES_MAX = 8 << 20
 
 
-class Refused(Exception):
-    """The handshake was answered by something other than 101."""
+class HandshakeRejected(Exception):
+    """The response to the handshake was not 101."""
 
     def __init__(self, status: int, retry_after: float) -> None:
         super().__init__(f"HTTP {status}")
@@ -24,8 +24,8 @@ class Refused(Exception):
         self.retry_after = retry_after
 
 
-class Closed(Exception):
-    """The connection is over. 1006 where no close frame came, 1005 where it had no code."""
+class ConnectionClosed(Exception):
+    """The connection has ended. 1006: no close frame; 1005: a close frame without a code."""
 
     def __init__(self, code: int, reason: str = "") -> None:
         super().__init__(f"closed with {code} {reason}".rstrip())
@@ -33,19 +33,19 @@ class Closed(Exception):
         self.reason = reason
 
 
-class Broken(Exception):
-    """The server broke RFC 6455."""
+class ProtocolError(Exception):
+    """The server violated RFC 6455."""
 
 
 def mask(payload: bytes, key: bytes) -> bytes:
-    """XOR with the repeated key; its own inverse."""
+    """XOR with the repeated key, which is its own inverse."""
     length = len(payload)
     repeated = (key * (length // 4 + 1))[:length]
     return (int.from_bytes(payload) ^ int.from_bytes(repeated)).to_bytes(length)
 
 
 def encode(opcode: int, payload: bytes, key: bytes) -> bytes:
-    """One whole frame from a client, masked."""
+    """One whole, masked frame of a client."""
     length = len(payload)
     if length < 126:
         head = struct.pack("!BB", 0x80 | opcode, 0x80 | length)
@@ -57,49 +57,49 @@ def encode(opcode: int, payload: bytes, key: bytes) -> bytes:
 
 
 async def read_frame(reader: asyncio.StreamReader) -> tuple[bool, int, bytes]:
-    """The next frame of a server: whether it is the last of its message, opcode, payload."""
+    """The next frame of a server: whether it ends its message, opcode, payload."""
     first, second = await reader.readexactly(2)
     final, opcode, length = bool(first & 0x80), first & 0x0F, second & 0x7F
     if first & 0x70:
-        raise Broken("reserved bits are set")
+        raise ProtocolError("reserved bits are set")
     if second & 0x80:
-        raise Broken("a server's frame is masked")
+        raise ProtocolError("a frame of the server is masked")
     if opcode >= CLOSE and (length > 125 or not final):
-        raise Broken("a control frame is too long or in pieces")
+        raise ProtocolError("a control frame is too long or fragmented")
     if length == 126:
         (length,) = struct.unpack("!H", await reader.readexactly(2))
     elif length == 127:
         (length,) = struct.unpack("!Q", await reader.readexactly(8))
     if length > MESSAGE_BYTES_MAX:
-        raise Broken(f"a frame of {length} bytes")
+        raise ProtocolError(f"a frame of {length} bytes")
     return final, opcode, await reader.readexactly(length)
 
 
 class WebSocket:
-    """An open connection. `heard_at` is when anything came last, by the loop's clock."""
+    """An open connection. `received_at` is the time of the last frame, by the loop's clock."""
 
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self._reader = reader
         self._writer = writer
-        self._left = False
-        self.heard_at = asyncio.get_running_loop().time()
+        self._closed_here = False
+        self.received_at = asyncio.get_running_loop().time()
 
     @classmethod
     async def open(cls, url: str, protocol: str) -> WebSocket:
-        """Connects to a ws:// URL and shakes hands."""
+        """Connects to a ws:// URL and performs the handshake."""
         parts = urllib.parse.urlsplit(url)
         if parts.scheme != "ws" or not parts.hostname:
             raise ValueError(f"not a ws:// URL: {url}")
         reader, writer = await asyncio.open_connection(parts.hostname, parts.port or 80)
         try:
-            await cls._shake_hands(reader, writer, parts, protocol)
+            await cls._handshake(reader, writer, parts, protocol)
         except BaseException:
             writer.transport.abort()
             raise
         return cls(reader, writer)
 
     @staticmethod
-    async def _shake_hands(
+    async def _handshake(
         reader: asyncio.StreamReader,
         writer: asyncio.StreamWriter,
         parts: urllib.parse.SplitResult,
@@ -118,81 +118,81 @@ class WebSocket:
         pairs = (line.partition(":") for line in lines)
         headers = {name.lower(): value.strip() for name, _, value in pairs}
         if status != 101:
-            raise Refused(status, float(headers.get("retry-after", 0)))
+            raise HandshakeRejected(status, float(headers.get("retry-after", 0)))
         digest = hashlib.sha1((key + ACCEPT_KEY).encode()).digest()
-        wanted = {
+        expected = {
             "upgrade": "websocket",
             "connection": "upgrade",
             "sec-websocket-accept": base64.b64encode(digest).decode(),
             "sec-websocket-protocol": protocol,
         }
-        for name, value in wanted.items():
+        for name, value in expected.items():
             is_exact = name == "sec-websocket-accept"
-            got = headers.get(name, "")
-            if got != value and (is_exact or got.lower() != value):
-                raise Broken(f"{name} is {got!r}, not {value!r}")
+            actual = headers.get(name, "")
+            if actual != value and (is_exact or actual.lower() != value):
+                raise ProtocolError(f"{name} is {actual!r}, not {value!r}")
         if "sec-websocket-extensions" in headers:
-            raise Broken("an extension that was not offered")
+            raise ProtocolError("the server chose an extension that was not offered")
 
     async def receive(self) -> str | bytes:
-        """The next message. Answers pings on the way. Raises Closed at the end."""
-        pieces: list[bytes] = []
+        """The next message. Answers pings. Raises ConnectionClosed at the end of the connection."""
+        fragments: list[bytes] = []
         kind = 0
         while True:
             try:
                 final, opcode, payload = await read_frame(self._reader)
             except (asyncio.IncompleteReadError, OSError) as error:
-                raise Closed(1006, type(error).__name__) from error
-            self.heard_at = asyncio.get_running_loop().time()
+                raise ConnectionClosed(1006, type(error).__name__) from error
+            self.received_at = asyncio.get_running_loop().time()
             if opcode == PING:
                 self._send(PONG, payload)
                 continue
             if opcode == PONG:
                 continue
             if opcode == CLOSE:
-                raise self._closed_by(payload)
+                raise self._answer_close(payload)
             if (opcode == 0) != bool(kind) or opcode not in (0, TEXT, BINARY):
-                raise Broken(f"opcode {opcode} out of place")
+                raise ProtocolError(f"opcode {opcode} is not allowed here")
             kind = kind or opcode
-            pieces.append(payload)
-            if sum(map(len, pieces)) > MESSAGE_BYTES_MAX:
-                raise Broken("a message without end")
+            fragments.append(payload)
+            if sum(map(len, fragments)) > MESSAGE_BYTES_MAX:
+                raise ProtocolError("a message of too many bytes")
             if final:
-                whole = b"".join(pieces)
+                whole = b"".join(fragments)
                 try:
                     return whole.decode() if kind == TEXT else whole
                 except UnicodeDecodeError as error:
-                    raise Broken("text that is not UTF-8") from error
+                    raise ProtocolError("text that is not UTF-8") from error
 
-    def _closed_by(self, payload: bytes) -> Closed:
-        """Answers the server's close frame."""
+    def _answer_close(self, payload: bytes) -> ConnectionClosed:
+        """Answers the close frame of the server."""
         self._send(CLOSE, payload[:2])
         self._writer.close()
         if len(payload) < 2:
-            return Closed(1005)
-        return Closed(int.from_bytes(payload[:2]), payload[2:].decode(errors="replace"))
+            return ConnectionClosed(1005)
+        return ConnectionClosed(int.from_bytes(payload[:2]), payload[2:].decode(errors="replace"))
 
     def send(self, message: str | bytes) -> None:
-        """Queues a message. What a dead connection is given is lost, as on any network."""
+        """Queues a message. On a dead connection it is lost, as on any network."""
         if isinstance(message, str):
             self._send(TEXT, message.encode())
         else:
             self._send(BINARY, message)
 
     def _send(self, opcode: int, payload: bytes) -> None:
-        if not self._left and not self._writer.is_closing():
+        if not self._closed_here and not self._writer.is_closing():
             self._writer.write(encode(opcode, payload, os.urandom(4)))
 
-    def was_left(self) -> bool:
-        """Whether this side has ended it."""
-        return self._left
+    def closed_here(self) -> bool:
+        """Whether this side ended the connection."""
+        return self._closed_here
 
     def abort(self) -> None:
-        """Ends the connection without a word; `receive` raises Closed."""
-        self._left = True
+        """Ends the connection without a close frame; `receive` raises ConnectionClosed."""
+        self._closed_here = True
         self._writer.transport.abort()
 
     def close(self) -> None:
-        """Says goodbye; `receive` raises Closed when the server has answered."""
+        """Sends a close frame; `receive` raises ConnectionClosed once the server has answered."""
         self._send(CLOSE, (1000).to_bytes(2))
-        self._left = True
+        self._closed_here = True

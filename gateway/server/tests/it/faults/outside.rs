@@ -130,7 +130,7 @@ fn summary(counts: &Value) -> String {
     let count = |name: &str| counts[name].as_u64().unwrap_or(0);
     format!(
         "{} members in {} rooms, {} acknowledged, {} delivered, {} lost, {} duplicated, {} out of \
-         order, {} holes, {} unannounced breaks, {} disagreements, {} acks with two positions, {} \
+         order, {} gaps, {} unsignalled discontinuities, {} disagreements, {} acks with two positions, {} \
          against the order of sending; announced: {} reset, {} recovered:false ({} skipped, {} \
          again); {} connections; longest without delivery {} ms; slowest ack {} ms; {} unavailable",
         count("members"),
@@ -140,19 +140,19 @@ fn summary(counts: &Value) -> String {
         count("lost"),
         count("duplicated"),
         count("out_of_order"),
-        count("holes"),
-        count("unannounced_breaks"),
+        count("gaps"),
+        count("unsignalled_discontinuities"),
         count("disagreements"),
         count("acks_with_two_positions"),
         count("sender_order"),
         count("resets"),
         count("recovered_false"),
         count("skipped"),
-        count("again"),
+        count("reappended"),
         count("connections"),
-        count("quiet_longest_ms"),
-        count("ack_slowest_ms"),
-        count("refused_unavailable"),
+        count("delivery_pause_max_ms"),
+        count("ack_latency_max_ms"),
+        count("rejected_unavailable"),
     )
 }
 
@@ -259,7 +259,7 @@ async fn a_node_that_freezes() {
     let redis = Redis::start().await;
     let nodes = start_nodes(&redis, 3).await;
     // The first member stays with the frozen node; the fourth, which is there too, leaves.
-    let mut outside = Outside::at(&nodes, &["--stay", "1", "--patience", "2"]).await;
+    let mut outside = Outside::at(&nodes, &["--patient", "1", "--idle-timeout", "2"]).await;
     outside.goes_on(100).await;
     let seconds = length(4, 30);
     nodes[0].process.signal("STOP");
@@ -267,7 +267,7 @@ async fn a_node_that_freezes() {
     nodes[0].process.signal("CONT");
     outside.goes_on(200).await;
     let counts = outside.check_seamless(&format!("gateway SIGSTOP {seconds} s")).await;
-    assert!(counts["given_up_silent"].as_u64() > Some(0), "nobody noticed: {counts}");
+    assert!(counts["idle_timeouts"].as_u64() > Some(0), "nobody noticed: {counts}");
 }
 
 /// Kills, stops and cuts by the roll of a die: `SKEIN_SEED` plays it again.
@@ -277,7 +277,7 @@ async fn mix(mut redis: Redis, faults: usize, salt: u64, what: &str) {
     println!("outside, {what}: SKEIN_SEED={seed}");
     let mut die = StdRng::seed_from_u64(seed ^ salt);
     let mut nodes = start_nodes(&redis, 3).await;
-    let mut outside = Outside::at(&nodes, &["--stay", "1", "--roam", "3"]).await;
+    let mut outside = Outside::at(&nodes, &["--patient", "1", "--reconnect-interval", "3"]).await;
     for _ in 0..faults {
         outside.goes_on(die.random_range(1..150)).await;
         let (at, ms) = (die.random_range(0..nodes.len()), die.random_range(10..1_500));
