@@ -3,7 +3,7 @@
 
 use crate::{
     harness::{Gateway, Nginx, get, poll_pause, room, say},
-    rfc::client::{BINARY, CLOSE, CONTINUATION, Client, FIN, PING, PONG, TEXT, frame, text},
+    rfc::client::{BINARY, CLOSE, CONTINUATION, FIN, PING, PONG, RawClient, TEXT, frame, text},
 };
 
 #[tokio::test(flavor = "multi_thread")]
@@ -23,7 +23,7 @@ async fn floods_of_frames_that_carry_nothing_end_with_rate_limited() {
         ("/ws?user=e", vec![], frame(FIN | BINARY, &[0xFF, 0xFF, 1])),
         ("/ws?user=f", vec![], text(r#"{"type":"message","room":"nowhere","content":1}"#)),
     ] {
-        let mut client = Client::open(gateway.address, path, &[]).await;
+        let mut client = RawClient::open(gateway.address, path, &[]).await;
         client.send(&begun).await;
         let frames = frames.repeat(1 + 4096 / frames.len());
         floods.push((path, tokio::spawn(async move { client.flood(&frames).await })));
@@ -58,7 +58,7 @@ async fn a_close_reaches_a_client_that_is_still_sending() {
     let big = text(&"x".repeat(4 << 20));
     for address in [gateway.address, nginx.address] {
         for path in ["/ws/echo", "/ws?user=a"] {
-            let mut client = Client::open(address, path, &[]).await;
+            let mut client = RawClient::open(address, path, &[]).await;
             // A client that writes all it has before it reads.
             client.send(&big).await;
             let close = loop {

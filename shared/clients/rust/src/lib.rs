@@ -19,8 +19,8 @@ use tokio::{
 
 use self::{
     api::{
-        ClientEvent, ClientOptions, HistoryError, RoomHistoryPage, HistoryRange, JoinError, JoinInfo,
-        LeaveError, MessageContent, MessageDraft, SendError, SendReceipt, StartFrom,
+        ClientEvent, ClientOptions, HistoryError, HistoryRange, JoinError, JoinInfo, LeaveError,
+        MessageContent, MessageDraft, RoomHistoryPage, SendError, SendReceipt, StartFrom,
     },
     options::ConnectOptions,
     room::PendingSend,

@@ -21,7 +21,7 @@ use tokio::time::Instant;
 use self::calls::HistoryReply;
 use super::{
     api::{
-        ClientEvent, HistoryError, RoomHistoryPage, JoinError, JoinInfo, LeaveError, SendError,
+        ClientEvent, HistoryError, JoinError, JoinInfo, LeaveError, RoomHistoryPage, SendError,
         SendReceipt, StartFrom,
     },
     frames,

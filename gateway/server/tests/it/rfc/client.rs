@@ -1,5 +1,5 @@
-//! A client that sends whatever bytes it is given, and takes the server's frames apart by itself,
-//! so that nothing of the gateway judges the gateway.
+//! A client that sends raw bytes and decodes the server's frames by itself, so that no code of the
+//! gateway checks the gateway.
 
 use std::net::SocketAddr;
 
@@ -19,7 +19,7 @@ pub const CLOSE: u8 = 0x8;
 pub const PING: u8 = 0x9;
 pub const PONG: u8 = 0xA;
 
-/// A client's frame: its first byte, and its payload behind the length and a mask.
+/// Encodes a frame of a client: first byte, length, mask, masked payload.
 pub fn frame(first: u8, payload: &[u8]) -> Vec<u8> {
     const MASK: [u8; 4] = [0xA5, 0x00, 0x5A, 0xFF];
     let mut frame = vec![first];
@@ -49,18 +49,18 @@ pub fn close(code: u16, reason: &[u8]) -> Vec<u8> {
     frame(FIN | CLOSE, &[&code.to_be_bytes(), reason].concat())
 }
 
-/// A server's frame: its first byte and its payload.
-pub type Frame = (u8, Vec<u8>);
+/// A frame of the server: its first byte and its payload.
+pub type RawFrame = (u8, Vec<u8>);
 
-pub struct Client {
+pub struct RawClient {
     socket: TcpStream,
     received: Vec<u8>,
-    /// The extensions that were agreed on.
+    /// The negotiated extensions.
     pub extensions: Option<String>,
 }
 
-impl Client {
-    /// Opens `path`, with `headers` beside those that every handshake has.
+impl RawClient {
+    /// Opens `path`, with `headers` in addition to those of every handshake.
     pub async fn open(address: SocketAddr, path: &str, headers: &[&str]) -> Self {
         let mut request = format!(
             "GET {path} HTTP/1.1\r\nHost: {address}\r\nUpgrade: websocket\r\n\
@@ -79,25 +79,25 @@ impl Client {
             if let Some(end) = end {
                 break end;
             }
-            assert!(client.receive().await, "the handshake was not answered");
+            assert!(client.receive().await, "no response to the handshake");
         };
-        let head: Vec<u8> = client.received.drain(..end + 4).collect();
-        let head = String::from_utf8(head).unwrap();
-        assert!(head.starts_with("HTTP/1.1 101 "), "{head}");
-        client.extensions = head.lines().find_map(|line| {
+        let header: Vec<u8> = client.received.drain(..end + 4).collect();
+        let header = String::from_utf8(header).unwrap();
+        assert!(header.starts_with("HTTP/1.1 101 "), "{header}");
+        client.extensions = header.lines().find_map(|line| {
             let (name, value) = line.split_once(':')?;
             name.eq_ignore_ascii_case("sec-websocket-extensions").then(|| value.trim().to_owned())
         });
         client
     }
 
-    /// Sends bytes. A server that has ended the connection may not take them all.
+    /// Sends bytes. A server that has ended the connection may not read them all.
     pub async fn send(&mut self, bytes: &[u8]) {
         let _ = within(self.socket.write_all(bytes)).await;
     }
 
-    /// Sends `frames` again and again, and reads, until the server closes. Returns its close frame's
-    /// payload, if there is one.
+    /// Sends `frames` repeatedly, and reads, until the server closes. Returns the payload of its
+    /// close frame, if there is one.
     pub async fn flood(self, frames: &[u8]) -> Option<Vec<u8>> {
         let Self { mut socket, mut received, .. } = self;
         let (mut reads, mut writes) = socket.split();
@@ -123,13 +123,13 @@ impl Client {
         }
     }
 
-    /// Receives more. `false`: the connection has ended.
+    /// Receives more bytes. Returns `false` at the end of the connection.
     async fn receive(&mut self) -> bool {
         matches!(within(self.socket.read_buf(&mut self.received)).await, Ok(count) if count > 0)
     }
 
-    /// The next frame, `None` at the end of the connection.
-    pub async fn next(&mut self) -> Option<Frame> {
+    /// The next frame; `None` at the end of the connection.
+    pub async fn next(&mut self) -> Option<RawFrame> {
         loop {
             if let Some(frame) = take_frame(&mut self.received) {
                 return Some(frame);
@@ -142,11 +142,11 @@ impl Client {
     }
 }
 
-/// Takes the first frame off the front of what was received, if it is whole.
-fn take_frame(received: &mut Vec<u8>) -> Option<Frame> {
+/// Removes the first frame from the received bytes, if it is complete.
+fn take_frame(received: &mut Vec<u8>) -> Option<RawFrame> {
     let bytes = &*received;
     let (first, second) = (*bytes.first()?, *bytes.get(1)?);
-    assert_eq!(second & 0x80, 0, "a server's frames are not masked");
+    assert_eq!(second & 0x80, 0, "frames of a server are not masked");
     let (start, length) = match second {
         126 => (4, usize::from(u16::from_be_bytes(bytes.get(2..4)?.try_into().unwrap()))),
         127 => (10, u64::from_be_bytes(bytes.get(2..10)?.try_into().unwrap()) as usize),

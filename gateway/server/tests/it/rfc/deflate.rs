@@ -1,5 +1,5 @@
-//! RFC 7692, byte by byte: what Autobahn's groups 12 and 13 ask for, what has to be refused, and
-//! that what many get is compressed once.
+//! RFC 7692, byte by byte: the cases of Autobahn's groups 12 and 13, violations, and that a message
+//! to many clients is compressed once.
 
 use std::net::SocketAddr;
 
@@ -8,15 +8,15 @@ use futures_util::future::join_all;
 use serde_json::{Value, json};
 
 use super::{
-    Case, End, case,
-    client::{BINARY, CLOSE, CONTINUATION, Client, FIN, PING, PONG, RSV1, TEXT, frame, text},
+    Ending, FramingCase, case,
+    client::{BINARY, CLOSE, CONTINUATION, FIN, PING, PONG, RSV1, RawClient, TEXT, frame, text},
 };
 use crate::harness::{Gateway, Nginx, get, http_raw, until};
 
-const ANSWER: &str = "permessage-deflate; server_no_context_takeover; client_no_context_takeover";
+const RESPONSE: &str = "permessage-deflate; server_no_context_takeover; client_no_context_takeover";
 const OFFER: &str = "Sec-WebSocket-Extensions: permessage-deflate";
 
-/// A payload as a client compresses it.
+/// Compresses a payload as a client does.
 fn compress(payload: &[u8]) -> Vec<u8> {
     let mut out = Vec::with_capacity(payload.len() + payload.len() / 8 + 100);
     Compress::new(Compression::new(6), false)
@@ -26,27 +26,27 @@ fn compress(payload: &[u8]) -> Vec<u8> {
     out
 }
 
-/// A payload of the server's, inflated with a window of `bits` and not a byte more: it leaves the
-/// inflater in small pieces, so that all it can refer to is its window.
+/// Inflates a payload of the server with a window of exactly `bits`: the output leaves the inflater
+/// in small chunks, so that back-references reach only the window.
 fn inflate(payload: &[u8], bits: u8) -> Vec<u8> {
     let mut inflater = Decompress::new_with_window_bits(false, bits.max(9));
     let input = [payload, &[0, 0, 0xFF, 0xFF]].concat();
-    let (mut out, mut piece) = (Vec::new(), [0; 32]);
+    let (mut out, mut chunk) = (Vec::new(), [0; 32]);
     loop {
         let used = inflater.total_in() as usize;
         let before = inflater.total_out();
         inflater
-            .decompress(&input[used..], &mut piece, FlushDecompress::None)
-            .expect("it refers back beyond its window, or is no deflated data");
+            .decompress(&input[used..], &mut chunk, FlushDecompress::None)
+            .expect("a reference beyond the window, or invalid data");
         let count = (inflater.total_out() - before) as usize;
-        out.extend(&piece[..count]);
-        if count < piece.len() && inflater.total_in() == input.len() as u64 {
+        out.extend(&chunk[..count]);
+        if count < chunk.len() && inflater.total_in() == input.len() as u64 {
             return out;
         }
     }
 }
 
-/// A message in fragments of `size`, its first frame with `first` beside its opcode.
+/// A message in fragments of `size`. `first` holds the opcode and RSV1 of the first frame.
 fn fragmented(first: u8, payload: &[u8], size: usize) -> Vec<u8> {
     let parts: Vec<&[u8]> =
         if payload.is_empty() { vec![b""] } else { payload.chunks(size).collect() };
@@ -57,7 +57,7 @@ fn fragmented(first: u8, payload: &[u8], size: usize) -> Vec<u8> {
     parts.iter().enumerate().flat_map(of).collect()
 }
 
-/// Text and bytes, of the kinds that Autobahn takes.
+/// Text and bytes, of the kinds that Autobahn uses.
 fn payloads(length: usize) -> [(u8, Vec<u8>); 3] {
     let mut json = String::new();
     let mut noise = Vec::new();
@@ -77,10 +77,10 @@ async fn gateway(extra: &[(&str, &str)]) -> Gateway {
     Gateway::start(&[&verbatim, extra].concat()).await
 }
 
-/// Sends messages of all kinds and sizes, compressed and not, in fragments of all sizes, and takes
-/// them back. Returns how many came back compressed.
+/// Sends messages of all kinds and sizes, compressed and not, in fragments of all sizes, and checks
+/// the echoes. Returns the number of compressed echoes.
 async fn exchange(address: SocketAddr, offer: &str, answer: &str, bits: u8) -> usize {
-    let mut client = Client::open(address, "/ws/echo", &[offer]).await;
+    let mut client = RawClient::open(address, "/ws/echo", &[offer]).await;
     assert_eq!(client.extensions.as_deref(), Some(answer), "{offer}");
     let mut compressed = 0;
     for length in [0, 16, 64, 256, 1024, 4096, 8192, 16_384, 32_768, 65_536, 131_072] {
@@ -107,7 +107,7 @@ async fn exchange(address: SocketAddr, offer: &str, answer: &str, bits: u8) -> u
 }
 
 #[tokio::test]
-async fn messages_of_all_sizes_come_back_whatever_window_is_asked_for() {
+async fn messages_of_all_sizes_are_echoed_with_every_window() {
     let gateway = gateway(&[]).await;
     let nginx = Nginx::start(&[gateway.address]).await;
     for (offer, answer, bits) in [
@@ -125,17 +125,17 @@ async fn messages_of_all_sizes_come_back_whatever_window_is_asked_for() {
             9,
         ),
     ] {
-        let (offer, answer) = (format!("{OFFER}{offer}"), format!("{ANSWER}{answer}"));
+        let (offer, answer) = (format!("{OFFER}{offer}"), format!("{RESPONSE}{answer}"));
         let compressed = exchange(gateway.address, &offer, &answer, bits).await;
-        // Two of three kinds can be compressed, from 256 bytes on; up to 64 windows.
+        // Two of three kinds are compressible, from 256 bytes up to 64 windows.
         let lengths = if bits < 10 { 6 } else { 8 };
         assert_eq!(compressed, lengths * 2 * 3 * 2, "{offer}");
     }
-    exchange(nginx.address, OFFER, ANSWER, 15).await;
+    exchange(nginx.address, OFFER, RESPONSE, 15).await;
 }
 
 #[tokio::test]
-async fn an_offer_is_accepted_declined_or_refused_as_the_rfcs_say() {
+async fn offers_are_accepted_declined_or_rejected_by_the_rfcs() {
     let (on, off) = (gateway(&[]).await, gateway(&[("transport.deflate", "false")]).await);
     let ask = async |address: SocketAddr, lines: &[&str]| {
         let lines: String =
@@ -149,7 +149,7 @@ async fn an_offer_is_accepted_declined_or_refused_as_the_rfcs_say() {
         (answer.status, answer.header("sec-websocket-extensions").map(str::to_owned))
     };
     let (plain, ten) =
-        (Some(ANSWER.to_owned()), Some(format!("{ANSWER}; server_max_window_bits=10")));
+        (Some(RESPONSE.to_owned()), Some(format!("{RESPONSE}; server_max_window_bits=10")));
     for (lines, answer) in [
         (&[][..], (101, None)),
         (&["permessage-deflate"], (101, plain.clone())),
@@ -171,13 +171,13 @@ async fn an_offer_is_accepted_declined_or_refused_as_the_rfcs_say() {
     }
 }
 
-fn refusals() -> Vec<Case> {
+fn violations() -> Vec<FramingCase> {
     let hello = compress(b"Hello");
     let first = FIN | TEXT | RSV1;
     let ok = (first, &hello[..]);
     let fails = |name: &str, frames: &[Vec<u8>], code| {
         let sent = [&[frame(ok.0, ok.1)], frames].concat();
-        case(name, &sent, &[(FIN | TEXT, b"Hello")], End::Fails(code))
+        case(name, &sent, &[(FIN | TEXT, b"Hello")], Ending::Fails(code))
     };
     let deflated = |payload: &[u8]| frame(first, &compress(payload));
     vec![
@@ -190,17 +190,17 @@ fn refusals() -> Vec<Case> {
             1002,
         ),
         fails(
-            "on a continuation of what is not compressed",
+            "on a continuation of an uncompressed message",
             &[frame(TEXT, b"a"), frame(FIN | CONTINUATION | RSV1, b"b")],
             1002,
         ),
         fails("with another bit", &[frame(first | 0x20, &hello)], 1002),
         fails("another bit alone", &[frame(FIN | TEXT | 0x10, b"")], 1002),
         fails("on an unknown opcode", &[frame(FIN | 3 | RSV1, b"")], 1002),
-        fails("no deflated data", &[frame(first, b"\x06\xFF\xFF")], 1007),
+        fails("invalid deflate data", &[frame(first, b"\x06\xFF\xFF")], 1007),
         fails("half a message", &[frame(first, &hello[..3])], 1007),
         fails("plain text", &[frame(first, b"Hello")], 1007),
-        fails("no UTF-8", &[deflated(b"\xC0\xAF")], 1007),
+        fails("invalid UTF-8", &[deflated(b"\xC0\xAF")], 1007),
         fails("half a character", &[deflated("ä".as_bytes().split_at(1).0)], 1007),
         fails("one byte too much", &[deflated(&vec![b'x'; (1 << 20) + 1])], 1009),
         fails("a bomb", &[deflated(&vec![b'x'; 100 << 20])], 1009),
@@ -212,28 +212,28 @@ fn refusals() -> Vec<Case> {
     ]
 }
 
-fn messages() -> Vec<Case> {
+fn messages() -> Vec<FramingCase> {
     let hello = compress(b"Hello");
     let first = FIN | TEXT | RSV1;
     let (pong, back) = ((FIN | PONG, &b"p"[..]), (FIN | TEXT, &b"Hello"[..]));
-    // Blocks that say they are the last, as RFC 7692, section 7.2.3.4, has them.
+    // Final blocks, as in RFC 7692, section 7.2.3.4.
     let last = b"\xF3\x48\xCD\xC9\xC9\x07\x00\x00";
     let two = b"\xF2\x48\x05\x00\x00\x00\xFF\xFF\xCA\xC9\xC9\x07\x00";
     let split = "grüße".as_bytes();
     vec![
-        case("compressed", &[frame(first, &hello)], &[back], End::Alive),
-        case("not compressed", &[text("Hello")], &[back], End::Alive),
+        case("compressed", &[frame(first, &hello)], &[back], Ending::Alive),
+        case("not compressed", &[text("Hello")], &[back], Ending::Alive),
         case(
-            "in turn",
+            "compressed and not, in turn",
             &[frame(first, &hello), text("Hello"), frame(first, &hello)],
             &[back; 3],
-            End::Alive,
+            Ending::Alive,
         ),
-        case("a last block", &[frame(first, last)], &[back], End::Alive),
-        case("two blocks", &[frame(first, two)], &[back], End::Alive),
-        case("stored", &[frame(first, b"\x00\x05\x00\xFA\xFFHello\x00")], &[back], End::Alive),
-        case("empty", &[frame(first, b"\x00")], &[(FIN | TEXT, b"")], End::Alive),
-        case("without any byte", &[frame(first, b"")], &[(FIN | TEXT, b"")], End::Alive),
+        case("a final block", &[frame(first, last)], &[back], Ending::Alive),
+        case("two blocks", &[frame(first, two)], &[back], Ending::Alive),
+        case("stored", &[frame(first, b"\x00\x05\x00\xFA\xFFHello\x00")], &[back], Ending::Alive),
+        case("empty", &[frame(first, b"\x00")], &[(FIN | TEXT, b"")], Ending::Alive),
+        case("an empty payload", &[frame(first, b"")], &[(FIN | TEXT, b"")], Ending::Alive),
         case(
             "a ping between fragments",
             &[
@@ -243,60 +243,60 @@ fn messages() -> Vec<Case> {
                 frame(FIN | CONTINUATION, &hello[2..]),
             ],
             &[pong, back],
-            End::Alive,
+            Ending::Alive,
         ),
         case(
-            "a first fragment without a byte",
+            "an empty first fragment",
             &[frame(TEXT | RSV1, b""), frame(FIN | CONTINUATION, &hello)],
             &[back],
-            End::Alive,
+            Ending::Alive,
         ),
         case(
-            "text in two bytes a character",
+            "text with two bytes per character",
             &[frame(first, &compress(split))],
             &[(FIN | TEXT, split)],
-            End::Alive,
+            Ending::Alive,
         ),
         case(
             "close",
             &[frame(first, &hello), super::close(1000, b"")],
             &[back],
-            End::Closed(Some(1000)),
+            Ending::Closed(Some(1000)),
         ),
     ]
 }
 
 #[tokio::test]
-async fn compressed_messages_are_taken_and_what_is_none_is_refused() {
+async fn compressed_messages_are_echoed_and_invalid_ones_rejected() {
     let gateway = gateway(&[]).await;
     let nginx = Nginx::start(&[gateway.address]).await;
-    join_all([messages(), refusals()].concat().iter().map(async |case| {
-        for (address, piece) in
+    join_all([messages(), violations()].concat().iter().map(async |case| {
+        for (address, chunk_size) in
             [(gateway.address, usize::MAX), (gateway.address, 1), (nginx.address, usize::MAX)]
         {
-            let piece = if case.sent.len() > 1000 { piece.max(997) } else { piece };
-            case.play_with(address, &[OFFER], piece).await;
+            let chunk_size = if case.sent.len() > 1000 { chunk_size.max(997) } else { chunk_size };
+            case.run_with(address, &[OFFER], chunk_size).await;
         }
     }))
     .await;
-    let mut client = Client::open(gateway.address, "/ws/echo", &[OFFER]).await;
+    let mut client = RawClient::open(gateway.address, "/ws/echo", &[OFFER]).await;
     let largest = payloads(1 << 20)[2].1.clone();
     client.send(&frame(FIN | BINARY | RSV1, &compress(&largest))).await;
     assert!(client.next().await == Some((FIN | BINARY, largest)));
 
-    // Where nothing was agreed on, the bit has no meaning.
+    // Without negotiation, the bit is a violation.
     let hello = frame(FIN | TEXT | RSV1, &compress(b"Hello"));
-    let refused = case("the bit without an agreement", &[hello], &[], End::Fails(1002));
-    refused.play(gateway.address, usize::MAX).await;
+    let violation = case("RSV1 without negotiation", &[hello], &[], Ending::Fails(1002));
+    violation.run(gateway.address, usize::MAX).await;
     let declined = "Sec-WebSocket-Extensions: permessage-deflate; foo";
-    refused.play_with(gateway.address, &[declined], usize::MAX).await;
+    violation.run_with(gateway.address, &[declined], usize::MAX).await;
 }
 
 #[tokio::test]
-async fn small_messages_are_sent_as_they_are() {
+async fn small_messages_are_sent_uncompressed() {
     for (option, smallest) in [("256", 256), ("0", 20), ("4KiB", 4096)] {
         let gateway = gateway(&[("transport.deflate_bytes_min", option)]).await;
-        let mut client = Client::open(gateway.address, "/ws/echo", &[OFFER]).await;
+        let mut client = RawClient::open(gateway.address, "/ws/echo", &[OFFER]).await;
         for (length, bits) in [(smallest - 1, 0), (smallest, RSV1)] {
             client.send(&frame(FIN | BINARY, &vec![b'x'; length])).await;
             let (first, _) = client.next().await.unwrap();
@@ -306,19 +306,19 @@ async fn small_messages_are_sent_as_they_are() {
     }
 }
 
-/// The frames of a chat, inflated.
-struct Chat {
-    client: Client,
+/// A client that inflates the frames it receives.
+struct DeflateClient {
+    client: RawClient,
     bits: u8,
 }
 
-impl Chat {
+impl DeflateClient {
     async fn open(gateway: &Gateway, user: &str, offer: Option<(&str, u8)>) -> Self {
         let path = format!("/ws?user={user}");
         let headers: Vec<String> =
             offer.iter().map(|(offer, _)| format!("{OFFER}{offer}")).collect();
         let headers: Vec<&str> = headers.iter().map(String::as_str).collect();
-        let client = Client::open(gateway.address, &path, &headers).await;
+        let client = RawClient::open(gateway.address, &path, &headers).await;
         let mut chat = Self { client, bits: offer.map_or(0, |(_, bits)| bits) };
         chat.send(&json!({"type": "join", "room": "r"})).await;
         chat.next("joined").await;
@@ -334,7 +334,7 @@ impl Chat {
         self.client.send(&sent).await;
     }
 
-    /// The next frame of `kind`, and its bytes as they came.
+    /// The next frame of `kind`, and its payload as received.
     async fn next(&mut self, kind: &str) -> (Value, Vec<u8>) {
         loop {
             let (first, payload) = self.client.next().await.unwrap();
@@ -351,7 +351,7 @@ impl Chat {
 }
 
 #[tokio::test]
-async fn a_message_is_compressed_once_for_each_window_and_not_at_all_where_nobody_wants_it() {
+async fn a_message_is_compressed_once_per_negotiated_window() {
     let gateway = gateway(&[]).await;
     let compressed = async || {
         let metrics = get(gateway.admin, "/metrics").await.body;
@@ -360,7 +360,10 @@ async fn a_message_is_compressed_once_for_each_window_and_not_at_all_where_nobod
         line.unwrap().split(' ').nth(1).unwrap().parse::<u64>().unwrap()
     };
     let message = |text: &str| json!({"type": "message", "room": "r", "content": text.repeat(1000), "meta": {"n": 1}});
-    let mut plain = [Chat::open(&gateway, "a", None).await, Chat::open(&gateway, "b", None).await];
+    let mut plain = [
+        DeflateClient::open(&gateway, "a", None).await,
+        DeflateClient::open(&gateway, "b", None).await,
+    ];
     plain[0].send(&message("plain")).await;
     for chat in &mut plain {
         assert!(chat.next("message").await.0["content"] == message("plain")["content"]);
@@ -375,7 +378,7 @@ async fn a_message_is_compressed_once_for_each_window_and_not_at_all_where_nobod
         ("f", ("; server_max_window_bits=8", 8)),
         ("g", ("; server_max_window_bits=9", 9)),
     ] {
-        chats.push(Chat::open(&gateway, user, Some(offer)).await);
+        chats.push(DeflateClient::open(&gateway, user, Some(offer)).await);
     }
     let before = compressed().await;
     chats[0].send(&message("shared")).await;
@@ -390,8 +393,8 @@ async fn a_message_is_compressed_once_for_each_window_and_not_at_all_where_nobod
     assert!(frames[4] == frames[6] && frames[4].len() < 600);
     assert_eq!(compressed().await - before, 3, "windows of 15, 9 and 8");
 
-    // Who comes later gets it compressed as well, among what `joined` has.
-    let mut late = Chat::open(&gateway, "h", Some(("", 15))).await;
+    // A client that joins later receives it compressed in `history`.
+    let mut late = DeflateClient::open(&gateway, "h", Some(("", 15))).await;
     late.send(&json!({"type": "history", "room": "r"})).await;
     let (history, bytes) = late.next("history").await;
     assert!(history["messages"][1]["content"] == message("shared")["content"]);

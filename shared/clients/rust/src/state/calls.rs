@@ -8,8 +8,8 @@ use tokio::{sync::oneshot, time::Instant};
 use super::{PendingRequest, ProtocolState};
 use crate::{
     api::{
-        HISTORY_REQUESTS_MAX, HistoryError, RoomHistoryPage, HistoryRange, JoinError, JoinInfo,
-        LeaveError, ROOMS_MAX, SendError, StartFrom,
+        HISTORY_REQUESTS_MAX, HistoryError, HistoryRange, JoinError, JoinInfo, LeaveError,
+        ROOMS_MAX, RoomHistoryPage, SendError, StartFrom,
     },
     frames,
     resume::NextSend,
