@@ -1,11 +1,12 @@
-//! Where things lie in Redis: keys, channels, and which of them share a slot of Redis Cluster.
+//! Keys and channels in Redis, and which of them share a slot of a Redis Cluster.
 //!
-//! Keys carry a partition as hash tag, so that all of a room is in one slot: `gw:{p}:r:<room>:log`,
-//! `:meta`, `:ids0`, `:ids1`, `:unheard`, and the channel `gw:{p}:r:<room>`. Who is in it lies beside that
-//! ([`ScopeKeys`]), and who is in the cluster in one place for each group. What is of one user lies the
-//! same way under `gw:{p}:u:<user>`: the log of the inbox, and sessions. On Redis Cluster each partition is
-//! a [placement group](skein_core::bus::placement) with a barrier of its own beside it, since a script may use keys of
-//! one slot only; what there is once in all lies with partition 0.
+//! Keys carry a partition as hash tag, so that all keys of a room are in one slot:
+//! `gw:{p}:r:<room>:log`, `:meta`, `:ids0`, `:ids1`, `:unheard`, and the channel `gw:{p}:r:<room>`.
+//! The room's presence has keys beside those ([`ScopeKeys`]), and the cluster's presence has one
+//! set of keys per placement group. Keys of one user have the same form under `gw:{p}:u:<user>`:
+//! the log of the inbox, and sessions. In a Redis Cluster each partition is a [placement
+//! group](skein_core::bus::placement) with a barrier of its own, since a script may use keys of one
+//! slot only; keys of the whole cluster are in partition 0.
 
 use skein_protocol::ids::{RoomId, RoomKind, UserId};
 
@@ -14,19 +15,19 @@ use skein_core::bus::{
     registry::PresenceScope,
 };
 
-/// How many slots a Redis Cluster has.
+/// The number of slots of a Redis Cluster.
 const SLOTS: u16 = 16_384;
 
-/// Where a room lies.
+/// Builds the keys and channels.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Keyspace {
     pub(super) partitions: u16,
-    /// Whether this is a Redis Cluster, with pub/sub by slots.
+    /// Whether this is a Redis Cluster, with pub/sub per slot.
     pub(super) sharded: bool,
 }
 
 impl Keyspace {
-    /// How many groups there are.
+    /// The number of placement groups.
     pub(super) fn groups(self) -> u16 {
         if self.sharded { self.partitions } else { 1 }
     }
@@ -35,7 +36,7 @@ impl Keyspace {
         partition_of(room, self.groups())
     }
 
-    /// The group of what is named by something else than a room.
+    /// The group of a user or another name that is not a room.
     pub(super) fn group_of_text(self, text: &str) -> u16 {
         crc16(text.as_bytes()) % self.groups()
     }
@@ -45,27 +46,28 @@ impl Keyspace {
         crc16(group.to_string().as_bytes()) % SLOTS
     }
 
-    /// Where the nodes agree on a server for a group.
+    /// The barrier, where the nodes agree on a server for a group.
     pub(super) fn barrier(self, group: u16) -> String {
         self.key(group, "barrier")
     }
 
-    /// Who lives.
+    /// The leases of all processes.
     pub(super) fn leases(self) -> String {
         self.key(0, "leases")
     }
 
-    /// Where a new process asks the others to renew, so that all have seen it.
+    /// The channel in which a new process wakes the others up, so that they renew their leases and
+    /// have seen it.
     pub(super) fn wake_up_channel(self) -> String {
         self.key(0, "pokes")
     }
 
-    /// Where the number of partitions is recorded.
+    /// The key that records the number of partitions.
     pub(super) fn partition_count(self) -> String {
         self.key(0, "partitions")
     }
 
-    /// The channel of one process' probes; of no room.
+    /// The channel of one process' probes, which belongs to no room.
     pub(super) fn probe(self, group: u16, process: &str) -> String {
         self.key(group, &format!("probe:{process}"))
     }
@@ -74,8 +76,8 @@ impl Keyspace {
         if self.sharded { format!("gw:{{{group}}}:{name}") } else { format!("gw:{name}") }
     }
 
-    /// The channel of a room, with which its keys begin. That of a user's status is named so that a
-    /// script that changes who is connected knows it: see `presence.lua`.
+    /// The channel of a room, with which its keys begin. The channel of a status room has a form
+    /// that a script which changes presence can build: see `presence.lua`.
     pub(super) fn channel(self, room: &RoomId) -> String {
         let (partition, name) = (partition_of(room, self.partitions), room.without_prefix());
         match room.kind() {
@@ -85,13 +87,13 @@ impl Keyspace {
         }
     }
 
-    /// What the channels begin with in which it is told whether users of a group are connected.
+    /// The common start of the channels of the status rooms of a group.
     pub(super) fn statuses(self, group: u16) -> String {
         self.key(group, "s:")
     }
 
-    /// What a room's scripts use, in their order: log, meta, both hashes of ids, the barrier of its
-    /// group, and what was published and not heard.
+    /// The keys of a room's scripts, in their order: log, meta, both hashes of ids, the barrier of
+    /// its group, and unconfirmed publishes.
     pub(super) fn keys(self, room: &RoomId) -> [String; 6] {
         let channel = self.channel(room);
         let key = |part| format!("{channel}:{part}");
@@ -99,8 +101,8 @@ impl Keyspace {
         [key("log"), key("meta"), key("ids0"), key("ids1"), barrier, key("unheard")]
     }
 
-    /// What tells whether the user of an inbox was ever connected: when those who have left did something
-    /// last, and who is connected.
+    /// The keys that tell whether the user of an inbox was ever connected: when offline users were
+    /// last active, and the online users.
     pub(super) fn last_seen_and_online(self, inbox: &RoomId) -> [String; 2] {
         let online = self.online(self.group_of(inbox));
         [format!("{online}:seen"), format!("{online}:who")]
@@ -111,7 +113,7 @@ impl Keyspace {
         format!("{}:rooms", self.channel(&RoomId::inbox_of(owner)))
     }
 
-    /// The room of a channel: only gateways publish there.
+    /// The room of a channel, which only gateways publish to.
     pub(super) fn room(channel: &str) -> Option<RoomId> {
         let name = channel.strip_prefix("gw:")?;
         let name = match name.strip_prefix('{') {
@@ -131,13 +133,13 @@ impl Keyspace {
         if self.sharded { "SPUBLISH" } else { "PUBLISH" }
     }
 
-    /// A script behind what all of them share. A first line that begins with `#!`, by which a script
-    /// says what Redis may let it do, stays the first.
+    /// A script preceded by the shared prelude. A first line that begins with `#!`, the flags of
+    /// the script, stays the first.
     pub(super) fn script(self, text: &str) -> redis::Script {
         let is_flags = |line: &&str| line.starts_with("#!");
         let flags = text.split_inclusive('\n').next().filter(is_flags).unwrap_or_default();
         let text = &text[flags.len()..];
-        // The function that every script is runs within `run` of what they share.
+        // The body of every script is a function, which `run` of the prelude calls.
         let shared = include_str!("scripts/prelude.lua");
         let text = format!("{flags}{shared}\nreturn run(function()\n{text}\nend)\n");
         #[cfg(debug_assertions)]
@@ -146,14 +148,14 @@ impl Keyspace {
     }
 }
 
-/// What a call needs to know of where a place lies.
+/// The keys and names of a scope for one call.
 pub(super) struct ScopeKeys {
-    who: String,
-    here: String,
-    places: String,
+    present: String,
+    own: String,
+    scopes: String,
     record: String,
     index: String,
-    seen: String,
+    last_seen: String,
     marks: String,
     meta: String,
     pub(super) channel: String,
@@ -161,14 +163,14 @@ pub(super) struct ScopeKeys {
 }
 
 impl Keyspace {
-    pub(super) fn group_of_scope(self, place: &PresenceScope, user: &UserId) -> u16 {
-        match place {
+    pub(super) fn group_of_scope(self, scope: &PresenceScope, user: &UserId) -> u16 {
+        match scope {
             PresenceScope::Room(room) => self.group_of(room),
             PresenceScope::Cluster => self.group_of_text(user.as_str()),
         }
     }
 
-    /// The set of places where an incarnation has somebody.
+    /// The scopes in which an incarnation has presence entries.
     pub(super) fn scopes(self, group: u16, incarnation: &str) -> String {
         self.key(group, &format!("places:{incarnation}"))
     }
@@ -178,72 +180,74 @@ impl Keyspace {
         self.key(group, "rooms")
     }
 
-    /// The index of users who are connected.
+    /// The index of online users.
     pub(super) fn users(self, group: u16) -> String {
         self.key(group, "users")
     }
 
-    /// What keys of who is connected begin with.
+    /// The common start of the keys of the cluster's presence.
     pub(super) fn online(self, group: u16) -> String {
         self.key(group, "online")
     }
 
-    /// What is ordered, and what belongs to that.
+    /// The queue of control commands, and keys that belong to it.
     pub(super) fn commands(self, name: &str) -> String {
         self.key(0, &format!("orders{name}"))
     }
 
-    /// Whose incarnations there are.
+    /// The incarnations and their processes.
     pub(super) fn incarnations(self) -> String {
         self.key(0, "incarnations")
     }
 
-    /// Which processes have told all their seats, and under which agreements.
+    /// The processes that have announced all their presence entries, with the agreements they did
+    /// so under.
     pub(super) fn announced(self) -> String {
         self.key(0, "told")
     }
 
-    /// What a call at a place uses; `None` where that is no name of a room.
-    pub(super) fn keys_of(self, group: u16, place: &str, incarnation: &str) -> Option<ScopeKeys> {
-        let (base, index, channel) = if place == CLUSTER {
+    /// The keys of a scope; `None` if `scope` is not a valid name of a room.
+    pub(super) fn keys_of(self, group: u16, scope: &str, incarnation: &str) -> Option<ScopeKeys> {
+        let (base, index, channel) = if scope == CLUSTER {
             (self.online(group), self.users(group), self.statuses(group))
         } else {
-            let channel = self.channel(&place.parse().ok()?);
+            let channel = self.channel(&scope.parse().ok()?);
             (channel.clone(), self.rooms(group), channel)
         };
         Some(ScopeKeys {
-            who: format!("{base}:who"),
-            here: format!("{base}:on:{incarnation}"),
-            places: self.scopes(group, incarnation),
+            present: format!("{base}:who"),
+            own: format!("{base}:on:{incarnation}"),
+            scopes: self.scopes(group, incarnation),
             record: format!("{base}:record"),
             index,
-            seen: format!("{base}:seen"),
+            last_seen: format!("{base}:seen"),
             marks: format!("{base}:marks"),
             meta: format!("{base}:meta"),
             channel,
-            name: place.to_owned(),
+            name: scope.to_owned(),
         })
     }
 }
 
-/// The name of the cluster as a place; no room has it.
+/// The name of the cluster as a scope; no room has it.
 const CLUSTER: &str = "*";
 
-pub(super) fn scope_name(place: &PresenceScope) -> &str {
-    match place {
+pub(super) fn scope_name(scope: &PresenceScope) -> &str {
+    match scope {
         PresenceScope::Room(room) => room.as_str(),
         PresenceScope::Cluster => CLUSTER,
     }
 }
 
 impl ScopeKeys {
-    /// In the order of the scripts; the first [`ScopeKeys::SHARED_COUNT`] are those of presence.lua.
+    /// All keys in the order of the scripts; `presence.lua` uses the first
+    /// [`ScopeKeys::SHARED_COUNT`].
     pub(super) fn all(&self) -> [&str; 8] {
-        let Self { who, here, places, record, index, seen, marks, meta, .. } = self;
-        [who, here, places, record, index, seen, marks, meta]
+        let Self { present, own, scopes, record, index, last_seen, marks, meta, .. } = self;
+        [present, own, scopes, record, index, last_seen, marks, meta]
     }
 
-    /// How many keys every script of a place has.
+    /// The number of keys that every script of a scope has.
     pub(super) const SHARED_COUNT: usize = 6;
 }
 
@@ -269,7 +273,7 @@ mod tests {
     }
 
     #[test]
-    fn all_of_a_user_is_in_one_home() {
+    fn all_keys_of_a_user_are_in_one_group() {
         let user: UserId = "bob|1".parse().unwrap();
         let group = SHARDED.group_of_scope(&PresenceScope::Cluster, &user);
         let tag = format!("{{{group}}}");
@@ -280,7 +284,7 @@ mod tests {
     }
 
     #[test]
-    fn all_that_a_script_uses_shares_a_slot() {
+    fn all_keys_of_a_script_share_a_slot() {
         let room: RoomId = "lobby".parse().unwrap();
         let group = SHARDED.group_of(&room);
         let tag = format!("{{{group}}}");
@@ -289,7 +293,7 @@ mod tests {
         }
         assert_eq!((ALONE.group_of(&room), ALONE.barrier(0).as_str()), (0, "gw:barrier"));
         assert!(SHARDED.leases().contains("{0}") && SHARDED.wake_up_channel().contains("{0}"));
-        // As `CLUSTER KEYSLOT {7}` says.
+        // As `CLUSTER KEYSLOT {7}` replies.
         assert_eq!(Keyspace::slot_of_group(7), 1716);
     }
 
@@ -297,7 +301,7 @@ mod tests {
     fn faults_can_be_injected_into_every_script() {
         for fault in skein_core::fault_injection::ProtocolFault::ALL {
             skein_core::fault_injection::inject(Some(fault));
-            // It panics where the line that a fault replaces is gone.
+            // It panics if the line that a fault replaces is gone.
             ALONE.script("return 1");
             skein_core::fault_injection::inject(None);
         }

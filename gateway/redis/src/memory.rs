@@ -1,10 +1,10 @@
-//! How much memory each server has left: above a watermark nothing is kept that needs more of it, so that
-//! publishes to the logs that are there go on.
+//! The memory pressure of each server: above a watermark the bus stores nothing new, so that
+//! publishes to existing logs continue.
 //!
-//! Each server is asked every [`POLL_INTERVAL`]. One that refuses a publish since it is full counts as full
-//! until the next answer. What is done then: `append.lua` has a log take no more than before, and refuses
-//! to begin one; rooms, managed rooms and session data that are not there are refused; sessions of users who
-//! had none are kept for minutes.
+//! Each server is polled every [`POLL_INTERVAL`]. A server that rejects a publish because it is
+//! full counts as full until the next reply. Above the watermark, `append.lua` lets a log take no
+//! more memory than before and creates none; new rooms, managed rooms and session data are
+//! rejected; sessions of users that had none are kept for minutes.
 
 use std::{
     collections::BTreeMap,
@@ -22,34 +22,34 @@ use tokio::time::Instant;
 use super::server::RedisServer;
 use skein_core::{bus::StorageLimits, drain::Tasks, telemetry::metrics::Metrics};
 
-/// How often a server is asked.
+/// How often a server is polled.
 const POLL_INTERVAL: Duration = Duration::from_secs(1);
-/// How many percent below the watermark memory has to be before it counts as below: it would change with
-/// every message.
+/// How far below the watermark memory has to be, in percent of all, before the pressure ends.
+/// Without this it would change with every message.
 const HYSTERESIS_PERCENT: u64 = 3;
-/// How often it is logged that memory is above the watermark.
+/// How often a warning is logged above the watermark.
 const LOG_EVERY: Duration = Duration::from_secs(60);
-/// How long the sessions of a user who had none are kept above the watermark.
+/// Retention of the sessions of a user that had none, above the watermark.
 pub(super) const NEW_SESSIONS_TTL: Duration = Duration::from_secs(10 * 60);
 
-/// How much memory there is.
+/// The memory pressure of a server.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) enum Pressure {
-    /// It is below the watermark, or not known.
+    /// Below the watermark, or not known.
     #[default]
     None,
-    /// It is above the watermark.
+    /// Above the watermark.
     High,
-    /// There is none left.
+    /// No memory is left.
     Full,
 }
 
 impl Pressure {
-    /// As `append.lua` has it.
+    /// The argument of scripts.
     pub(super) fn argument(self) -> &'static str {
         match self {
             Self::None => "",
-            Self::High => "tight",
+            Self::High => "high",
             Self::Full => "full",
         }
     }
@@ -59,7 +59,7 @@ impl Pressure {
     }
 }
 
-/// The memory of one server, as far as known.
+/// The memory pressure of one server, as far as known.
 #[derive(Debug, Default)]
 pub(super) struct ServerMemory(AtomicU8);
 
@@ -72,7 +72,7 @@ impl ServerMemory {
         }
     }
 
-    /// The server has refused something since it is full.
+    /// Records that the server has rejected a write because it is full.
     pub(super) fn found_full(&self) {
         self.set(Pressure::Full);
     }
@@ -82,7 +82,7 @@ impl ServerMemory {
     }
 }
 
-/// What a server answered: bytes used, and the most it may use, 0 where it has no limit.
+/// The memory usage of a server: bytes used, and the most it may use, 0 for no limit.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 struct MemoryUsage {
     used: u64,
@@ -90,7 +90,7 @@ struct MemoryUsage {
 }
 
 impl MemoryUsage {
-    /// Reads `INFO memory`.
+    /// Parses the reply of `INFO memory`.
     fn of(info: &str) -> Option<Self> {
         let field = |name: &str| {
             let value = info.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(':'));
@@ -100,8 +100,8 @@ impl MemoryUsage {
     }
 
     fn pressure(self, before: Pressure, watermark_percent: u8) -> Pressure {
-        let back = if before.is_high() { HYSTERESIS_PERCENT } else { 0 };
-        let watermark = u64::from(watermark_percent).saturating_sub(back);
+        let hysteresis = if before.is_high() { HYSTERESIS_PERCENT } else { 0 };
+        let watermark = u64::from(watermark_percent).saturating_sub(hysteresis);
         if self.max == 0 {
             Pressure::None
         } else if self.used >= self.max {
@@ -114,11 +114,11 @@ impl MemoryUsage {
     }
 }
 
-/// The memory of all servers. Metrics show the one with the least left.
+/// The memory of all servers. Metrics show the server with the least left.
 #[derive(Debug, Default)]
 pub(super) struct MemoryOfAllServers {
     servers: Mutex<BTreeMap<usize, (Pressure, MemoryUsage)>>,
-    /// Whether it was said that a server has no limit.
+    /// Whether a warning of a server without a limit was logged.
     unlimited: AtomicBool,
 }
 
@@ -140,10 +140,10 @@ impl MemoryOfAllServers {
     }
 }
 
-/// Starts the task that asks a server.
+/// Starts the task that polls a server.
 pub(super) fn start(
     server: Arc<RedisServer>,
-    usages: Arc<MemoryOfAllServers>,
+    all_servers: Arc<MemoryOfAllServers>,
     metrics: Arc<Metrics>,
     tasks: &Tasks,
 ) {
@@ -153,14 +153,14 @@ pub(super) fn start(
         tokio::select! {
             biased;
             () = stopped.cancelled() => {}
-            () = poll(&server, &usages, &metrics) => {}
+            () = poll(&server, &all_servers, &metrics) => {}
         }
-        usages.note(Arc::as_ptr(&server) as usize, None, &metrics);
+        all_servers.note(Arc::as_ptr(&server) as usize, None, &metrics);
     });
 }
 
-/// Asks a server for ever.
-async fn poll(server: &Arc<RedisServer>, usages: &MemoryOfAllServers, metrics: &Metrics) {
+/// Polls a server, for ever.
+async fn poll(server: &Arc<RedisServer>, all_servers: &MemoryOfAllServers, metrics: &Metrics) {
     let key = Arc::as_ptr(server) as usize;
     let mut logged: Option<Instant> = None;
     let mut every = tokio::time::interval(POLL_INTERVAL);
@@ -172,16 +172,16 @@ async fn poll(server: &Arc<RedisServer>, usages: &MemoryOfAllServers, metrics: &
         if usage.max == 0 {
             usage.max = memory_max;
         }
-        if usage.max == 0 && !usages.unlimited.swap(true, Ordering::Relaxed) {
+        if usage.max == 0 && !all_servers.unlimited.swap(true, Ordering::Relaxed) {
             tracing::warn!(
-                "Redis has no `maxmemory` and cluster.memory_max is not set: nothing keeps clients from \
-                 filling the machine's memory; set one of them"
+                "Redis has no `maxmemory` and cluster.memory_max is not set: clients may fill the memory of \
+                 the machine; set one of them"
             );
         }
         let before = server.memory.pressure();
         let pressure = usage.pressure(before, watermark_percent);
         server.memory.set(pressure);
-        usages.note(key, Some((pressure, usage)), metrics);
+        all_servers.note(key, Some((pressure, usage)), metrics);
         let now = Instant::now();
         let MemoryUsage { used, max } = usage;
         let is_due = logged.is_none_or(|at| now - at >= LOG_EVERY);
@@ -191,16 +191,16 @@ async fn poll(server: &Arc<RedisServer>, usages: &MemoryOfAllServers, metrics: &
                 used,
                 max,
                 watermark_percent,
-                "Redis' memory is above the watermark: new rooms, inboxes and records are refused, and logs \
-                 take no more than before; add memory, or shorten history.ttl and inbox.ttl"
+                "the memory of Redis is above the watermark: new rooms, inboxes and room settings are rejected, \
+                 and logs take no more than before; add memory, or shorten history.ttl and inbox.ttl"
             );
         } else if !pressure.is_high() && before.is_high() && logged.is_some() {
-            tracing::info!(used, max, "Redis' memory is below the watermark again");
+            tracing::info!(used, max, "the memory of Redis is below the watermark again");
         }
     }
 }
 
-/// What a server answers, if it does.
+/// The memory usage that a server reports, if it replies.
 async fn query_usage(server: &RedisServer) -> Option<MemoryUsage> {
     let mut reader = server.dial.read_connection().await.ok()?;
     let info: RedisResult<String> =
@@ -221,7 +221,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn usage_is_read_from_what_redis_answers() {
+    fn usage_is_parsed_from_info_memory() {
         let info = "# Memory\r\nused_memory:860352\r\nused_memory_human:840.19K\r\nmaxmemory:67108864\r\n\
                     maxmemory_policy:noeviction\r\n";
         assert_eq!(MemoryUsage::of(info), Some(MemoryUsage { used: 860_352, max: 64 << 20 }));
@@ -230,7 +230,7 @@ mod tests {
     }
 
     #[test]
-    fn memory_counts_as_tight_from_the_watermark_until_well_below_it() {
+    fn pressure_is_high_from_the_watermark_until_well_below_it() {
         let at = |used, before| MemoryUsage { used, max: 1000 }.pressure(before, 80);
         assert_eq!(at(799, Pressure::None), Pressure::None);
         assert_eq!(at(800, Pressure::None), Pressure::High);
@@ -242,16 +242,16 @@ mod tests {
 
     #[test]
     fn metrics_show_the_server_with_the_least_memory_left() {
-        let (usages, metrics) = (MemoryOfAllServers::default(), Metrics::new());
-        usages.note(1, Some((Pressure::None, MemoryUsage { used: 10, max: 100 })), &metrics);
-        usages.note(2, Some((Pressure::High, MemoryUsage { used: 9, max: 10 })), &metrics);
+        let (all_servers, metrics) = (MemoryOfAllServers::default(), Metrics::new());
+        all_servers.note(1, Some((Pressure::None, MemoryUsage { used: 10, max: 100 })), &metrics);
+        all_servers.note(2, Some((Pressure::High, MemoryUsage { used: 9, max: 10 })), &metrics);
         let shown = || {
             let Metrics { redis_memory_used, redis_memory_max, redis_memory_pressure, .. } =
                 &metrics;
             (redis_memory_used.get(), redis_memory_max.get(), redis_memory_pressure.get())
         };
         assert_eq!(shown(), (9, 10, 1));
-        usages.note(2, None, &metrics);
+        all_servers.note(2, None, &metrics);
         assert_eq!(shown(), (10, 100, 0));
     }
 }

@@ -566,7 +566,7 @@ impl StoreWorker {
                 command.arg(flag(lets_in));
                 let within_quota = rules.as_ref().is_some_and(|rules| rules.within_quota);
                 command.arg(match server.memory.pressure().is_high() {
-                    true => "tight",
+                    true => "high",
                     false => flag(within_quota),
                 });
                 command
@@ -806,7 +806,7 @@ fn parse_admission(answer: &Value) -> Result<JoinSnapshot, AdmitError> {
         Some("full") => Err(AdmitError::Full),
         Some("not_found") => Err(AdmitError::NotFound),
         Some("quota") => Err(AdmitError::Quota),
-        Some("tight") => Err(BusError::MemoryFull.into()),
+        Some("high") => Err(BusError::MemoryFull.into()),
         _ => Err(BusError::Rejected.into()),
     }
 }

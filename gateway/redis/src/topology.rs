@@ -1,9 +1,9 @@
-//! Where the primary is, and how connections to it are made.
+//! The topology of the Redis servers, and how connections to them are made.
 //!
-//! `url` reads how the servers are to be reached. A [`Dial`] makes connections to one server at a
-//! time, and tells when they lead to the wrong one: `SingleServer`, one address for good, and `sentinel`,
-//! where the address is asked for. In a Redis Cluster there are several, and [`RedisCluster`] tells which
-//! of them serves what.
+//! `url` parses the URL of the servers. A [`Dial`] makes connections to one server at a time, and
+//! notices when they lead to the wrong one: `SingleServer` has one address for good, `sentinel`
+//! asks Sentinels for the address. A Redis Cluster has several primaries, and [`RedisCluster`]
+//! knows which of them serves a slot.
 
 use std::{
     fs, io,
@@ -36,75 +36,75 @@ pub use cluster::RedisCluster;
 use sentinel::Sentinel;
 use url::{Address, Login, RedisUrl, ServerAddresses, UrlError};
 
-/// How long the others that are asked have to answer after the first has.
+/// How long further servers have to reply after the first one has.
 const FURTHER_ANSWERS_MAX: Duration = Duration::from_millis(200);
-/// When a connection in silence is asked whether it lives, how often it is asked again, and how long
-/// something sent may remain unacknowledged by the other host's kernel.
+/// When an idle connection is probed, how often the probe is repeated, and how long data may remain
+/// unacknowledged by the kernel of the other host.
 const KEEPALIVE_AFTER: Duration = Duration::from_secs(10);
 const KEEPALIVE_EVERY: Duration = Duration::from_secs(5);
 const UNACKNOWLEDGED_MAX: Duration = Duration::from_secs(10);
-/// How many reads go on at a time; others wait.
+/// The most concurrent reads; others wait.
 const READ_CONNECTIONS_MAX: usize = 8;
 
-/// Makes connections to the primary. No connection made here reconnects by itself.
+/// Makes connections to the primary. No such connection reconnects by itself.
 pub trait Dial: Send + Sync {
-    /// A connection of its own to the server that is the primary at this moment, as far as known.
+    /// Makes a dedicated connection to the current primary, as far as known.
     fn connect(
         &self,
         config: AsyncConnectionConfig,
     ) -> BoxFuture<RedisResult<MultiplexedConnection>>;
 
-    /// A connection to read by, given back when dropped. It may lead to a server that is no longer
-    /// the primary: scripts find that out by the token.
+    /// Takes a connection for reads from a pool, to which it returns when dropped. It may lead to a
+    /// server that is no longer the primary: scripts detect that by the server id.
     fn read_connection(&self) -> BoxFuture<RedisResult<ReadConnection>>;
 
-    /// Resolves when the primary is elsewhere than where the last connection leads that was made
-    /// before the call: all connections are to be made again. Never, where there is one address
-    /// for good. Asks by itself while it is waited for, so one caller is enough.
+    /// Resolves when the primary is another server than the one that the last connection made
+    /// before this call leads to: all connections must be made anew. Never resolves for a fixed
+    /// address. Polls while it is awaited, so that one caller is enough.
     fn moved(&self) -> BoxFuture<()>;
 }
 
-/// Files that TLS needs beside what is built in, all in PEM.
+/// Files for TLS, in PEM.
 #[derive(Clone, Debug, Default)]
 pub struct TlsFiles {
-    /// Whom to trust instead of the public authorities.
+    /// The certificate authorities to trust instead of the public ones.
     pub ca: Option<PathBuf>,
-    /// The certificate that this node shows, and its key.
+    /// The certificate that this node presents, and its key.
     pub identity: Option<(PathBuf, PathBuf)>,
 }
 
 /// Why no connections can be made as configured.
 #[derive(Debug, thiserror::Error)]
 pub enum TopologyError {
-    /// The URL does not read.
+    /// The URL is invalid.
     #[error("cluster.redis_url: {0}")]
     Url(#[from] UrlError),
     /// A file of [`TlsFiles`] cannot be read.
     #[error("{path}: {error}")]
     File {
-        /// Which.
+        /// The file.
         path: PathBuf,
-        /// Why.
+        /// The cause.
         error: io::Error,
     },
-    /// The files do not fit together, or are no PEM.
-    #[error("the files for TLS to Redis, or the path of its socket: {0}")]
+    /// The files do not match, or are not PEM.
+    #[error("the TLS files for Redis, or the path of its Unix socket: {0}")]
     Client(#[from] RedisError),
 }
 
-/// How many servers share the rooms.
+/// The servers that rooms are stored on.
 pub enum Topology {
-    /// One at a time.
+    /// A single server at a time.
     Single(Arc<dyn Dial>),
     /// The primaries of a Redis Cluster.
     Cluster(RedisCluster),
 }
 
-/// The way to what a URL describes.
+/// Opens the topology that a URL describes.
 ///
 /// # Errors
 ///
-/// [`TopologyError`]. That nobody answers there is none.
+/// [`TopologyError`]. A server that does not answer is not an error here.
 pub fn open(url: &str, tls: &TlsFiles) -> Result<Topology, TopologyError> {
     match url.parse()? {
         RedisUrl::Socket(url) => {
@@ -113,43 +113,43 @@ pub fn open(url: &str, tls: &TlsFiles) -> Result<Topology, TopologyError> {
             Ok(Topology::Single(Arc::new(SingleServer::new(info.set_redis_settings(redis))?)))
         }
         RedisUrl::Single(servers) => {
-            let manner = ConnectParams::of(&servers, tls)?;
-            Ok(Topology::Single(Arc::new(SingleServer::new(manner.info(&servers.addresses[0])?)?)))
+            let params = ConnectParams::of(&servers, tls)?;
+            Ok(Topology::Single(Arc::new(SingleServer::new(params.info(&servers.addresses[0])?)?)))
         }
         RedisUrl::Sentinel { servers, primary, login } => {
-            let manner = ConnectParams::of(&servers, tls)?;
+            let params = ConnectParams::of(&servers, tls)?;
             Ok(Topology::Single(Arc::new(Sentinel::new(
                 primary,
-                manner,
+                params,
                 servers.addresses,
                 &login,
             ))))
         }
         RedisUrl::Cluster(servers) => {
-            let manner = ConnectParams::of(&servers, tls)?;
-            Ok(Topology::Cluster(RedisCluster::new(manner, servers.addresses)))
+            let params = ConnectParams::of(&servers, tls)?;
+            Ok(Topology::Cluster(RedisCluster::new(params, servers.addresses)))
         }
     }
 }
 
-/// What all connections of a topology have in common.
+/// The parameters that all connections of a topology share.
 #[derive(Clone)]
 struct ConnectParams {
     redis: RedisConnectionInfo,
-    /// An address with the parameters of TLS, where that is spoken.
+    /// An address with the TLS parameters, if TLS is used.
     tls: Option<ConnectionAddr>,
 }
 
 impl ConnectParams {
     fn of(servers: &ServerAddresses, files: &TlsFiles) -> Result<Self, TopologyError> {
         let tls = servers.tls.then(|| tls_address(files)).transpose()?;
-        // RESP3, so that pushes and answers share a connection.
+        // RESP3, so that pushes and replies share a connection.
         let redis = RedisConnectionInfo::default().set_protocol(ProtocolVersion::RESP3);
         let redis = redis.set_db(servers.db);
         Ok(Self { redis: with_login(redis, &servers.login), tls })
     }
 
-    /// The same servers' network, another login, and the protocol that all versions have.
+    /// The same network, another login, and the protocol that all versions have.
     fn for_sentinels(&self, login: &Login) -> Self {
         let redis = with_login(RedisConnectionInfo::default(), login);
         Self { redis, tls: self.tls.clone() }
@@ -166,8 +166,8 @@ impl ConnectParams {
             },
             _ => ConnectionAddr::Tcp(host, port),
         };
-        // Small packets matter. A host that is gone without a word is noticed also by connections
-        // that nothing is sent on.
+        // Small packets must not wait for more data. Keepalive notices a host that has disappeared
+        // on idle connections as well.
         let keepalive = TcpKeepalive::new()
             .with_time(KEEPALIVE_AFTER)
             .with_interval(KEEPALIVE_EVERY)
@@ -191,18 +191,19 @@ fn with_login(mut redis: RedisConnectionInfo, login: &Login) -> RedisConnectionI
     redis
 }
 
-/// Some address with the parameters of TLS: the crate makes them only together.
+/// An address with the TLS parameters: the library makes them only together.
 fn tls_address(files: &TlsFiles) -> Result<ConnectionAddr, TopologyError> {
-    // The crate chooses none. It may have been installed before, for another bus of this process.
+    // The library selects no provider. Another bus of this process may have installed it before.
     let _ = rustls::crypto::aws_lc_rs::default_provider().install_default();
     let failed = |path: &PathBuf, error| TopologyError::File { path: path.clone(), error };
     let read = |path: &PathBuf| fs::read(path).map_err(|error| failed(path, error));
     let certificates = |path: &PathBuf| {
         let text = read(path)?;
-        // Of a file of another kind the crate would make an authority that vouches for nobody.
+        // From another kind of file, the library would make an authority that trusts no
+        // certificate.
         match CertificateDer::pem_slice_iter(&text).next() {
             Some(_) => Ok(text),
-            None => Err(failed(path, io::Error::other("there is no certificate in PEM in it"))),
+            None => Err(failed(path, io::Error::other("it contains no PEM certificate"))),
         }
     };
     let client_tls = match &files.identity {
@@ -217,16 +218,16 @@ fn tls_address(files: &TlsFiles) -> Result<ConnectionAddr, TopologyError> {
     Ok(client.get_connection_info().addr().clone())
 }
 
-/// A connection to read by.
+/// A connection for reads.
 pub enum ReadConnection {
-    /// One of a pool's.
+    /// A connection of a pool.
     Pooled(deadpool_redis::Connection),
-    /// One of its own.
+    /// A connection of its own.
     Dedicated(MultiplexedConnection),
 }
 
 impl ReadConnection {
-    /// Closes the connection instead of giving it back.
+    /// Closes the connection instead of returning it to the pool.
     pub fn discard(self) {
         if let Self::Pooled(connection) = self {
             drop(deadpool_redis::Connection::take(connection));
@@ -286,11 +287,11 @@ impl Dial for SingleServer {
 
 async fn pooled_connection(pool: Pool) -> RedisResult<ReadConnection> {
     pool.get().await.map(ReadConnection::Pooled).map_err(|error| {
-        RedisError::from((ErrorKind::Io, "no connection to read by", error.to_string()))
+        RedisError::from((ErrorKind::Io, "no connection for a read", error.to_string()))
     })
 }
 
-/// The connections to read by from one server.
+/// A pool of connections for reads from one server.
 fn pool(info: ConnectionInfo) -> Result<Pool, RedisError> {
     Pool::builder(Manager::new_with_config(info, config())?)
         .max_size(READ_CONNECTIONS_MAX)
@@ -304,10 +305,10 @@ fn pool(info: ConnectionInfo) -> Result<Pool, RedisError> {
         .map_err(|_| RedisError::from((ErrorKind::Client, "no runtime for the pool")))
 }
 
-/// Says so where a primary goes on acknowledging when its replicas do not follow any more: what it
-/// takes then is lost if one of them takes its place. A hosted Redis may forbid the question.
+/// Warns if the primary keeps acknowledging writes when its replicas do not follow: those writes
+/// are lost if a replica takes over. A hosted Redis may deny the query.
 pub(super) async fn warn_if_replicas_optional(connection: &mut MultiplexedConnection) {
-    let asked: RedisResult<(String, (String, u32))> = redis::pipe()
+    let queries: RedisResult<(String, (String, u32))> = redis::pipe()
         .cmd("INFO")
         .arg("replication")
         .cmd("CONFIG")
@@ -315,37 +316,37 @@ pub(super) async fn warn_if_replicas_optional(connection: &mut MultiplexedConnec
         .arg("min-replicas-to-write")
         .query_async(connection)
         .await;
-    let Ok((replication, (_, 0))) = asked else { return };
+    let Ok((replication, (_, 0))) = queries else { return };
     let replicas = replication.lines().find_map(|line| line.strip_prefix("connected_slaves:"));
     if replicas.is_some_and(|replicas| replicas.trim() != "0") {
         tracing::warn!(
-            "Redis has replicas and goes on without them (min-replicas-to-write is 0): what it \
-             acknowledges while it is cut off is lost when a replica takes its place; set \
+            "Redis acknowledges writes without its replicas (min-replicas-to-write is 0): writes that it \
+             acknowledges while it is cut off are lost when a replica takes over; set \
              min-replicas-to-write 1 and min-replicas-max-lag 2"
         );
     }
 }
 
-/// What those answer that are asked at once: the first that does, and who answers soon after.
+/// The answers to concurrent queries: the first one, and those that follow soon.
 ///
 /// # Errors
 ///
-/// The last failure where nobody answers, `none` where nobody was asked.
+/// The last failure if every query fails, `none` if there are no queries.
 async fn first_answers<T>(
-    asked: impl IntoIterator<Item = impl Future<Output = RedisResult<T>>>,
+    queries: impl IntoIterator<Item = impl Future<Output = RedisResult<T>>>,
     none: RedisError,
 ) -> RedisResult<Vec<T>> {
-    let mut asked: FuturesUnordered<_> = asked.into_iter().collect();
+    let mut queries: FuturesUnordered<_> = queries.into_iter().collect();
     let (mut answers, mut failed) = (Vec::new(), none);
     while answers.is_empty() {
-        match asked.next().await {
+        match queries.next().await {
             Some(Ok(answer)) => answers.push(answer),
             Some(Err(error)) => failed = error,
             None => return Err(failed),
         }
     }
     let deadline = tokio::time::Instant::now() + FURTHER_ANSWERS_MAX;
-    while let Ok(Some(answer)) = timeout_at(deadline, asked.next()).await {
+    while let Ok(Some(answer)) = timeout_at(deadline, queries.next()).await {
         answers.extend(answer);
     }
     Ok(answers)

@@ -1,9 +1,11 @@
-//! What is read from Redis is not trusted: an operator, a restore or another program may have written it.
+//! Values read from Redis are untrusted: an operator, a restore or another program may have written
+//! them.
 //!
-//! Each value is checked once, where it enters: entries by [`Envelope::of_room`], what scripts read by the
-//! scripts themselves (`prelude.lua`), rows where they are parsed. One that no gateway wrote is taken for
-//! absent, which every part knows what to do about, and is counted and logged here. It concerns only the
-//! room, user or process whose it is: an answer with many rows is never refused for one of them.
+//! Each value is checked once, where it enters: entries by [`Envelope::of_room`], values that
+//! scripts read by the scripts themselves (`prelude.lua`), rows where they are parsed. A value that
+//! no gateway wrote counts as absent, which every caller handles, and is counted and logged here.
+//! It concerns only its room, user or process: a reply with many rows is never rejected for one of
+//! them.
 //!
 //! [`Envelope::of_room`]: skein_core::envelope::Envelope::of_room
 
@@ -16,33 +18,33 @@ use skein_core::telemetry::{
     metrics::{InvalidValue, Label as _, Metrics},
 };
 
-/// In front of a reply of a script that found something.
-const BAD: &[u8] = b"!bad";
+/// Precedes the reply of a script that has found invalid values.
+const REPORT: &[u8] = b"!bad";
 
 /// Counts a value that no gateway wrote, and logs the first of its kind in a minute.
-pub(super) fn report(metrics: &Metrics, kind: InvalidValue, place: impl Display) {
+pub(super) fn report(metrics: &Metrics, kind: InvalidValue, subject: impl Display) {
     static LIMITER: [LogLimiter; InvalidValue::ALL.len()] =
         [const { LogLimiter::new() }; InvalidValue::ALL.len()];
     metrics.redis_invalid_values.of(kind).inc();
     if let Some(suppressed) = LIMITER[kind as usize].should_log() {
-        tracing::error!(kind = kind.text(), %place, suppressed,
+        tracing::error!(kind = kind.text(), %subject, suppressed,
             "Redis holds a value that no gateway wrote; it is skipped or repaired");
     }
 }
 
-/// The reply of a script, without what it found.
-pub(super) fn strip_report(metrics: &Metrics, place: impl Display, reply: Value) -> Value {
+/// The reply of a script, without its report of invalid values, which are counted and logged.
+pub(super) fn strip_report(metrics: &Metrics, subject: impl Display, reply: Value) -> Value {
     match reply {
         Value::Array(mut parts)
             if parts.len() == 3
-                && matches!(&parts[0], Value::BulkString(first) if first == BAD) =>
+                && matches!(&parts[0], Value::BulkString(first) if first == REPORT) =>
         {
             let reply = parts.pop().unwrap_or(Value::Nil);
             let kinds = parts.pop().map(Lossy::of).unwrap_or_default();
             for kind in kinds.split(' ') {
                 let known = InvalidValue::ALL.iter().find(|known| known.text() == kind);
                 if let Some(kind) = known {
-                    report(metrics, *kind, &place);
+                    report(metrics, *kind, &subject);
                 }
             }
             reply
@@ -51,22 +53,22 @@ pub(super) fn strip_report(metrics: &Metrics, place: impl Display, reply: Value)
     }
 }
 
-/// As [`strip_report`], read as a script answers.
+/// As [`strip_report`], parsed.
 pub(super) fn read<T: FromRedisValue>(
     metrics: &Metrics,
-    place: impl Display,
+    subject: impl Display,
     reply: Value,
 ) -> RedisResult<T> {
-    Ok(redis::from_redis_value(strip_report(metrics, place, reply))?)
+    Ok(redis::from_redis_value(strip_report(metrics, subject, reply))?)
 }
 
-/// Whether a key is of another type than a gateway gives it.
+/// Whether a key has another type than gateways give it.
 pub(super) fn is_wrong_type(error: &RedisError) -> bool {
     error.code() == Some("WRONGTYPE")
 }
 
-/// Text of which not all bytes may be UTF-8: what is no name is found out where it is parsed, and the
-/// other rows of an answer do not suffer from it.
+/// Text that may contain invalid UTF-8: an invalid name fails where it is parsed, and does not
+/// affect other rows of a reply.
 #[derive(Clone, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) struct Lossy(pub(super) String);
 
@@ -92,22 +94,22 @@ impl FromRedisValue for Lossy {
     }
 }
 
-/// Texts out of a list of them.
+/// The texts of a list.
 pub(super) fn texts(lossy: Vec<Lossy>) -> Vec<String> {
     lossy.into_iter().map(|Lossy(text)| text).collect()
 }
 
-/// The answer of one command of a pipeline that may have found a key of another type, where nothing is
-/// to be repaired: as if the key were not there.
+/// The reply of one command of a pipeline that does not repair keys of another type: such a key
+/// counts as absent.
 pub(super) fn or_default<T: FromRedisValue + Default>(
     metrics: &Metrics,
-    place: impl Display,
-    answer: RedisResult<Value>,
+    subject: impl Display,
+    reply: RedisResult<Value>,
 ) -> RedisResult<T> {
-    match answer {
+    match reply {
         Ok(value) => Ok(redis::from_redis_value(value)?),
         Err(error) if is_wrong_type(&error) => {
-            report(metrics, InvalidValue::KeyType, place);
+            report(metrics, InvalidValue::KeyType, subject);
             Ok(T::default())
         }
         Err(error) => Err(error),
@@ -123,7 +125,7 @@ mod tests {
     }
 
     #[test]
-    fn what_a_script_found_is_counted_and_its_reply_is_read() {
+    fn invalid_values_are_counted_and_the_reply_is_read() {
         let metrics = Metrics::new();
         let reply =
             Value::Array(vec![bulk("!bad"), bulk("log_meta key_type log_meta ?"), Value::Int(7)]);
@@ -135,7 +137,7 @@ mod tests {
     }
 
     #[test]
-    fn a_row_that_is_no_text_spoils_no_others() {
+    fn a_row_of_invalid_utf8_does_not_affect_others() {
         let rows = Value::Array(vec![bulk("ann"), Value::BulkString(vec![0xFF])]);
         let rows: Vec<Lossy> = redis::from_redis_value(rows).unwrap();
         assert_eq!(texts(rows), ["ann", "\u{FFFD}"]);
@@ -148,7 +150,7 @@ mod tests {
     }
 
     #[test]
-    fn a_key_of_another_type_is_as_none() {
+    fn a_key_of_another_type_counts_as_absent() {
         let metrics = Metrics::new();
         let wrong = redis::make_extension_error("WRONGTYPE".to_owned(), None);
         let rows: RedisResult<Vec<String>> = or_default(&metrics, "r", Err(wrong));

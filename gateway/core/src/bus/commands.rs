@@ -9,7 +9,7 @@
 //!
 //! A query takes the same way, but only nodes that poll it at once reply.
 //!
-//! There are two implementations, as of the [bus](super): in memory and in Redis (crate `skein-redis`).
+//! There are two implementations, as of the [bus](super): in memory, and in Redis (`skein-redis`).
 
 use serde::{Deserialize, Serialize};
 use skein_protocol::ids::{MessageId, NodeId, RoomId, UserId};

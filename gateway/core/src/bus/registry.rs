@@ -8,7 +8,7 @@
 //! presence are numbered ([`PresenceVersion`]), so that a subscriber that misses one detects it and
 //! reads the whole presence.
 //!
-//! There are two implementations, as of the [bus](super): in memory and in Redis (crate `skein-redis`).
+//! There are two implementations, as of the [bus](super): in memory, and in Redis (`skein-redis`).
 
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 

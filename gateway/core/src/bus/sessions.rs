@@ -5,7 +5,7 @@
 //! connection that presents the secret takes the session over, and the former one is
 //! [notified](super::registry::EphemeralEvent::Replaced). Only a digest of the secret is stored.
 //!
-//! There are two implementations, as of the [bus](super): in memory and in Redis (crate `skein-redis`).
+//! There are two implementations, as of the [bus](super): in memory, and in Redis (`skein-redis`).
 
 use std::{fmt::Write as _, net::IpAddr, sync::Arc, time::Duration};
 

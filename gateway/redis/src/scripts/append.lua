@@ -5,7 +5,7 @@
 -- ARGV  7 id key: author and id  8 envelope
 --       9 retention: entries kept in any case  10 window of the others, ms  11 bytes of the log
 --       12, 13 epoch and seq that this entry was acknowledged at before, or empty
---       14 memory: empty, `tight` above the watermark, `full` where there is none left
+--       14 memory: empty, `high` above the watermark, `full` where there is none left
 --       15 of an inbox: its user  16 where that user was never connected: `refuse` the first entry, be
 --       `small`, or `keep` the inbox as any  17, 18, 19 most entries, bytes, and ttl in ms of a small one
 -- Returns epoch, seq, and 1 where it was there before, 2 where it has opened a small inbox.

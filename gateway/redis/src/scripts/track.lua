@@ -6,7 +6,7 @@
 --       9 a random number  10 whether to keep to rules: 1 or empty
 --       11 the hash that the password fits, or empty  12 whether the room may be made: 1 or empty
 --       13 whether the user may come to be present by this: 1 or empty
---       14 with rules, whether a room may come to be that is not there: 1, `tight` or empty
+--       14 with rules, whether a room may come to be that is not there: 1, `high` or empty
 -- Returns what became of it, and for `ok` epoch, number, how many are present, how far the user has
 -- read, the ordinal of the epoch that the room's last deletion began, and 1 where the room has come to be.
 
@@ -31,7 +31,7 @@ if ARGV[10] == '1' then
     end
     is_made = not record[1] and not epoch and redis.call('EXISTS', KEYS[8]) == 0
     if is_made and ARGV[14] ~= '1' then
-        return { ARGV[14] == 'tight' and 'tight' or 'quota' }
+        return { ARGV[14] == 'high' and 'high' or 'quota' }
     end
 end
 

@@ -1,8 +1,8 @@
 //! Which primary of a Redis Cluster serves which slot.
 //!
-//! All nodes that are known are asked at once, and each slot is the one's whose claim has the highest
-//! epoch, as the nodes settle it among themselves. A node that is cut off goes on claiming what
-//! another has taken over, with a lower one.
+//! All known nodes are queried at once. Each slot belongs to the primary whose claim has the
+//! highest epoch, as the nodes settle it among themselves: a primary that is cut off keeps claiming
+//! slots that another has taken over, with a lower epoch.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -15,27 +15,27 @@ use redis::{Client, ErrorKind, RedisError, RedisResult};
 use super::{Address, ConnectParams, Dial, SingleServer, first_answers};
 use crate::config;
 
-/// The most nodes asked; those beyond are learned of from them.
+/// The most nodes that are queried; their replies name the others.
 const ASKED_MAX: usize = 16;
 
 /// A Redis Cluster.
 pub struct RedisCluster {
     params: ConnectParams,
     configured: Vec<Address>,
-    /// All nodes that the last answers told of.
+    /// All nodes that the last replies named.
     nodes: Mutex<BTreeSet<Address>>,
 }
 
-/// A primary, and what it serves.
+/// A primary and its slots.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Primary {
     pub(crate) address: Address,
-    /// Slots, as ranges with both ends.
+    /// Slots, as ranges with both ends included.
     slots: Vec<(u16, u16)>,
     epoch: u64,
 }
 
-/// Who serves what.
+/// The primaries and their slots.
 #[derive(Debug, Default)]
 pub(crate) struct SlotMap {
     primaries: Vec<Primary>,
@@ -53,24 +53,24 @@ impl SlotMap {
 }
 
 impl RedisCluster {
-    pub(super) fn new(manner: ConnectParams, configured: Vec<Address>) -> Self {
-        Self { params: manner, configured, nodes: Mutex::default() }
+    pub(super) fn new(params: ConnectParams, configured: Vec<Address>) -> Self {
+        Self { params, configured, nodes: Mutex::default() }
     }
 
-    /// What makes connections to one of its nodes.
+    /// Makes connections to one of the nodes.
     pub(crate) fn dial(&self, address: &Address) -> RedisResult<Arc<dyn Dial>> {
         Ok(Arc::new(SingleServer::new(self.params.info(address)?)?))
     }
 
-    /// Who serves what at this moment, as those say that answer soon.
+    /// The current slots, according to the nodes that reply soon.
     pub(crate) async fn slot_map(&self) -> RedisResult<SlotMap> {
         let known: Vec<Address> = self.nodes.lock().iter().cloned().collect();
         let nodes: BTreeSet<&Address> = self.configured.iter().chain(&known).collect();
         let asked = nodes.into_iter().take(ASKED_MAX).map(|node| self.query_nodes(node));
         let views =
-            first_answers(asked, no_cluster("no node of the Redis Cluster answers")).await?;
-        let told = views.iter().flat_map(|view| view.nodes.iter().cloned()).collect();
-        *self.nodes.lock() = told;
+            first_answers(asked, no_cluster("no node of the Redis Cluster replies")).await?;
+        let named = views.iter().flat_map(|view| view.nodes.iter().cloned()).collect();
+        *self.nodes.lock() = named;
         Ok(merge_views(views))
     }
 
@@ -79,18 +79,18 @@ impl RedisCluster {
         let mut connection = client.get_multiplexed_async_connection_with_config(&config()).await?;
         let text: String = redis::cmd("CLUSTER").arg("NODES").query_async(&mut connection).await?;
         parse_nodes(&text, node, self.params.tls.is_some())
-            .ok_or_else(|| no_cluster("a node of the Redis Cluster answers in an unknown way"))
+            .ok_or_else(|| no_cluster("a node of the Redis Cluster replies in an unknown format"))
     }
 }
 
-/// What one node says.
+/// The reply of one node.
 #[derive(Debug, Default, PartialEq, Eq)]
 struct ClusterView {
     nodes: Vec<Address>,
     primaries: Vec<Primary>,
 }
 
-/// The newest claim of each primary.
+/// Merges replies into the newest claim of each primary.
 fn merge_views(views: Vec<ClusterView>) -> SlotMap {
     let mut newest: BTreeMap<Address, Primary> = BTreeMap::new();
     for primary in views.into_iter().flat_map(|view| view.primaries) {
@@ -102,8 +102,8 @@ fn merge_views(views: Vec<ClusterView>) -> SlotMap {
     SlotMap { primaries: newest.into_values().collect() }
 }
 
-/// Reads the answer of `asked` to `CLUSTER NODES`. With TLS nodes go by their names, where they have
-/// some, since their certificates do.
+/// Parses the reply of `asked` to `CLUSTER NODES`. With TLS, nodes are addressed by their names if
+/// they have any, since their certificates contain those.
 fn parse_nodes(text: &str, asked: &Address, by_name: bool) -> Option<ClusterView> {
     let mut view = ClusterView::default();
     for line in text.lines() {
@@ -119,7 +119,7 @@ fn parse_nodes(text: &str, asked: &Address, by_name: bool) -> Option<ClusterView
         if !flags.contains(&"master") {
             continue;
         }
-        // Behind the state of its link; what is in brackets is on its way in or out.
+        // Behind the state of the node's link; slots in brackets are migrating.
         let slots = fields.skip(1).filter(|slots| !slots.starts_with('['));
         let slots = slots.map(|slots| {
             let (first, last) = slots.split_once('-').unwrap_or((slots, slots));
@@ -131,7 +131,7 @@ fn parse_nodes(text: &str, asked: &Address, by_name: bool) -> Option<ClusterView
     Some(view)
 }
 
-/// `ip:port@busport[,name[,…]]`; no ip where a node does not know its own.
+/// `ip:port@busport[,name[,…]]`, without the ip if a node does not know its own.
 fn address_of(text: &str, asked: &Address, by_name: bool) -> Option<Address> {
     let mut parts = text.split(',');
     let (host, port) = parts.next()?.split('@').next()?.rsplit_once(':')?;
@@ -156,7 +156,7 @@ mod tests {
     }
 
     #[test]
-    fn nodes_tell_who_serves_what() {
+    fn nodes_name_primaries_and_their_slots() {
         let text = "\
             a 10.0.0.1:7000@17000,redis-a myself,master - 0 0 1 connected 0-5460 [93->-b]\n\
             b :7001@17001,,shard-id=x master - 0 1700000000000 7 connected 5461 5463-16383\n\
@@ -178,11 +178,11 @@ mod tests {
     fn the_claim_with_the_higher_epoch_counts() {
         let primary = |port, epoch| Primary { address: at("h", port), slots: vec![(0, 9)], epoch };
         let view = |primaries| ClusterView { nodes: Vec::new(), primaries };
-        // One that was replaced, as it sees itself, and as the others see things.
+        // A primary that was replaced, as it sees itself, and as the others see it.
         let old = view(vec![primary(1, 3), primary(2, 2)]);
         let new = view(vec![primary(2, 4)]);
         assert_eq!(merge_views(vec![old, new]).primary_of(5), Some(&at("h", 2)));
-        // One that gave slots away.
+        // A primary that gave slots away.
         let before = view(vec![primary(1, 3)]);
         let after = view(vec![Primary { slots: vec![(0, 4)], ..primary(1, 4) }, primary(2, 2)]);
         assert_eq!(merge_views(vec![before, after]).primary_of(5), Some(&at("h", 2)));

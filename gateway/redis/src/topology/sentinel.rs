@@ -1,12 +1,12 @@
 //! A primary that Sentinels name, another one after each failover.
 //!
-//! All Sentinels that are known are asked at once, each time anew, and the one with the newest view
-//! is believed: a Sentinel that was cut off goes on naming the primary of before. Where only such
-//! answer, none is believed, unless most say so. Sentinels learn of each other, and what they know
-//! is added to those configured.
+//! All known Sentinels are queried at once, every time anew, and the newest view is used: a
+//! Sentinel that was cut off keeps naming the former primary. If only such Sentinels reply, their
+//! view is not used, unless they are the majority. Sentinels know each other, and the ones they
+//! name are added to those configured.
 //!
-//! A primary that was cut off and replaced does not close its connections, and acknowledges on
-//! until it hears of it. So the Sentinels are asked while connections stand, too.
+//! A primary that was cut off and replaced keeps its connections open, and acknowledges writes
+//! until it hears of its replacement. So the Sentinels are polled while connections are up as well.
 
 use std::{future, sync::Arc, time::Duration};
 
@@ -24,39 +24,39 @@ use super::{
 use crate::config;
 use skein_core::bus::BoxFuture;
 
-/// How often the Sentinels are asked while connections stand.
+/// How often the Sentinels are polled while connections are up.
 const POLL_INTERVAL: Duration = Duration::from_secs(2);
-/// The most Sentinels known; further ones are not learned of.
+/// The most known Sentinels; further ones are ignored.
 const SENTINELS_MAX: usize = 16;
 
-/// Asks Sentinels where the primary is.
+/// Finds the primary by querying Sentinels.
 pub(super) struct Sentinel {
     inner: Arc<SentinelClient>,
 }
 
 struct SentinelClient {
-    /// What the Sentinels call the primary.
+    /// The Sentinels' name of the primary.
     primary: String,
     servers: ConnectParams,
     sentinels: ConnectParams,
-    /// How many Sentinels are configured.
+    /// The number of configured Sentinels.
     configured: usize,
     state: Mutex<SentinelState>,
 }
 
 struct SentinelState {
-    /// Those configured, and behind them those learned of.
+    /// The configured Sentinels, followed by discovered ones.
     sentinels: Vec<Address>,
-    /// The newest that was believed.
+    /// The epoch of the newest view that was used.
     epoch: u64,
-    /// Where the last connection leads, and the readers of that server.
+    /// The server of the last connection, and a pool for reads from it.
     connected_to: Option<(Address, Pool)>,
 }
 
-/// What a Sentinel says.
+/// The reply of one Sentinel.
 struct SentinelView {
     primary: Address,
-    /// Rises with each failover.
+    /// Increases with each failover.
     epoch: u64,
     sentinels: Vec<Address>,
 }
@@ -95,8 +95,8 @@ impl Dial for Sentinel {
 
     fn moved(&self) -> BoxFuture<()> {
         let inner = self.inner.clone();
-        let dialled = inner.state.lock().connected_to.as_ref().map(|(address, _)| address.clone());
-        Box::pin(async move { inner.moved(dialled).await })
+        let former = inner.state.lock().connected_to.as_ref().map(|(address, _)| address.clone());
+        Box::pin(async move { inner.moved(former).await })
     }
 }
 
@@ -106,45 +106,45 @@ impl SentinelClient {
         let info = self.servers.info(&address)?;
         let client = Client::open(info.clone())?;
         let mut connection = client.get_multiplexed_async_connection_with_config(&config).await?;
-        // The Sentinels may not have heard of a change yet, or the server not of its part in it.
+        // The Sentinels may not have heard of a change yet, or the server not of its role in it.
         let replication: String =
             redis::cmd("INFO").arg("replication").query_async(&mut connection).await?;
         if !replication.contains("role:master") {
             return Err(no_primary("the server that the Sentinels name is a replica"));
         }
         let mut state = self.state.lock();
-        if state.connected_to.as_ref().is_none_or(|(dialled, _)| *dialled != address) {
+        if state.connected_to.as_ref().is_none_or(|(former, _)| *former != address) {
             tracing::info!(%address, primary = self.primary, "the Sentinels name a primary");
             state.connected_to = Some((address, pool(info)?));
         }
         Ok(connection)
     }
 
-    /// Asks until another primary is named than the one dialled.
-    async fn moved(&self, dialled: Option<Address>) {
+    /// Polls until the Sentinels name another primary than `former`.
+    async fn moved(&self, former: Option<Address>) {
         let mut ticks = tokio::time::interval(POLL_INTERVAL);
         ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {
             ticks.tick().await;
             match self.find_primary().await {
-                Ok(address) if Some(&address) != dialled.as_ref() => {
+                Ok(address) if Some(&address) != former.as_ref() => {
                     tracing::warn!(%address, primary = self.primary,
                         "the Sentinels name another primary");
                     return;
                 }
                 Ok(_) => {}
-                Err(error) => tracing::debug!(%error, "no Sentinel answers"),
+                Err(error) => tracing::debug!(%error, "no Sentinel replies"),
             }
         }
     }
 
-    /// Where the primary is, as the Sentinels say.
+    /// The address of the primary, according to the Sentinels.
     async fn find_primary(&self) -> RedisResult<Address> {
         let views = self.query_all().await?;
         let mut state = self.state.lock();
         for sentinel in views.iter().flat_map(|view| &view.sentinels) {
             if !state.sentinels.contains(sentinel) && state.sentinels.len() < SENTINELS_MAX {
-                tracing::info!(%sentinel, "learned of another Sentinel");
+                tracing::info!(%sentinel, "discovered another Sentinel");
                 state.sentinels.push(sentinel.clone());
             }
         }
@@ -153,11 +153,11 @@ impl SentinelClient {
         Ok(newest.primary)
     }
 
-    /// What those say that answer soon: one at least.
+    /// The views of the Sentinels that reply soon, at least one.
     async fn query_all(&self) -> RedisResult<Vec<SentinelView>> {
         let sentinels = self.state.lock().sentinels.clone();
         let asked = sentinels.iter().map(|sentinel| self.query(sentinel));
-        let views = first_answers(asked, no_primary("no Sentinel answers")).await?;
+        let views = first_answers(asked, no_primary("no Sentinel replies")).await?;
         Ok(views)
     }
 
@@ -165,15 +165,15 @@ impl SentinelClient {
         let client = Client::open(self.sentinels.info(sentinel)?)?;
         let mut connection = client.get_multiplexed_async_connection_with_config(&config()).await?;
         let mut pipeline = redis::pipe();
-        for question in ["GET-MASTER-ADDR-BY-NAME", "MASTER", "SENTINELS"] {
-            pipeline.cmd("SENTINEL").arg(question).arg(&self.primary);
+        for query in ["GET-MASTER-ADDR-BY-NAME", "MASTER", "SENTINELS"] {
+            pipeline.cmd("SENTINEL").arg(query).arg(&self.primary);
         }
         pipeline.ignore_errors();
         let answers: Vec<RedisResult<Value>> = pipeline.query_async(&mut connection).await?;
         let [address, primary, sentinels]: [RedisResult<Value>; 3] =
-            answers.try_into().map_err(|_| no_primary("a Sentinel left a question open"))?;
+            answers.try_into().map_err(|_| no_primary("a Sentinel did not answer every query"))?;
         let unknown = || {
-            let text = "the Sentinels know no primary of the name in cluster.redis_url";
+            let text = "cluster.redis_url: the Sentinels know no primary of this name";
             RedisError::from((ErrorKind::Client, text, self.primary.clone()))
         };
         let address: Option<(String, u16)> = from_redis_value(address?)?;
@@ -188,19 +188,19 @@ impl SentinelClient {
     }
 }
 
-/// The view to believe, where `epoch` was the newest before.
+/// The view to use, where `epoch` was the newest before.
 fn newest(views: Vec<SentinelView>, epoch: u64, configured: usize) -> RedisResult<SentinelView> {
     let answers = views.len();
     let newest = views.into_iter().max_by_key(|view| view.epoch);
-    let newest = newest.ok_or_else(|| no_primary("no Sentinel answers"))?;
-    // Sentinels that were all set up anew count from the start again.
+    let newest = newest.ok_or_else(|| no_primary("no Sentinel replies"))?;
+    // Sentinels that were all set up anew count epochs from the start again.
     if newest.epoch < epoch && answers * 2 <= configured {
-        return Err(no_primary("only Sentinels answer that have missed a failover"));
+        return Err(no_primary("only Sentinels that have missed a failover reply"));
     }
     Ok(newest)
 }
 
-/// Names and values, as Sentinels answer.
+/// Names and values, as Sentinels reply.
 fn pairs(value: Value) -> RedisResult<Vec<(String, String)>> {
     Ok(from_redis_value(value)?)
 }
@@ -222,18 +222,18 @@ mod tests {
         SentinelView { primary, epoch, sentinels: Vec::new() }
     }
 
-    fn believed(views: Vec<SentinelView>, epoch: u64, configured: usize) -> Option<String> {
+    fn used(views: Vec<SentinelView>, epoch: u64, configured: usize) -> Option<String> {
         newest(views, epoch, configured).ok().map(|view| view.primary.host)
     }
 
     #[test]
-    fn the_newest_view_is_believed_and_old_ones_only_of_most() {
+    fn old_views_are_used_only_of_a_majority() {
         let both = || vec![view("new", 2), view("old", 1)];
-        assert_eq!(believed(both(), 1, 3).as_deref(), Some("new"));
-        assert_eq!(believed(vec![view("new", 2)], 2, 3).as_deref(), Some("new"));
-        assert_eq!(believed(vec![view("old", 1)], 2, 3), None);
-        assert_eq!(believed(vec![view("old", 1), view("old", 1)], 2, 3).as_deref(), Some("old"));
-        assert_eq!(believed(vec![view("old", 1)], 2, 1).as_deref(), Some("old"));
-        assert_eq!(believed(Vec::new(), 0, 1), None);
+        assert_eq!(used(both(), 1, 3).as_deref(), Some("new"));
+        assert_eq!(used(vec![view("new", 2)], 2, 3).as_deref(), Some("new"));
+        assert_eq!(used(vec![view("old", 1)], 2, 3), None);
+        assert_eq!(used(vec![view("old", 1), view("old", 1)], 2, 3).as_deref(), Some("old"));
+        assert_eq!(used(vec![view("old", 1)], 2, 1).as_deref(), Some("old"));
+        assert_eq!(used(Vec::new(), 0, 1), None);
     }
 }

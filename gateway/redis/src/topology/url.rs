@@ -1,4 +1,4 @@
-//! Reads `cluster.redis_url`: which servers there are, how they find together, and how to log in.
+//! Parses `cluster.redis_url`: the servers, their topology, and the login.
 //!
 //! ```text
 //! redis[s]://[user:password@]host[:port][/db]
@@ -7,19 +7,19 @@
 //! unix:///path/to/socket[?db=…&user=…&pass=…]
 //! ```
 //!
-//! Pure: nothing is asked or opened here. Each mistake says what was wrong and what to write.
+//! Pure: opens no connection. Each error says what is wrong and what to write.
 
 use std::{fmt, str::FromStr};
 
-/// Where a Redis listens unless told otherwise.
+/// The default port of Redis.
 const REDIS_PORT: u16 = 6379;
-/// Where a Sentinel does.
+/// The default port of Sentinels.
 const SENTINEL_PORT: u16 = 26_379;
 
-/// How the servers of a cluster are to be reached.
+/// How to reach the servers.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum RedisUrl {
-    /// One server behind a socket of this machine; the whole URL.
+    /// One server on a Unix socket; the whole URL.
     Socket(String),
     /// One server at one address.
     Single(ServerAddresses),
@@ -27,29 +27,29 @@ pub enum RedisUrl {
     Sentinel {
         /// The Sentinels' addresses; login and database are the primary's.
         servers: ServerAddresses,
-        /// What the Sentinels call the primary.
+        /// The Sentinels' name of the primary.
         primary: String,
-        /// How to log in to the Sentinels.
+        /// The login for the Sentinels.
         login: Login,
     },
     /// Several primaries, each with a share of the slots.
     Cluster(ServerAddresses),
 }
 
-/// Addresses, and what is the same for all of them.
+/// Addresses and their common parameters.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ServerAddresses {
-    /// At least one.
+    /// At least one address.
     pub addresses: Vec<Address>,
-    /// Whether they are spoken to through TLS.
+    /// Whether connections use TLS.
     pub tls: bool,
-    /// How to log in.
+    /// The login.
     pub login: Login,
     /// The number of the database.
     pub db: i64,
 }
 
-/// Where a server listens.
+/// The address of a server.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Address {
     /// A name or an IP address, without brackets.
@@ -58,10 +58,10 @@ pub struct Address {
     pub port: u16,
 }
 
-/// User and password, as far as they are needed.
+/// User and password, if required.
 #[derive(Clone, Default, PartialEq, Eq)]
 pub struct Login {
-    /// A user of the ACL; the default one if absent.
+    /// An ACL user; the default user if absent.
     pub user: Option<String>,
     /// The password.
     pub password: Option<String>,
@@ -70,54 +70,54 @@ pub struct Login {
 /// What is wrong with a URL.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum UrlError {
-    /// It does not begin as one.
+    /// Unknown scheme.
     #[error(
-        "it has to begin with redis://, redis+sentinel:// or redis+cluster:// (rediss:// and so on \
+        "unknown scheme: begin with redis://, redis+sentinel:// or redis+cluster:// (rediss:// and so on \
          for TLS), or unix:///"
     )]
     Scheme,
     /// No address.
-    #[error("there is no host: write one behind :// or @, as redis://127.0.0.1:6379")]
+    #[error("no host: write one behind :// or @, as in redis://127.0.0.1:6379")]
     Host,
-    /// Several addresses where one is meant.
+    /// Several addresses where one is expected.
     #[error(
-        "it has several hosts: write redis+sentinel:// if they are Sentinels, redis+cluster:// if \
-         they are a Redis Cluster"
+        "several hosts: write redis+sentinel:// if they are Sentinels, redis+cluster:// if they are a \
+         Redis Cluster"
     )]
     Hosts,
-    /// A port that is none. Not repeated, since it may be a piece of the password.
+    /// An invalid port, which is not repeated, since it may be part of the password.
     #[error(
-        "the port of a host is no number of 1 to 65535; in a user's name or a password write / as \
-         %2F, ? as %3F, # as %23, @ as %40, % as %25"
+        "a port is not a number from 1 to 65535; in a user name or password write / as %2F, ? as \
+         %3F, # as %23, @ as %40, % as %25"
     )]
     Port,
     /// No name of the primary.
     #[error(
-        "the name of the primary is missing: write what the Sentinels call it behind the hosts, as \
+        "no name of the primary: write the Sentinels' name of it behind the hosts, as in \
          redis+sentinel://s1,s2,s3/mymaster"
     )]
     Primary,
-    /// A database that is no number.
-    #[error("`{0}` is no number of a database")]
+    /// The database is not a number.
+    #[error("`{0}` is not the number of a database")]
     Db(String),
-    /// A database other than 0 in Redis Cluster.
-    #[error("a Redis Cluster has no databases: nothing goes behind the hosts")]
+    /// A database other than 0 in a Redis Cluster.
+    #[error("a Redis Cluster has no databases: write nothing behind the hosts")]
     ClusterDb,
-    /// Something behind `?` or `#` that means nothing.
-    #[error("`{option}` does not fit: {known}")]
+    /// An unknown part behind `?` or `#`.
+    #[error("unknown option `{option}`: {known}")]
     Option {
-        /// What was written; without its value, which may be a password.
+        /// The option, without its value, which may be a password.
         option: String,
-        /// What could be.
+        /// The known options.
         known: &'static str,
     },
-    /// A `%` that is no escape.
-    #[error("it has a % that no two hexadecimal digits follow: write % itself as %25")]
+    /// An invalid `%` escape.
+    #[error("two hexadecimal digits must follow a %: write % itself as %25")]
     Escape,
 }
 
 impl RedisUrl {
-    /// Whether servers are spoken to through TLS.
+    /// Whether connections use TLS.
     pub fn has_tls(&self) -> bool {
         match self {
             Self::Socket(_) => false,
@@ -152,7 +152,7 @@ impl FromStr for RedisUrl {
 
 fn single(rest: &str, tls: bool) -> Result<RedisUrl, UrlError> {
     let parts = UrlParts::of(rest, REDIS_PORT)?;
-    parts.has_no_options("nothing is told behind the ? of such a URL")?;
+    parts.has_no_options("such a URL has no options")?;
     if parts.addresses.len() > 1 {
         return Err(UrlError::Hosts);
     }
@@ -163,7 +163,7 @@ fn single(rest: &str, tls: bool) -> Result<RedisUrl, UrlError> {
 
 fn cluster(rest: &str, tls: bool) -> Result<RedisUrl, UrlError> {
     let parts = UrlParts::of(rest, REDIS_PORT)?;
-    parts.has_no_options("nothing is told behind the ? of such a URL")?;
+    parts.has_no_options("such a URL has no options")?;
     if parts.path.iter().any(|db| db != "0") {
         return Err(UrlError::ClusterDb);
     }
@@ -187,7 +187,7 @@ fn sentinel(rest: &str, mut tls: bool) -> Result<RedisUrl, UrlError> {
             (name, _) => {
                 return Err(UrlError::Option {
                     option: name.to_owned(),
-                    known: "known are db, tls=true, sentinel_user and sentinel_password",
+                    known: "the options are db, tls=true, sentinel_user and sentinel_password",
                 });
             }
         }
@@ -196,11 +196,11 @@ fn sentinel(rest: &str, mut tls: bool) -> Result<RedisUrl, UrlError> {
     Ok(RedisUrl::Sentinel { servers, primary, login: sentinels })
 }
 
-/// What stands behind `://`.
+/// The parts behind `://`.
 struct UrlParts {
     login: Login,
     addresses: Vec<Address>,
-    /// What stands between slashes.
+    /// The parts between slashes.
     path: Vec<String>,
     options: Vec<(String, String)>,
 }
@@ -210,10 +210,10 @@ impl UrlParts {
         let (rest, fragment) = rest.split_once('#').unwrap_or((rest, ""));
         let (rest, query) = rest.split_once('?').unwrap_or((rest, ""));
         let (authority, path) = rest.split_once('/').unwrap_or((rest, ""));
-        // The last one: an @ in a password is common, and none in a host.
+        // The last one: an @ in a password is common, in a host impossible.
         let (login, hosts) = authority.rsplit_once('@').unwrap_or(("", authority));
         if !fragment.is_empty() {
-            let known = "nothing is told behind it, and a # in a password is written %23";
+            let known = "such a URL has no fragment; write a # in a password as %23";
             return Err(UrlError::Option { option: "#".to_owned(), known });
         }
         let hosts = hosts.split(',').map(str::trim).filter(|host| !host.is_empty());
@@ -267,7 +267,7 @@ fn database(text: &str) -> Result<i64, UrlError> {
     text.parse().ok().filter(|db| *db >= 0).ok_or_else(|| UrlError::Db(text.to_owned()))
 }
 
-/// Text with its %-escapes resolved.
+/// Resolves the % escapes of a text.
 fn unescaped(text: &str) -> Result<String, UrlError> {
     let mut bytes = Vec::with_capacity(text.len());
     let mut rest = text.as_bytes();
@@ -296,7 +296,7 @@ impl fmt::Display for Address {
     }
 }
 
-/// Passwords stay out of logs.
+/// Keeps passwords out of logs.
 impl fmt::Debug for Login {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let password = self.password.as_ref().map(|_| "…");
@@ -360,7 +360,7 @@ mod tests {
     }
 
     #[test]
-    fn each_mistake_is_told_apart_and_no_password_is_repeated() {
+    fn each_mistake_has_an_error_without_passwords() {
         let cases = [
             ("localhost:6379", UrlError::Scheme),
             ("http://h", UrlError::Scheme),
