@@ -1,5 +1,5 @@
-//! Takes what the application orders, and does it on this node; and gives orders, telling on how many
-//! nodes they were applied.
+//! Enqueues control commands, applies them on this node, and reports on how many nodes they were
+//! applied.
 
 use std::{sync::Arc, time::Duration};
 
@@ -33,14 +33,15 @@ use crate::{
     telemetry::{metrics::Metrics, trail::MessageTrails},
 };
 
-/// How long who gives an order waits until all nodes have applied it.
+/// How long the sender of a command waits for all nodes to apply it.
 const APPLY_MAX: Duration = Duration::from_secs(2);
-/// How often at least sessions are looked after: what a node did not hear of one is found by then.
+/// How often sessions are verified at least: a takeover that this node did not hear of is found by
+/// then.
 const SESSION_CHECK_INTERVAL: Duration = Duration::from_secs(60);
-/// How often it looks meanwhile.
+/// How often the progress of a command is polled.
 const POLL_INTERVAL: Duration = Duration::from_millis(20);
 
-/// Gives orders and applies them. Cheap to clone.
+/// Enqueues and applies control commands. Cheap to clone.
 #[derive(Clone)]
 pub struct Control {
     node: NodeId,
@@ -52,15 +53,15 @@ pub struct Control {
     trails: Arc<MessageTrails>,
     /// How long a call may wait for the bus.
     timeout: Duration,
-    /// Cancelled where this node is to take no client any more.
+    /// Cancelled when this node was drained.
     draining: CancellationToken,
 }
 
 impl Control {
-    /// Starts the task that applies orders on this node.
+    /// Starts the task that applies commands on this node.
     pub fn start(
         node: NodeId,
-        (orders, sessions): (Arc<dyn ControlQueue>, Arc<dyn SessionStore>),
+        (commands, sessions): (Arc<dyn ControlQueue>, Arc<dyn SessionStore>),
         hub: Hub,
         presence: Arc<PresenceTracker>,
         (metrics, trails): (Arc<Metrics>, Arc<MessageTrails>),
@@ -70,7 +71,7 @@ impl Control {
         let draining = CancellationToken::new();
         let control = Self {
             node,
-            queue: orders,
+            queue: commands,
             sessions,
             hub,
             presence,
@@ -79,52 +80,53 @@ impl Control {
             timeout: wait_max,
             draining,
         };
-        let (working, stopped) = (control.clone(), tasks.stopped().clone());
+        let (worker, stopped) = (control.clone(), tasks.stopped().clone());
         tasks.spawn_service("control", async move {
-            // All arms are cancel-safe: what was not applied no node that ends is asked for.
+            // All arms are cancel-safe: a node that ends does not have to apply the remaining
+            // commands.
             tokio::select! {
                 biased;
                 () = stopped.cancelled() => {}
-                () = working.apply_all() => {}
-                () = working.keep_sessions_alive() => {}
+                () = worker.apply_all() => {}
+                () = worker.keep_sessions_alive() => {}
             }
         });
         control
     }
 
-    /// Cancelled where this node was ordered to take no client any more.
+    /// Cancelled when a command drains this node.
     pub fn draining(&self) -> &CancellationToken {
         &self.draining
     }
 
-    /// Gives an order, and waits some time until all nodes have applied it.
+    /// Enqueues a command, and waits at most `APPLY_MAX` for all nodes to apply it.
     ///
     /// # Errors
     ///
-    /// [`BusError`]: it is not known whether it was given.
-    pub async fn execute(&self, order: ControlCommand) -> Result<CommandProgress, BusError> {
-        Ok(self.enqueue_and_wait(order).await?.1)
+    /// [`BusError`]: whether the command was enqueued is unknown.
+    pub async fn execute(&self, command: ControlCommand) -> Result<CommandProgress, BusError> {
+        Ok(self.enqueue_and_wait(command).await?.1)
     }
 
     async fn enqueue_and_wait(
         &self,
-        order: ControlCommand,
+        command: ControlCommand,
     ) -> Result<(CommandId, CommandProgress), BusError> {
-        let given = async {
-            let id = self.queue.enqueue(order).await?;
+        let queued = async {
+            let id = self.queue.enqueue(command).await?;
             let until = Instant::now() + APPLY_MAX;
             loop {
-                let outcome = self.queue.progress(id).await?;
-                if outcome.applied >= outcome.nodes || Instant::now() >= until {
-                    return Ok((id, outcome));
+                let progress = self.queue.progress(id).await?;
+                if progress.applied >= progress.nodes || Instant::now() >= until {
+                    return Ok((id, progress));
                 }
                 tokio::time::sleep(POLL_INTERVAL).await;
             }
         };
-        self.with_timeout(given).await
+        self.with_timeout(queued).await
     }
 
-    /// What the bus answers, if it does within the time that a call may wait.
+    /// The result of `call`, unless it takes longer than `timeout`.
     async fn with_timeout<T>(
         &self,
         call: impl Future<Output = Result<T, BusError>>,
@@ -133,49 +135,49 @@ impl Control {
         call.unwrap_or(Err(BusError::Unavailable))
     }
 
-    /// Closes connections of a user, and where their sessions are not kept forgets those.
+    /// Closes connections of a user, and revokes their sessions unless `keep_sessions`.
     ///
     /// # Errors
     ///
-    /// [`BusError`]: it is not known whether that was done.
+    /// [`BusError`]: whether that was done is unknown.
     pub async fn close(
         &self,
         user: UserId,
-        which: SessionSelector,
+        selector: SessionSelector,
         keep_sessions: bool,
         close: Close,
     ) -> Result<CommandProgress, BusError> {
         if !keep_sessions {
-            // First, so that who comes back at once finds it gone.
-            self.with_timeout(self.sessions.revoke(user.clone(), which)).await?;
+            // First, so that a client that reconnects at once finds its session revoked.
+            self.with_timeout(self.sessions.revoke(user.clone(), selector)).await?;
         }
         let Close { code, reason } = close;
-        self.execute(ControlCommand::Close { user, which, code, reason }).await
+        self.execute(ControlCommand::Close { user, which: selector, code, reason }).await
     }
 
-    /// Asks all nodes. Who does not answer in time is not waited for.
+    /// Queries all nodes. A node that does not reply in time is not waited for.
     ///
     /// # Errors
     ///
     /// [`BusError`].
     pub async fn query_nodes(
         &self,
-        question: NodeQuery,
+        query: NodeQuery,
     ) -> Result<(Vec<String>, CommandProgress), BusError> {
-        let (id, outcome) = self.enqueue_and_wait(ControlCommand::Ask(question)).await?;
-        Ok((self.with_timeout(self.queue.replies(id)).await?, outcome))
+        let (id, progress) = self.enqueue_and_wait(ControlCommand::Ask(query)).await?;
+        Ok((self.with_timeout(self.queue.replies(id)).await?, progress))
     }
 
-    /// Applies what is ordered, for ever.
+    /// Applies commands, for ever.
     async fn apply_all(&self) {
         loop {
-            let CommandBatch { commands: orders, missed } = self.queue.poll().await;
+            let CommandBatch { commands, missed } = self.queue.poll().await;
             if missed {
                 self.close_revoked().await;
             }
-            for given in orders {
-                let id = given.id;
-                self.apply(given).await;
+            for queued in commands {
+                let id = queued.id;
+                self.apply(queued).await;
                 while self.queue.mark_applied(id).await.is_err() {
                     tokio::time::sleep(POLL_INTERVAL).await;
                 }
@@ -183,7 +185,7 @@ impl Control {
         }
     }
 
-    /// Lets it be known now and then that sessions are in use, for ever.
+    /// Verifies all sessions of this node now and then, which extends their retention, for ever.
     async fn keep_sessions_alive(&self) {
         let every = (self.sessions.ttl() / 4).min(SESSION_CHECK_INTERVAL);
         loop {
@@ -194,8 +196,8 @@ impl Control {
         }
     }
 
-    /// Ends a connection whose session another has taken over without this node having heard of it. One
-    /// that is not there may have been lost with the rest of what Redis had.
+    /// Closes a connection whose session another connection has taken over without this node having
+    /// heard of it. A session that does not exist may be among those that Redis lost, and stays.
     async fn verify_session(&self, handle: &ConnectionHandle) {
         let Some(owner) = handle.owner() else { return };
         let holder = self.sessions.holder(owner.user.clone(), owner.session, handle.connection);
@@ -205,8 +207,8 @@ impl Control {
         }
     }
 
-    async fn apply(&self, QueuedCommand { id, at, is_fresh, command: order }: QueuedCommand) {
-        match order {
+    async fn apply(&self, QueuedCommand { id, at, is_fresh, command }: QueuedCommand) {
+        match command {
             ControlCommand::Close { user, which, code, reason } => {
                 self.hub.close(&user, which, at, Close { code, reason }).await;
             }
@@ -217,10 +219,10 @@ impl Control {
                 let broadcast = Box::new(BroadcastFrame { id, payload, timestamp });
                 self.hub.broadcast(text_frame(&ServerFrame::Broadcast(broadcast))).await;
             }
-            ControlCommand::Ask(question) if is_fresh => {
-                let answer = self.answer_query(question).await.to_string();
-                if let Err(error) = self.queue.reply(id, answer).await {
-                    tracing::debug!(%error, "a question was not answered");
+            ControlCommand::Ask(query) if is_fresh => {
+                let reply = self.answer_query(query).await.to_string();
+                if let Err(error) = self.queue.reply(id, reply).await {
+                    tracing::debug!(%error, "cannot reply to a node query");
                 }
             }
             ControlCommand::Drain { .. }
@@ -229,23 +231,23 @@ impl Control {
         }
     }
 
-    /// Orders were forgotten before this node has seen them: connections whose session is no more are
-    /// closed.
+    /// Closes connections whose session was revoked, after the queue has dropped commands that this
+    /// node had not polled.
     async fn close_revoked(&self) {
         tracing::warn!(
-            "this node was away for so long that orders were forgotten; its clients' sessions are looked at"
+            "control commands expired while this node was disconnected; closing connections with revoked sessions"
         );
         for handle in self.hub.connections(None).await {
             let Some(owner) = handle.owner() else { continue };
-            let Ok(kept) = self.sessions.list(owner.user.clone()).await else { continue };
-            if !kept.iter().any(|kept| kept.session == owner.session) {
+            let Ok(session) = self.sessions.list(owner.user.clone()).await else { continue };
+            if !session.iter().any(|session| session.session == owner.session) {
                 handle.outbox.close(kicked());
             }
         }
     }
 
-    async fn answer_query(&self, question: NodeQuery) -> serde_json::Value {
-        match question {
+    async fn answer_query(&self, query: NodeQuery) -> serde_json::Value {
+        match query {
             NodeQuery::User { user } => {
                 let connections = self.hub.connections(Some(&user)).await;
                 let connections: Vec<_> =
@@ -266,31 +268,30 @@ impl Control {
             NodeQuery::Trail { id, user } => {
                 let mut logs = Vec::new();
                 for trail in self.trails.of(id) {
-                    let mut told = trail.to_json();
+                    let mut report = trail.to_json();
                     if let Some(user) = &user {
-                        told["user"] =
+                        report["user"] =
                             self.delivery_state(trail.log, user.clone(), &trail.position).await;
                     }
-                    logs.push(told);
+                    logs.push(report);
                 }
                 json!({ "node": self.node, "logs": logs })
             }
         }
     }
 
-    /// Why a user has got an entry here, or has not.
+    /// Why a user has received an entry here, or has not.
     async fn delivery_state(&self, log: RoomId, user: UserId, at: &Position) -> serde_json::Value {
         let connections = self.hub.cursors(log, user).await;
         let connection = |(id, cursor): &(ConnectionId, Position)| {
             let fate = match cursor.epoch == at.epoch {
-                true if cursor.seq >= at.seq => "queued, or there before the connection was",
-                true => "behind: it comes from the log",
-                false => "the log goes on in another epoch",
+                true if cursor.seq >= at.seq => "queued, or published before the connection joined",
+                true => "lagging: read from the log",
+                false => "the log continues in another epoch",
             };
             json!({ "connection_id": id, "fate": fate, "epoch": cursor.epoch, "seq": cursor.seq })
         };
-        let why =
-            connections.is_empty().then_some("no connection of the user is there on this node");
+        let why = connections.is_empty().then_some("the user has no connection to this node");
         let connections: Vec<_> = connections.iter().map(connection).collect();
         json!({ "connections": connections, "why": why })
     }
@@ -313,7 +314,7 @@ impl Control {
     }
 }
 
-/// How a connection ends that the application has closed and gave no reason.
+/// The close of a connection that the application closes without a reason.
 pub fn kicked() -> Close {
     Close { code: CloseCode::PolicyViolation.number(), reason: "kicked".to_owned() }
 }

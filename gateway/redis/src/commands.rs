@@ -1,8 +1,8 @@
-//! Orders to the nodes of a cluster: a stream in Redis, which each node looks at every
-//! [`POLL_INTERVAL`] from where it was.
+//! The queue of control commands of a cluster: a stream in Redis, which each node polls every
+//! [`POLL_INTERVAL`] from its own position.
 //!
-//! `gw:orders` (stream), `gw:orders:list` (which list it is: another one, where Redis lost it),
-//! `gw:orders:nodes` (hash: of each process `<id applied> <when it was heard of, ms>`),
+//! `gw:orders` (stream), `gw:orders:list` (the id of the queue: another one after Redis has lost
+//! it), `gw:orders:nodes` (hash: of each process `<id applied> <time of its heartbeat, ms>`),
 //! `gw:orders:answers:<id>` (list), `gw:orders:broadcast:<id>`.
 
 use std::{collections::BTreeMap, sync::Arc, time::Duration};
@@ -24,22 +24,22 @@ use skein_core::{
     telemetry::metrics::InvalidValue,
 };
 
-/// How often a node looks for orders.
+/// How often a node polls for commands.
 const POLL_INTERVAL: Duration = Duration::from_millis(100);
-/// How often it lets the others know that it is there, where there is nothing to be done.
+/// How often a node that applies no command sends a heartbeat.
 const HEARTBEAT_INTERVAL: Duration = Duration::from_secs(3);
-/// How long one that is not heard of counts.
+/// How long a node counts after its last heartbeat.
 const NODE_TTL_MS: u64 = 60_000;
-/// How many orders are kept, some 200 bytes each: questions are among them.
+/// The most commands kept, some 200 bytes each, queries included.
 const COMMANDS_MAX: usize = 50_000;
-/// The most orders taken at once.
+/// The most commands in one batch.
 const BATCH_MAX: usize = 100;
-/// How long broadcasts and questions are worth anything.
+/// How long broadcasts and queries are fresh.
 const FRESH_FOR_MS: u64 = 5_000;
-/// How long answers are kept.
+/// Retention of replies.
 const REPLIES_TTL_MS: u64 = 10_000;
 
-/// A node's place in the list.
+/// The queue, and this node's position in it.
 pub(super) struct RedisControlQueue {
     store: Arc<StoreWorker>,
     state: Mutex<StreamPosition>,
@@ -47,25 +47,25 @@ pub(super) struct RedisControlQueue {
 
 #[derive(Default)]
 struct StreamPosition {
-    /// Up to where orders were taken; `None` before the first look.
+    /// Up to where commands were polled; `None` before the first poll.
     cursor: Option<CommandId>,
-    /// Up to where they were applied.
+    /// Up to where commands were applied.
     applied: CommandId,
-    /// Of which list.
+    /// The id of the queue.
     list: Option<String>,
-    heard: Option<Instant>,
+    heartbeat_at: Option<Instant>,
 }
 
-/// What one look finds.
+/// The result of one poll.
 struct StreamPoll {
     now_ms: u64,
     list: Option<String>,
-    /// The last of the list, 0 for none.
+    /// The last command of the queue, 0 for none.
     last: CommandId,
     entries: Vec<StreamEntry>,
 }
 
-/// An entry of the stream: its id and its fields.
+/// An entry of the stream: its id and fields.
 type StreamEntry = (Lossy, BTreeMap<Lossy, Lossy>);
 
 fn text_of(CommandId(ms, number): CommandId) -> String {
@@ -88,10 +88,11 @@ impl RedisControlQueue {
 
     pub(super) async fn enqueue(
         self: Arc<Self>,
-        order: ControlCommand,
+        command: ControlCommand,
     ) -> Result<CommandId, BusError> {
-        // Large, and worth something for seconds: it is kept apart, and not as long as orders are.
-        if let ControlCommand::Broadcast { id, payload, .. } = &order {
+        // A broadcast is large and only useful for seconds: it is stored apart from the commands,
+        // which are kept longer.
+        if let ControlCommand::Broadcast { id, payload, .. } = &command {
             let key = self.key(&format!(":broadcast:{id}"));
             self.store
                 .query(0, async |connection| {
@@ -101,40 +102,40 @@ impl RedisControlQueue {
                 })
                 .await?;
         }
-        let order = match order {
+        let command = match command {
             ControlCommand::Broadcast { id, timestamp, .. } => {
                 ControlCommand::Broadcast { id, timestamp, payload: String::new() }
             }
-            order => order,
+            command => command,
         };
-        let order = serde_json::to_string(&order).expect("an order is made of names");
-        let mut give = self.store.scripts.enqueue_command.key(self.key(""));
-        give.key(self.key(":list")).arg(order).arg(COMMANDS_MAX).arg(random_epoch());
-        let id: String = self.store.run_script(0, "orders", &give).await?;
+        let command = serde_json::to_string(&command).expect("a command serialises");
+        let mut enqueue = self.store.scripts.enqueue_command.key(self.key(""));
+        enqueue.key(self.key(":list")).arg(command).arg(COMMANDS_MAX).arg(random_epoch());
+        let id: String = self.store.run_script(0, "control commands", &enqueue).await?;
         id_of(&id).ok_or(BusError::Rejected)
     }
 
-    /// Waits for orders, for ever.
+    /// Waits for commands, for ever.
     pub(super) async fn poll(self: Arc<Self>) -> CommandBatch {
         loop {
             match self.poll_stream().await {
-                Ok(look) => {
-                    let mut taken = self.batch_of(look);
-                    self.fetch_broadcasts(&mut taken).await;
-                    if !taken.commands.is_empty() || taken.missed {
-                        return taken;
+                Ok(poll) => {
+                    let mut batch = self.batch_of(poll);
+                    self.fetch_broadcasts(&mut batch).await;
+                    if !batch.commands.is_empty() || batch.missed {
+                        return batch;
                     }
                     self.send_heartbeat().await;
                 }
-                Err(error) => tracing::debug!(%error, "it is not known what is ordered"),
+                Err(error) => tracing::debug!(%error, "cannot poll for control commands"),
             }
             tokio::time::sleep(POLL_INTERVAL).await;
         }
     }
 
-    async fn fetch_broadcasts(&self, taken: &mut CommandBatch) {
-        for given in &mut taken.commands {
-            let ControlCommand::Broadcast { id, payload, .. } = &mut given.command else {
+    async fn fetch_broadcasts(&self, batch: &mut CommandBatch) {
+        for queued in &mut batch.commands {
+            let ControlCommand::Broadcast { id, payload, .. } = &mut queued.command else {
                 continue;
             };
             let key = self.key(&format!(":broadcast:{id}"));
@@ -146,8 +147,8 @@ impl RedisControlQueue {
                 .await;
             match fetched {
                 Ok(Some(fetched)) => *payload = fetched,
-                // It is too late for it.
-                _ => given.is_fresh = false,
+                // It has expired.
+                _ => queued.is_fresh = false,
             }
         }
     }
@@ -155,79 +156,80 @@ impl RedisControlQueue {
     async fn poll_stream(&self) -> Result<StreamPoll, BusError> {
         let cursor = self.state.lock().cursor.unwrap_or_default();
         let stream = self.key("");
-        let answers: Vec<RedisResult<Value>> = self
+        let replies: Vec<RedisResult<Value>> = self
             .store
             .query(0, async |connection| {
                 let mut pipeline = redis::pipe();
                 pipeline.atomic().ignore_errors();
                 pipeline.cmd("TIME").cmd("GET").arg(self.key(":list"));
                 pipeline.cmd("XREVRANGE").arg(&stream).arg("+").arg("-").arg("COUNT").arg(1);
-                // The last one taken as well: it tells whether the list has been cut behind it.
+                // Includes the last polled command: if it is missing, the queue was trimmed beyond
+                // it.
                 pipeline.cmd("XRANGE").arg(&stream).arg(text_of(cursor)).arg("+");
                 pipeline.arg("COUNT").arg(BATCH_MAX + 1);
                 pipeline.query_async(connection).await
             })
             .await?;
-        let mut answers = answers.into_iter();
-        let mut next = || answers.next().unwrap_or(Ok(Value::Nil));
-        let time: (u64, u64) = self.store.or_default("orders", next())?;
-        let list: Option<Lossy> = self.store.or_default("orders", next())?;
-        // A stream that is none is made anew by the next order.
-        let last: Vec<StreamEntry> = self.store.or_default("orders", next())?;
-        let entries: Vec<StreamEntry> = self.store.or_default("orders", next())?;
+        let mut replies = replies.into_iter();
+        let mut next = || replies.next().unwrap_or(Ok(Value::Nil));
+        let time: (u64, u64) = self.store.or_default("control commands", next())?;
+        let list: Option<Lossy> = self.store.or_default("control commands", next())?;
+        // A key of another type is replaced by the next command.
+        let last: Vec<StreamEntry> = self.store.or_default("control commands", next())?;
+        let entries: Vec<StreamEntry> = self.store.or_default("control commands", next())?;
         let last = last.first().and_then(|(Lossy(id), _)| id_of(id)).unwrap_or_default();
         let list = list.map(|Lossy(list)| list);
         Ok(StreamPoll { now_ms: time.0 * 1000 + time.1 / 1000, list, last, entries })
     }
 
-    fn batch_of(&self, look: StreamPoll) -> CommandBatch {
+    fn batch_of(&self, poll: StreamPoll) -> CommandBatch {
         let state = &mut *self.state.lock();
         let Some(cursor) = state.cursor else {
-            // A node that begins has no connection that an order could concern.
-            (state.cursor, state.applied, state.list) = (Some(look.last), look.last, look.list);
+            // A node that has just started has no connection that a command could concern.
+            (state.cursor, state.applied, state.list) = (Some(poll.last), poll.last, poll.list);
             return CommandBatch::default();
         };
-        if state.list != look.list {
-            // Redis lost the list: all of the new one was given since.
-            (state.cursor, state.list) = (Some(CommandId::default()), look.list);
+        if state.list != poll.list {
+            // Redis lost the queue: all commands of the new one are later.
+            (state.cursor, state.list) = (Some(CommandId::default()), poll.list);
             state.applied = CommandId::default();
             return CommandBatch::default();
         }
-        if look.last < cursor {
-            // Redis lost the end of it.
-            (state.cursor, state.applied) = (Some(look.last), look.last);
+        if poll.last < cursor {
+            // Redis lost the end of the queue.
+            (state.cursor, state.applied) = (Some(poll.last), poll.last);
             return CommandBatch::default();
         }
-        let first = look.entries.first().and_then(|(Lossy(id), _)| id_of(id));
+        let first = poll.entries.first().and_then(|(Lossy(id), _)| id_of(id));
         let missed = cursor != CommandId::default() && first != Some(cursor);
-        let mut taken = CommandBatch { missed, ..CommandBatch::default() };
-        for (Lossy(entry), fields) in look.entries {
+        let mut batch = CommandBatch { missed, ..CommandBatch::default() };
+        for (Lossy(entry), fields) in poll.entries {
             let Some(id) = id_of(&entry).filter(|id| *id > cursor) else { continue };
             state.cursor = Some(id);
             let field = |name: &str| {
                 fields.iter().find(|(field, _)| field.0 == name).map(|(_, Lossy(value))| value)
             };
-            let order = field("o").and_then(|order| serde_json::from_str(order).ok());
-            let Some(order) = order else {
+            let command = field("o").and_then(|command| serde_json::from_str(command).ok());
+            let Some(command) = command else {
                 report(self.store.router.metrics(), InvalidValue::Command, &entry);
                 continue;
             };
-            let given = id.0.saturating_mul(1000);
-            let at = field("at").and_then(|at| at.parse().ok()).unwrap_or(given);
-            let is_fresh = id.0.saturating_add(FRESH_FOR_MS) > look.now_ms;
-            taken.commands.push(QueuedCommand { id, at, is_fresh, command: order });
+            let micros_of_id = id.0.saturating_mul(1000);
+            let at = field("at").and_then(|at| at.parse().ok()).unwrap_or(micros_of_id);
+            let is_fresh = id.0.saturating_add(FRESH_FOR_MS) > poll.now_ms;
+            batch.commands.push(QueuedCommand { id, at, is_fresh, command });
         }
-        taken
+        batch
     }
 
-    /// Lets the others know that this node is there.
+    /// Sends a heartbeat if one is due.
     async fn send_heartbeat(&self) {
         let (applied, is_due) = {
             let state = self.state.lock();
-            (state.applied, state.heard.is_none_or(|at| at.elapsed() >= HEARTBEAT_INTERVAL))
+            (state.applied, state.heartbeat_at.is_none_or(|at| at.elapsed() >= HEARTBEAT_INTERVAL))
         };
         if is_due && self.write_heartbeat(applied).await.is_err() {
-            tracing::debug!("the others do not hear of this node");
+            tracing::debug!("cannot send a heartbeat to the other nodes");
         }
     }
 
@@ -250,7 +252,7 @@ impl RedisControlQueue {
                 }
             })
             .await?;
-        self.state.lock().heard = Some(Instant::now());
+        self.state.lock().heartbeat_at = Some(Instant::now());
         Ok(())
     }
 
@@ -262,13 +264,13 @@ impl RedisControlQueue {
     pub(super) async fn reply(
         self: Arc<Self>,
         id: CommandId,
-        answer: String,
+        reply: String,
     ) -> Result<(), BusError> {
         let key = self.key(&format!(":answers:{}", text_of(id)));
         self.store
             .query(0, async |connection| {
                 let mut pipeline = redis::pipe();
-                pipeline.cmd("RPUSH").arg(&key).arg(answer).ignore();
+                pipeline.cmd("RPUSH").arg(&key).arg(reply).ignore();
                 pipeline.cmd("PEXPIRE").arg(&key).arg(REPLIES_TTL_MS).ignore();
                 pipeline.query_async(connection).await
             })
@@ -280,7 +282,7 @@ impl RedisControlQueue {
         id: CommandId,
     ) -> Result<CommandProgress, BusError> {
         let nodes = self.key(":nodes");
-        let answers: Vec<RedisResult<Value>> = self
+        let replies: Vec<RedisResult<Value>> = self
             .store
             .query(0, async |connection| {
                 let mut pipeline = redis::pipe();
@@ -288,50 +290,51 @@ impl RedisControlQueue {
                 pipeline.cmd("TIME").cmd("HGETALL").arg(&nodes).query_async(connection).await
             })
             .await?;
-        let mut answers = answers.into_iter();
-        let mut next = || answers.next().unwrap_or(Ok(Value::Nil));
-        let time: (u64, u64) = self.store.or_default("nodes of orders", next())?;
-        let rows: Vec<(Lossy, Lossy)> = self.store.or_default("nodes of orders", next())?;
+        let mut replies = replies.into_iter();
+        let mut next = || replies.next().unwrap_or(Ok(Value::Nil));
+        let time: (u64, u64) = self.store.or_default("nodes of control commands", next())?;
+        let rows: Vec<(Lossy, Lossy)> =
+            self.store.or_default("nodes of control commands", next())?;
         let now = time.0 * 1000 + time.1 / 1000;
-        let (mut nodes_of, mut gone) = (BTreeMap::new(), Vec::new());
+        let (mut heartbeats, mut expired) = (BTreeMap::new(), Vec::new());
         for (Lossy(process), Lossy(row)) in rows {
-            let parts = row
-                .split_once(' ')
-                .and_then(|(applied, heard)| Some((heard.parse::<u64>().ok()?, id_of(applied)?)));
+            let parts = row.split_once(' ').and_then(|(applied, heartbeat_at)| {
+                Some((heartbeat_at.parse::<u64>().ok()?, id_of(applied)?))
+            });
             if parts.is_none() {
                 report(self.store.router.metrics(), InvalidValue::Command, &process);
             }
             match parts {
-                Some((heard, applied)) if heard.saturating_add(NODE_TTL_MS) > now => {
-                    // Of a node that was started anew the run that was heard of last counts.
+                Some((heartbeat_at, applied)) if heartbeat_at.saturating_add(NODE_TTL_MS) > now => {
+                    // Of a node that was restarted, the run with the latest heartbeat counts.
                     let node = process.split('/').next().unwrap_or_default().to_owned();
-                    let newest = nodes_of.entry(node).or_insert((heard, applied));
-                    *newest = (*newest).max((heard, applied));
+                    let newest = heartbeats.entry(node).or_insert((heartbeat_at, applied));
+                    *newest = (*newest).max((heartbeat_at, applied));
                 }
-                _ => gone.push(process),
+                _ => expired.push(process),
             }
         }
-        let applied = nodes_of.values().filter(|(_, applied)| *applied >= id).count();
-        let outcome = CommandProgress { applied, nodes: nodes_of.len() };
-        if !gone.is_empty() {
+        let applied = heartbeats.values().filter(|(_, applied)| *applied >= id).count();
+        let progress = CommandProgress { applied, nodes: heartbeats.len() };
+        if !expired.is_empty() {
             self.store
                 .query(0, async |connection| {
                     let mut forget = redis::cmd("HDEL");
-                    forget.arg(&nodes).arg(&gone).query_async::<()>(connection).await
+                    forget.arg(&nodes).arg(&expired).query_async::<()>(connection).await
                 })
                 .await?;
         }
-        Ok(outcome)
+        Ok(progress)
     }
 
     pub(super) async fn replies(self: Arc<Self>, id: CommandId) -> Result<Vec<String>, BusError> {
         let key = self.key(&format!(":answers:{}", text_of(id)));
-        let answers: Vec<Lossy> = self
+        let replies: Vec<Lossy> = self
             .store
             .query(0, async |connection| {
                 redis::cmd("LRANGE").arg(&key).arg(0).arg(-1).query_async(connection).await
             })
             .await?;
-        Ok(texts(answers))
+        Ok(texts(replies))
     }
 }

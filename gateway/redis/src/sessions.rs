@@ -1,7 +1,8 @@
-//! Sessions of a cluster, in Redis: beside the inbox of their user, so that one script does both.
+//! The sessions of a cluster, in Redis: beside the inbox of their user, so that one script covers
+//! both.
 //!
-//! Connections that open, close or acknowledge go through the registry's queue, pipelined with who is
-//! present; the rest is asked.
+//! Connections that open, close or acknowledge use the queue of the store worker, pipelined with
+//! presence; other operations are queries.
 
 use std::sync::Arc;
 
@@ -33,23 +34,23 @@ use skein_core::{
     telemetry::metrics::InvalidValue,
 };
 
-/// How often a change of data is tried that others change at the same time.
+/// How often a change of session data is tried while others change it at the same time.
 const ATTEMPTS_MAX: usize = 8;
 
-/// What a connection wants of its user's sessions or inbox.
+/// An operation on a user's sessions or inbox.
 pub(super) enum SessionOp {
     Open {
-        opening: Box<SessionRequest>,
+        request: Box<SessionRequest>,
         reply: oneshot::Sender<Result<OpenedSession, BusError>>,
     },
     Use {
         user: UserId,
         session: SessionId,
         connection: ConnectionId,
-        /// Who wants to know whose it is; nobody, where the connection has ended.
+        /// Receives the holder of the session; `None` when the connection has ended.
         reply: Option<oneshot::Sender<Result<SessionHolder, BusError>>>,
     },
-    /// What is to be noted, once it was taken out of the queue.
+    /// `up_to` is filled in when the operation is taken from the queue.
     Acknowledge {
         user: UserId,
         up_to: Option<(Option<Epoch>, Seq)>,
@@ -59,12 +60,12 @@ pub(super) enum SessionOp {
 impl SessionOp {
     pub(super) fn user(&self) -> &UserId {
         match self {
-            Self::Open { opening, .. } => &opening.user,
+            Self::Open { request, .. } => &request.user,
             Self::Use { user, .. } | Self::Acknowledge { user, .. } => user,
         }
     }
 
-    /// Whether nobody waits for it any more.
+    /// Whether no caller waits for the operation any more.
     pub(super) fn is_abandoned(&self) -> bool {
         match self {
             Self::Open { reply, .. } => reply.is_closed(),
@@ -73,21 +74,22 @@ impl SessionOp {
         }
     }
 
-    /// What ends a session's connection again that was opened for a client which has gone meanwhile.
-    pub(super) fn close_of_abandoned(&self, answer: &Value) -> Option<Self> {
-        let Self::Open { opening, reply } = self else { return None };
-        let session = parse_opened(answer).filter(|_| reply.is_closed())?.session;
-        let (user, connection) = (opening.user.clone(), opening.connection);
+    /// The operation that releases a session which was opened for a client that has disconnected
+    /// meanwhile.
+    pub(super) fn close_of_abandoned(&self, reply_value: &Value) -> Option<Self> {
+        let Self::Open { request, reply } = self else { return None };
+        let session = parse_opened(reply_value).filter(|_| reply.is_closed())?.session;
+        let (user, connection) = (request.user.clone(), request.connection);
         Some(Self::Use { user, session, connection, reply: None })
     }
 
-    pub(super) fn succeed(self, answer: &Value) {
+    pub(super) fn succeed(self, reply_value: &Value) {
         match self {
-            // Who does not wait any more has given up on it.
+            // A caller that does not wait any more has given up.
             Self::Open { reply, .. } => {
-                drop(reply.send(parse_opened(answer).ok_or(BusError::Rejected)));
+                drop(reply.send(parse_opened(reply_value).ok_or(BusError::Rejected)));
             }
-            Self::Use { reply: Some(reply), .. } => drop(reply.send(Ok(match answer {
+            Self::Use { reply: Some(reply), .. } => drop(reply.send(Ok(match reply_value {
                 Value::Int(1) => SessionHolder::This,
                 Value::Int(2) => SessionHolder::Another,
                 _ => SessionHolder::Gone,
@@ -114,10 +116,10 @@ fn keys_of(keyspace: Keyspace, user: &UserId) -> [String; 2] {
 impl StoreWorker {
     pub(super) fn open_session(
         self: Arc<Self>,
-        opening: SessionRequest,
+        request: SessionRequest,
     ) -> impl Future<Output = Result<OpenedSession, BusError>> {
         let (reply, replied) = oneshot::channel();
-        self.enqueue(Op::Session(SessionOp::Open { opening: Box::new(opening), reply }));
+        self.enqueue(Op::Session(SessionOp::Open { request: Box::new(request), reply }));
         async move { replied.await.unwrap_or(Err(BusError::Unavailable)) }
     }
 
@@ -146,7 +148,7 @@ impl StoreWorker {
         let keyspace = self.router.keyspace();
         let (group, [sessions, _]) =
             (keyspace.group_of_text(user.as_str()), keys_of(keyspace, &user));
-        let answers: Vec<RedisResult<Value>> = self
+        let replies: Vec<RedisResult<Value>> = self
             .query(group, async |connection| {
                 let mut pipeline = redis::pipe();
                 pipeline.ignore_errors();
@@ -154,23 +156,23 @@ impl StoreWorker {
                 pipeline.query_async(connection).await
             })
             .await?;
-        let (now, row): (_, Option<Lossy>) = self.timed(&user, answers)?;
+        let (now, row): (_, Option<Lossy>) = self.timed(&user, replies)?;
         let row = row
             .map(|Lossy(row)| row)
             .filter(|row| row.split(' ').next() == Some(&*digest.to_text()));
-        let kept = row.and_then(|row| parse_session(&session.to_string(), &row));
-        let kept = kept.filter(|kept| kept.used + self.session_ttl_ms() > now);
-        Ok(kept.map(|kept| kept.about))
+        let stored = row.and_then(|row| parse_session(&session.to_string(), &row));
+        let stored = stored.filter(|stored| stored.used + self.session_ttl_ms() > now);
+        Ok(stored.map(|stored| stored.about))
     }
 
-    /// The time in milliseconds, and what a command answered behind `TIME`.
+    /// The time in milliseconds, and the reply of a command that follows `TIME`.
     fn timed<T: FromRedisValue + Default>(
         &self,
         user: &UserId,
-        answers: Vec<RedisResult<Value>>,
+        replies: Vec<RedisResult<Value>>,
     ) -> Result<(u64, T), BusError> {
-        let mut answers = answers.into_iter();
-        let mut next = || answers.next().unwrap_or(Ok(Value::Nil));
+        let mut replies = replies.into_iter();
+        let mut next = || replies.next().unwrap_or(Ok(Value::Nil));
         let time: (u64, u64) = self.or_default(user, next())?;
         Ok((time.0 * 1000 + time.1 / 1000, self.or_default(user, next())?))
     }
@@ -180,30 +182,31 @@ impl StoreWorker {
     }
 
     pub(super) fn acknowledge(&self, user: UserId, epoch: Option<Epoch>, seq: Seq) {
-        // One waits for each user, however often it is said.
+        // One operation waits per user, regardless of the number of acknowledgements.
         if self.record_ack(&user, (epoch, seq)) {
             self.enqueue(Op::Session(SessionOp::Acknowledge { user, up_to: None }));
         }
     }
 
-    /// The call of a script.
+    /// The script call of an operation.
     pub(super) fn session_command(&self, op: &SessionOp, server: &RedisServer) -> Cmd {
         let keyspace = self.router.keyspace();
         let ttl = self.session_ttl_ms();
         match op {
-            SessionOp::Open { opening, .. } => {
-                let inbox = RoomId::inbox_of(&opening.user);
-                let keys = [&keyspace.keys(&inbox)[..], &keys_of(keyspace, &opening.user)].concat();
+            SessionOp::Open { request, .. } => {
+                let inbox = RoomId::inbox_of(&request.user);
+                let keys = [&keyspace.keys(&inbox)[..], &keys_of(keyspace, &request.user)].concat();
                 let server_id = server.agreed.borrow().id.unwrap_or_default();
                 let mut command = evalsha(&self.scripts.open, &keys);
                 command.arg(server.common_args(&inbox, server_id));
-                command.arg(&AuthorHash::of(&opening.user).as_bytes()[..]);
+                command.arg(&AuthorHash::of(&request.user).as_bytes()[..]);
                 let text = |(session, digest): (SessionId, SecretDigest)| {
                     (session.to_string(), digest.to_text())
                 };
-                command.arg(opening.resume.map(text).unwrap_or_default());
-                command.arg(text(opening.new_session)).arg(opening.connection.to_string());
-                let about = serde_json::to_string(&*opening.about).expect("it is made of names");
+                command.arg(request.resume.map(text).unwrap_or_default());
+                command.arg(text(request.new_session)).arg(request.connection.to_string());
+                let about =
+                    serde_json::to_string(&*request.about).expect("a connection info serialises");
                 command.arg(about).arg(ttl).arg(SESSIONS_MAX).arg(new_ttl(server, ttl));
                 command
             }
@@ -238,7 +241,7 @@ impl StoreWorker {
         let keyspace = self.router.keyspace();
         let (group, keys) = (keyspace.group_of_text(user.as_str()), keys_of(keyspace, &user));
         for _ in 0..ATTEMPTS_MAX {
-            let answers: Vec<RedisResult<Value>> = self
+            let replies: Vec<RedisResult<Value>> = self
                 .query(group, async |connection| {
                     redis::pipe()
                         .ignore_errors()
@@ -252,8 +255,8 @@ impl StoreWorker {
                         .await
                 })
                 .await?;
-            let mut answers = answers.into_iter();
-            let mut next = || answers.next().unwrap_or(Ok(Value::Nil));
+            let mut replies = replies.into_iter();
+            let mut next = || replies.next().unwrap_or(Ok(Value::Nil));
             if !self.or_default::<bool>(&user, next())? {
                 return Err(SessionDataError::NoSession);
             }
@@ -299,41 +302,42 @@ impl StoreWorker {
         let keyspace = self.router.keyspace();
         let (group, [sessions, _]) =
             (keyspace.group_of_text(user.as_str()), keys_of(keyspace, &user));
-        let answers: Vec<RedisResult<Value>> = self
+        let replies: Vec<RedisResult<Value>> = self
             .query(group, async |connection| {
                 let mut pipeline = redis::pipe();
                 pipeline.ignore_errors();
                 pipeline.cmd("TIME").cmd("HGETALL").arg(sessions).query_async(connection).await
             })
             .await?;
-        let (now, rows): (_, Vec<(Lossy, Lossy)>) = self.timed(&user, answers)?;
-        let kept = rows.iter().filter_map(|(Lossy(session), Lossy(row))| {
-            let kept = parse_session(session, row);
-            if kept.is_none() {
+        let (now, rows): (_, Vec<(Lossy, Lossy)>) = self.timed(&user, replies)?;
+        let stored = rows.iter().filter_map(|(Lossy(session), Lossy(row))| {
+            let stored = parse_session(session, row);
+            if stored.is_none() {
                 report(self.router.metrics(), InvalidValue::Session, &user);
             }
-            kept
+            stored
         });
-        let mut kept: Vec<StoredSession> =
-            kept.filter(|kept| kept.used + self.session_ttl_ms() > now).collect();
-        kept.sort_by_key(|kept| std::cmp::Reverse(kept.used));
-        Ok(kept)
+        let mut stored: Vec<StoredSession> =
+            stored.filter(|stored| stored.used + self.session_ttl_ms() > now).collect();
+        stored.sort_by_key(|stored| std::cmp::Reverse(stored.used));
+        Ok(stored)
     }
 
     pub(super) async fn revoke(
         self: Arc<Self>,
         user: UserId,
-        which: SessionSelector,
+        selector: SessionSelector,
     ) -> Result<usize, BusError> {
-        let kept = self.clone().sessions(user.clone()).await?;
-        let revoked = kept.into_iter().map(|kept| kept.session).filter(|one| which.selects(*one));
+        let stored = self.clone().sessions(user.clone()).await?;
+        let revoked =
+            stored.into_iter().map(|stored| stored.session).filter(|one| selector.selects(*one));
         let revoked: Vec<String> = revoked.map(|session| session.to_string()).collect();
         if revoked.is_empty() {
             return Ok(0);
         }
         let keyspace = self.router.keyspace();
         let (group, keys) = (keyspace.group_of_text(user.as_str()), keys_of(keyspace, &user));
-        let (gone, _): (usize, usize) = self
+        let (removed, _): (usize, usize) = self
             .query(group, async |connection| {
                 let mut pipeline = redis::pipe();
                 pipeline.cmd("HDEL").arg(&keys[0]).arg(&revoked);
@@ -341,11 +345,12 @@ impl StoreWorker {
                 pipeline.query_async(connection).await
             })
             .await?;
-        Ok(gone)
+        Ok(removed)
     }
 }
 
-/// How long the sessions of a user who has none are kept where that is shorter than usual, in ms.
+/// Retention of the sessions of a user that has none, ms, if memory pressure shortens it; else
+/// empty.
 fn new_ttl(server: &RedisServer, ttl: u64) -> String {
     match server.memory.pressure().is_high() {
         true => ttl.min(NEW_SESSIONS_TTL.as_millis() as u64).to_string(),
@@ -353,7 +358,7 @@ fn new_ttl(server: &RedisServer, ttl: u64) -> String {
     }
 }
 
-/// Reads `<digest> <created> <used> <connection or -> <about>`.
+/// Parses `<digest> <created> <used> <connection or -> <about>`.
 fn parse_session(session: &str, row: &str) -> Option<StoredSession> {
     let mut parts = row.splitn(5, ' ').skip(1);
     let mut part = || parts.next();
@@ -366,11 +371,12 @@ fn parse_session(session: &str, row: &str) -> Option<StoredSession> {
     })
 }
 
-/// Reads what `open_session.lua` answers.
-fn parse_opened(answer: &Value) -> Option<OpenedSession> {
+/// Parses the reply of `open_session.lua`.
+fn parse_opened(reply_value: &Value) -> Option<OpenedSession> {
     type Answer = (String, Option<Lossy>, u64, String, Seq, Seq, Seq, u64);
-    let answer: RedisResult<Answer> = redis::from_redis_value(answer.clone()).map_err(Into::into);
-    let (session, former, at, epoch, seq, acked, oldest, unread) = answer.ok()?;
+    let reply_value: RedisResult<Answer> =
+        redis::from_redis_value(reply_value.clone()).map_err(Into::into);
+    let (session, former, at, epoch, seq, acked, oldest, unread) = reply_value.ok()?;
     let about = former.and_then(|Lossy(about)| serde_json::from_str::<ConnectionInfo>(&about).ok());
     let oldest = if oldest == 0 { seq + 1 } else { oldest };
     let inbox = InboxState { epoch: epoch.parse().ok()?, seq, acked, oldest, unread };
@@ -382,14 +388,14 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_row_is_read_with_and_without_a_connection() {
+    fn a_row_is_parsed_with_and_without_a_connection() {
         let about = r#"{"name":"Ann Lee","node":"gw-1","address":"::1","user_agent":"a b"}"#;
         let session = "6f1c2a0e-93c4-4c59-a9f5-5f3f2d1b7c10";
-        let kept = parse_session(session, &format!("ab12 5 7 - {about}")).unwrap();
-        assert_eq!((kept.created, kept.used, kept.connection), (5, 7, None));
-        assert_eq!(kept.about.name.as_str(), "Ann Lee");
-        let kept = parse_session(session, &format!("ab12 5 7 {session} {about}")).unwrap();
-        assert_eq!(kept.connection.unwrap().to_string(), session);
+        let stored = parse_session(session, &format!("ab12 5 7 - {about}")).unwrap();
+        assert_eq!((stored.created, stored.used, stored.connection), (5, 7, None));
+        assert_eq!(stored.about.name.as_str(), "Ann Lee");
+        let stored = parse_session(session, &format!("ab12 5 7 {session} {about}")).unwrap();
+        assert_eq!(stored.connection.unwrap().to_string(), session);
         assert!(parse_session(session, "ab12 5").is_none());
     }
 }

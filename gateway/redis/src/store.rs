@@ -1,12 +1,13 @@
-//! The registry of a cluster, in Redis.
+//! Presence, rooms and sessions of a cluster, in Redis.
 //!
-//! Each run of a node writes its seats under a name of its own, an *incarnation*, so that all of them
-//! can be taken away in one step: by whoever notices first that its lease is over. A node begins a
-//! new one whenever the nodes have agreed on a server anew, or its lease had lapsed: what the server
-//! has of the one before may be wrong. It writes all its seats under the new one and then has the old
-//! one taken away, so that who was there all along does not leave and come back.
+//! Each run of a node writes its presence entries under a name of its own, an *incarnation*, so
+//! that they can be removed in one step by whichever node first notices that its lease has expired.
+//! A node begins a new incarnation whenever the nodes have agreed on a server anew, or its lease
+//! had expired: the server's entries of the former one may be wrong. The node writes all its
+//! entries under the new incarnation and then has the former one reaped, so that users that were
+//! present all along do not leave and come back.
 //!
-//! What changes goes through one queue, in order, pipelined; what fails is tried again.
+//! Writes go through one queue, in order and pipelined; failed ones are retried.
 
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap, HashSet, VecDeque, hash_map::Entry},
@@ -54,23 +55,24 @@ use skein_core::{
     telemetry::metrics::StorageLimit,
 };
 
-/// The most calls in one pipeline.
+/// The most operations in one pipeline.
 const BATCH_MAX: usize = 512;
-/// The most calls that wait. Above it what may be lost is, and a message is `Overloaded`.
+/// The most operations that wait. Beyond that, those that may be lost are dropped, and messages are
+/// `Overloaded`.
 const QUEUE_MAX: usize = 65_536;
-/// How long a message of a room without a log is tried to be passed on.
+/// How long the publishing of an ephemeral message is retried.
 const EPHEMERAL_WAIT_MAX: Duration = Duration::from_secs(5);
-/// How often it is looked who has ended, and whether the servers are those of before.
+/// How often ended processes, and changes of the agreed servers, are looked for.
 const CHECK_INTERVAL: Duration = Duration::from_secs(1);
 
-/// The registry's part of the bus.
+/// The worker that writes presence, read marks, sessions and ephemeral events.
 pub(super) struct StoreWorker {
     pub(super) router: Arc<Router>,
     options: RoomStoreOptions,
     sessions: SessionOptions,
     pub(super) scripts: StoreScripts,
     state: Mutex<WorkerState>,
-    /// There is something to be done.
+    /// Notified when there is work.
     wake: Notify,
 }
 
@@ -94,27 +96,27 @@ pub(super) struct StoreScripts {
 #[derive(Default)]
 struct WorkerState {
     queue: VecDeque<Op>,
-    /// Seats in the queue that nobody waits for.
+    /// Presence operations in the queue that no caller waits for.
     queued: HashSet<(PresenceScope, UserId)>,
-    /// Up to where users have acknowledged their inboxes, of those in the queue.
+    /// Acknowledged positions of inboxes whose operation is in the queue.
     acks: HashMap<UserId, (Option<Epoch>, Seq)>,
-    /// The seats of this node.
+    /// The presence entries of this node.
     entries: BTreeMap<(PresenceScope, UserId), NodePresence>,
-    /// Under which name they are written.
+    /// The incarnation that they are written under.
     incarnation: Option<String>,
-    /// Names from before, to be taken away once all is written under the present one.
+    /// Former incarnations, to be reaped once all entries are written under the present one.
     old_incarnations: Vec<String>,
-    /// Whether it is.
+    /// Whether all entries are written under the present incarnation.
     is_rewritten: bool,
-    /// The servers that the seats were written to, by group.
+    /// The servers that the entries were written to, by group.
     servers: BTreeMap<u16, (ServerId, u64)>,
-    /// Whether the others can know of the incarnation.
+    /// Whether the incarnation is registered for the other nodes.
     is_registered: bool,
-    /// From when on every node that lives has written its seats to them, whatever they say.
-    settled_at: Option<Instant>,
-    /// Whether the others can know that all is written under the present name.
+    /// When every live node has written its entries to those servers, even without an announcement.
+    complete_at: Option<Instant>,
+    /// Whether this node has announced that its entries are complete.
     is_announced: bool,
-    /// Whether every node that lives has said so.
+    /// Whether every live node has announced that.
     all_announced: bool,
 }
 
@@ -122,7 +124,7 @@ pub(super) enum Op {
     Session(SessionOp),
     Presence {
         key: (PresenceScope, UserId),
-        rules: Option<JoinConditions>,
+        conditions: Option<JoinConditions>,
         reply: Option<oneshot::Sender<Result<JoinSnapshot, AdmitError>>>,
     },
     ReadMark {
@@ -137,11 +139,11 @@ pub(super) enum Op {
         done: AppendCallback,
         deadline: Instant,
     },
-    /// What is before it is what was to be written under the present name.
+    /// Marks the end of the entries to be written under the present incarnation.
     Rewritten,
 }
 
-/// Calls with their numbers in the queue.
+/// Operations with their numbers in the queue.
 type NumberedOps = Vec<(usize, Op)>;
 
 impl StoreWorker {
@@ -153,7 +155,7 @@ impl StoreWorker {
     ) -> Arc<Self> {
         let keyspace = router.keyspace();
         let script = |text: &str| keyspace.script(text);
-        let of_places = |text: &str| {
+        let scope_script = |text: &str| {
             let present = include_str!("scripts/presence.lua");
             script(&format!("#!lua flags=allow-oom\n{present}\n{text}"))
         };
@@ -166,23 +168,23 @@ impl StoreWorker {
             register: script(include_str!("scripts/register.lua")),
             announce: script(include_str!("scripts/announce.lua")),
             forget: script(include_str!("scripts/forget.lua")),
-            track: of_places(include_str!("scripts/track.lua")),
-            reap: of_places(include_str!("scripts/reap.lua")),
+            track: scope_script(include_str!("scripts/track.lua")),
+            reap: scope_script(include_str!("scripts/reap.lua")),
             mark: script(include_str!("scripts/read_mark.lua")),
             create: script(include_str!("scripts/create_room.lua")),
             owned: script(include_str!("scripts/claim_room.lua")),
             unlist: script(include_str!("scripts/unlist.lua")),
         };
         let (state, wake) = (Mutex::default(), Notify::new());
-        let registrar = Arc::new(Self { router, options, sessions, scripts, state, wake });
-        let (working, reaping) = (registrar.clone(), registrar.clone());
+        let worker = Arc::new(Self { router, options, sessions, scripts, state, wake });
+        let (working, reaping) = (worker.clone(), worker.clone());
         let work: BoxFuture<()> = Box::pin(async move { working.work().await });
         let reap: BoxFuture<()> = Box::pin(async move { reaping.reap_all().await });
-        for (name, task) in [("redis_registrar", work), ("redis_reaper", reap)] {
+        for (name, task) in [("redis_store", work), ("redis_reaper", reap)] {
             let stopped = tasks.stopped().clone();
             tasks.spawn_service(name, async move {
-                // Both arms are cancel-safe. At the end nobody waits, and who is left is taken for
-                // gone by the others.
+                // Both arms are cancel-safe. At the end no caller waits, and the other nodes reap
+                // the entries that are left.
                 tokio::select! {
                     biased;
                     () = stopped.cancelled() => {}
@@ -190,41 +192,41 @@ impl StoreWorker {
                 }
             });
         }
-        registrar
+        worker
     }
 
-    pub(super) fn track(&self, seat: NodePresence) {
-        self.enqueue_presence(seat, None, None);
+    pub(super) fn track(&self, report: NodePresence) {
+        self.enqueue_presence(report, None, None);
     }
 
     pub(super) fn admit(
         &self,
-        seat: NodePresence,
-        rules: Option<JoinConditions>,
+        report: NodePresence,
+        conditions: Option<JoinConditions>,
     ) -> BoxFuture<Result<JoinSnapshot, AdmitError>> {
         let (reply, replied) = oneshot::channel();
-        self.enqueue_presence(seat, rules, Some(reply));
+        self.enqueue_presence(report, conditions, Some(reply));
         Box::pin(async move { replied.await.unwrap_or(Err(BusError::Unavailable.into())) })
     }
 
     fn enqueue_presence(
         &self,
-        seat: NodePresence,
-        rules: Option<JoinConditions>,
+        report: NodePresence,
+        conditions: Option<JoinConditions>,
         reply: Option<oneshot::Sender<Result<JoinSnapshot, AdmitError>>>,
     ) {
         let state = &mut *self.state.lock();
-        let key = (seat.scope.clone(), seat.user.id.clone());
-        if seat.connections == 0 {
+        let key = (report.scope.clone(), report.user.id.clone());
+        if report.connections == 0 {
             // Its name is not needed any more.
             state.entries.remove(&key);
         } else {
-            // Who may be let in is told so by the answer to who asked first.
-            let admitted = seat.admitted || state.entries.get(&key).is_some_and(|of| of.admitted);
-            state.entries.insert(key.clone(), NodePresence { admitted, ..seat });
+            // An earlier report of the user may have been admitted already.
+            let admitted = report.admitted || state.entries.get(&key).is_some_and(|of| of.admitted);
+            state.entries.insert(key.clone(), NodePresence { admitted, ..report });
         }
         if reply.is_some() || state.queued.insert(key.clone()) {
-            state.queue.push_back(Op::Presence { key, rules, reply });
+            state.queue.push_back(Op::Presence { key, conditions, reply });
         }
         self.wake.notify_one();
     }
@@ -237,17 +239,17 @@ impl StoreWorker {
         }
     }
 
-    /// Queues what is one each: there are as many as connections.
+    /// Queues an operation without a limit: there are no more of them than connections.
     pub(super) fn enqueue(&self, op: Op) {
         self.state.lock().queue.push_back(op);
         self.wake.notify_one();
     }
 
-    /// Notes what is to be acknowledged. Returns whether nothing waits for the user yet.
+    /// Records an acknowledgement. Returns whether none of the user was queued.
     pub(super) fn record_ack(&self, user: &UserId, (epoch, seq): (Option<Epoch>, Seq)) -> bool {
         match self.state.lock().acks.entry(user.clone()) {
-            Entry::Vacant(place) => {
-                place.insert((epoch, seq));
+            Entry::Vacant(scope) => {
+                scope.insert((epoch, seq));
                 true
             }
             Entry::Occupied(mut known) => {
@@ -266,11 +268,11 @@ impl StoreWorker {
     pub(super) fn publish_ephemeral(
         &self,
         room: RoomId,
-        notice: &EphemeralEvent,
+        event: &EphemeralEvent,
         done: AppendCallback,
     ) {
         let deadline = Instant::now() + EPHEMERAL_WAIT_MAX;
-        let op = Op::Ephemeral { room, payload: ephemeral::encode(notice), done, deadline };
+        let op = Op::Ephemeral { room, payload: ephemeral::encode(event), done, deadline };
         let refused = {
             let queue = &mut self.state.lock().queue;
             if queue.len() < QUEUE_MAX {
@@ -286,16 +288,16 @@ impl StoreWorker {
         }
     }
 
-    /// Does what is queued, for ever.
+    /// Executes queued operations, for ever.
     async fn work(&self) {
-        let mut regained = self.router.node_state().lease_reacquired();
+        let mut lease_reacquired = self.router.node_state().lease_reacquired();
         let mut pause = RetryPause::default();
         loop {
-            // Cancel-safe, all of them.
+            // All arms are cancel-safe.
             tokio::select! {
                 biased;
                 () = self.wake.notified() => {}
-                _ = regained.changed() => self.begin_incarnation(),
+                _ = lease_reacquired.changed() => self.begin_incarnation(),
                 () = tokio::time::sleep(self.pause()) => {}
             }
             loop {
@@ -306,23 +308,23 @@ impl StoreWorker {
                 if ops.is_empty() {
                     break;
                 }
-                let left = self.execute(ops).await;
-                if left.is_empty() {
+                let retry = self.execute(ops).await;
+                if retry.is_empty() {
                     pause = RetryPause::default();
                 } else {
-                    self.requeue(left);
+                    self.requeue(retry);
                     pause.wait().await;
                 }
             }
         }
     }
 
-    /// How long to wait until it is looked again whether what waits can be done.
+    /// How long to wait until the queue is looked at again.
     fn pause(&self) -> Duration {
         if self.state.lock().queue.is_empty() { CHECK_INTERVAL } else { RETRY_PAUSE_MAX }
     }
 
-    /// Begins a new incarnation where the nodes have agreed on a server anew.
+    /// Begins a new incarnation if the nodes have agreed on a server anew.
     fn check_servers(&self) {
         let Some(servers) = self.router.agreed_servers() else { return };
         if self.state.lock().servers != servers {
@@ -331,7 +333,8 @@ impl StoreWorker {
         }
     }
 
-    /// Has all seats written again, under a new name, and then the old one taken away.
+    /// Queues all entries to be written under a new incarnation, after which the former one is
+    /// reaped.
     fn begin_incarnation(&self) {
         let incarnation = self.router.process().begin_incarnation();
         let state = &mut *self.state.lock();
@@ -339,18 +342,19 @@ impl StoreWorker {
         state.is_rewritten = false;
         state.is_registered = false;
         (state.is_announced, state.all_announced) = (false, false);
-        state.settled_at = Some(Instant::now() + self.router.process().lease.duration);
+        state.complete_at = Some(Instant::now() + self.router.process().lease.duration);
         let WorkerState { queue, queued: touched, entries: seats, .. } = state;
         queue.retain(|op| !matches!(op, Op::Rewritten));
         for key in seats.keys() {
             if touched.insert(key.clone()) {
-                queue.push_back(Op::Presence { key: key.clone(), rules: None, reply: None });
+                queue.push_back(Op::Presence { key: key.clone(), conditions: None, reply: None });
             }
         }
         queue.push_back(Op::Rewritten);
     }
 
-    /// Answers messages that could not be passed on in time, and forgets who does not wait any more.
+    /// Fails messages past their deadline, and forgets operations that no caller waits for any
+    /// more.
     fn expire(&self) {
         let (now, mut expired) = (Instant::now(), Vec::new());
         {
@@ -362,10 +366,10 @@ impl StoreWorker {
                         continue;
                     }
                     Op::Session(op) if op.is_abandoned() => continue,
-                    Op::Presence { key, rules, reply: reply @ Some(_) }
+                    Op::Presence { key, conditions, reply: reply @ Some(_) }
                         if reply.as_ref().is_some_and(oneshot::Sender::is_closed) =>
                     {
-                        (*rules, *reply) = (None, None);
+                        (*conditions, *reply) = (None, None);
                         if !touched.insert(key.clone()) {
                             continue;
                         }
@@ -380,8 +384,8 @@ impl StoreWorker {
         }
     }
 
-    /// Takes the next calls to some groups out of the queue, so that those to others hold up nobody.
-    /// Where all is written under the present name, the old ones may be taken away.
+    /// Takes the next operations for `groups` from the queue, so that others do not block them.
+    /// Notes when all entries are written under the present incarnation.
     fn take_batch(&self, groups: &BTreeSet<u16>) -> Vec<Op> {
         let WorkerState { queue, queued: touched, acks, is_rewritten, .. } =
             &mut *self.state.lock();
@@ -426,15 +430,15 @@ impl StoreWorker {
         }
     }
 
-    /// Does what can be done. Returns what is to be tried again, in its order.
+    /// Executes operations. Returns those to retry, in their order.
     async fn execute(&self, ops: Vec<Op>) -> Vec<Op> {
         let Some(incarnation) = self.registered().await else { return ops };
         let mut batches: Vec<(Arc<RedisServer>, NumberedOps)> = Vec::new();
-        let mut left: NumberedOps = Vec::new();
+        let mut retry: NumberedOps = Vec::new();
         for (number, op) in ops.into_iter().enumerate() {
             let group = op.group_of(self.router.keyspace());
             match self.router.agreed_server(group) {
-                None => left.push((number, op)),
+                None => retry.push((number, op)),
                 Some(server) => {
                     match batches.iter_mut().find(|(other, _)| Arc::ptr_eq(other, &server)) {
                         Some((_, batch)) => batch.push((number, op)),
@@ -444,10 +448,10 @@ impl StoreWorker {
             }
         }
         for (server, batch) in batches {
-            left.extend(self.execute_on(&server, batch, &incarnation).await);
+            retry.extend(self.execute_on(&server, batch, &incarnation).await);
         }
-        left.sort_by_key(|(number, _)| *number);
-        left.into_iter().map(|(_, op)| op).collect()
+        retry.sort_by_key(|(number, _)| *number);
+        retry.into_iter().map(|(_, op)| op).collect()
     }
 
     async fn execute_on(
@@ -459,83 +463,85 @@ impl StoreWorker {
         if server.requirements.is_denied() {
             return ops;
         }
-        let Ok(mut reader) = server.dial.read_connection().await else { return ops };
+        let Ok(mut connection) = server.dial.read_connection().await else { return ops };
         let mut pipeline = redis::Pipeline::with_capacity(ops.len());
         pipeline.ignore_errors();
         for (_, op) in &ops {
             pipeline.add_command(self.command(op, server, incarnation));
         }
-        let answers: Vec<RedisResult<Value>> = match pipeline.query_async(&mut *reader).await {
-            Ok(answers) => answers,
+        let replies: Vec<RedisResult<Value>> = match pipeline.query_async(&mut *connection).await {
+            Ok(replies) => replies,
             Err(error) => {
-                tracing::debug!(%error, "the registry could not be written to");
-                reader.discard();
-                // Of a message it is not known whether it was passed on.
+                tracing::debug!(%error, "cannot write presence and sessions to Redis");
+                connection.discard();
+                // Whether a message was published is unknown.
                 let is_message = |op: &(usize, Op)| matches!(op.1, Op::Ephemeral { .. });
                 let (messages, others): (Vec<_>, _) = ops.into_iter().partition(is_message);
                 messages.into_iter().for_each(|(_, op)| op.fail(BusError::Unavailable));
                 return others;
             }
         };
-        let (mut left, mut unknown) = (Vec::new(), false);
-        for ((number, op), answer) in ops.into_iter().zip(answers) {
-            match answer {
-                Ok(answer) => {
-                    let answer = strip_report(self.router.metrics(), op.subject(), answer);
-                    if let (Op::ReadMark { .. }, Value::Int(0)) = (&op, &answer) {
+        let (mut retry, mut unknown_script) = (Vec::new(), false);
+        for ((number, op), reply_value) in ops.into_iter().zip(replies) {
+            match reply_value {
+                Ok(reply_value) => {
+                    let reply_value =
+                        strip_report(self.router.metrics(), op.subject(), reply_value);
+                    if let (Op::ReadMark { .. }, Value::Int(0)) = (&op, &reply_value) {
                         self.router.metrics().storage_rejections.of(StorageLimit::ReadMarks).inc();
                     }
-                    self.record_admission(&op, &answer);
+                    self.record_admission(&op, &reply_value);
                     if let Op::Session(op) = &op
-                        && let Some(end) = op.close_of_abandoned(&answer)
+                        && let Some(end) = op.close_of_abandoned(&reply_value)
                     {
                         self.enqueue(Op::Session(end));
                     }
-                    op.succeed(&answer);
+                    op.succeed(&reply_value);
                 }
                 Err(error) if error.code() == Some("NOSCRIPT") => {
-                    unknown = true;
-                    left.push((number, op));
+                    unknown_script = true;
+                    retry.push((number, op));
                 }
                 Err(error) if is_slot_error(&error) => {
                     server.topology_stale.notify_one();
-                    left.push((number, op));
+                    retry.push((number, op));
                 }
                 Err(error) => match to_bus_error(&error) {
                     _ if is_denied(&error) => {
                         server.requirements.record(Detector::Call, &error);
                         match op {
-                            // Nobody waits for these, and they are told when it is allowed again.
-                            Op::Presence { reply: None, .. } => left.push((number, op)),
+                            // No caller waits for these; they are executed when the permission is
+                            // granted.
+                            Op::Presence { reply: None, .. } => retry.push((number, op)),
                             op => op.fail(BusError::Unavailable),
                         }
                     }
                     BusError::Rejected => {
-                        tracing::error!(%error, "Redis refused a call of the registry");
+                        tracing::error!(%error, "Redis rejected a write of presence or sessions");
                         op.fail(BusError::Rejected);
                     }
-                    _ => left.push((number, op)),
+                    _ => retry.push((number, op)),
                 },
             }
         }
-        if unknown {
-            let StoreScripts { open, use_session, acknowledge, track: seat, mark, .. } =
+        if unknown_script {
+            let StoreScripts { open, use_session, acknowledge, track: report, mark, .. } =
                 &self.scripts;
-            for script in [open, use_session, acknowledge, seat, mark] {
-                // Where that fails too it is tried again with the calls.
-                let _ = script.load_async(&mut *reader).await;
+            for script in [open, use_session, acknowledge, report, mark] {
+                // If that fails as well, it is retried with the operations.
+                let _ = script.load_async(&mut *connection).await;
             }
         }
-        left
+        retry
     }
 
-    /// A user who has kept to the rules is let in: what is told of the seat from now on counts.
-    fn record_admission(&self, op: &Op, answer: &Value) {
-        if let Op::Presence { key, rules: Some(_), .. } = op
-            && parse_admission(answer).is_ok()
-            && let Some(seat) = self.state.lock().entries.get_mut(key)
+    /// Records that a user has met the conditions: later reports count as admitted.
+    fn record_admission(&self, op: &Op, reply_value: &Value) {
+        if let Op::Presence { key, conditions: Some(_), .. } = op
+            && parse_admission(reply_value).is_ok()
+            && let Some(report) = self.state.lock().entries.get_mut(key)
         {
-            seat.admitted = true;
+            report.admitted = true;
         }
     }
 
@@ -543,28 +549,34 @@ impl StoreWorker {
         let keyspace = self.router.keyspace();
         match op {
             Op::Session(op) => self.session_command(op, server),
-            Op::Presence { key: (place, user), rules, .. } => {
-                let group = keyspace.group_of_scope(place, user);
-                let keys = keyspace.keys_of(group, scope_name(place), incarnation);
-                let keys = keys.expect("the name is a room's");
-                let seat = self.state.lock().entries.get(&(place.clone(), user.clone())).cloned();
-                let (name, connections, since, active) = match &seat {
-                    Some(seat) => {
-                        (seat.user.name.as_str(), seat.connections, seat.since, seat.active)
+            Op::Presence { key: (scope, user), conditions, .. } => {
+                let group = keyspace.group_of_scope(scope, user);
+                let keys = keyspace.keys_of(group, scope_name(scope), incarnation);
+                let keys = keys.expect("the name of a scope is valid");
+                let report = self.state.lock().entries.get(&(scope.clone(), user.clone())).cloned();
+                let (name, connections, since, active) = match &report {
+                    Some(report) => {
+                        (report.user.name.as_str(), report.connections, report.since, report.active)
                     }
                     None => ("", 0, 0, 0),
                 };
-                let lets_in = rules.is_some() || seat.as_ref().is_some_and(|seat| seat.admitted);
+                let admitted =
+                    conditions.is_some() || report.as_ref().is_some_and(|report| report.admitted);
                 let mut command = evalsha(&self.scripts.track, &keys.all());
                 command.arg(self.common_args(&keys));
                 command.arg(user.as_str()).arg(name).arg(connections).arg(since).arg(active);
-                // Of a length, like all that is by chance.
+                // Of constant length, as all random parts are.
                 command.arg(rand::rng().random_range(1_000_000_000..=u32::MAX));
-                let fits = rules.as_ref().and_then(|rules| rules.password_hash.as_deref());
-                let creates = rules.as_ref().is_some_and(|rules| rules.create);
-                command.arg(flag(rules.is_some())).arg(fits.unwrap_or("")).arg(flag(creates));
-                command.arg(flag(lets_in));
-                let within_quota = rules.as_ref().is_some_and(|rules| rules.within_quota);
+                let password_hash =
+                    conditions.as_ref().and_then(|conditions| conditions.password_hash.as_deref());
+                let create = conditions.as_ref().is_some_and(|conditions| conditions.create);
+                command
+                    .arg(flag(conditions.is_some()))
+                    .arg(password_hash.unwrap_or(""))
+                    .arg(flag(create));
+                command.arg(flag(admitted));
+                let within_quota =
+                    conditions.as_ref().is_some_and(|conditions| conditions.within_quota);
                 command.arg(match server.memory.pressure().is_high() {
                     true => "high",
                     false => flag(within_quota),
@@ -578,7 +590,7 @@ impl StoreWorker {
                 command.arg(user.as_str()).arg(seq).arg(channel).arg(by.to_string());
                 // As long as the numbers that are marked.
                 command.arg(server.meta_ttl_ms(room));
-                // Those that have a mark move it above the watermark as well.
+                // Above the watermark, only existing read marks are moved.
                 command.arg(match server.memory.pressure().is_high() {
                     true => 0,
                     false => server.retention.limits.marks_max,
@@ -590,16 +602,16 @@ impl StoreWorker {
                 command.arg(keyspace.channel(room)).arg(payload);
                 command
             }
-            Op::Rewritten => unreachable!("it is never taken"),
+            Op::Rewritten => unreachable!("the marker is never executed"),
         }
     }
 
-    /// The arguments that scripts of a place begin with.
+    /// The arguments that scripts of a scope begin with.
     fn common_args<'a>(&self, keys: &'a ScopeKeys) -> (&'a str, &'a str, u64) {
         (&keys.name, &keys.channel, self.options.empty_ttl.as_millis() as u64)
     }
 
-    /// The present incarnation, once the others can know of it.
+    /// The present incarnation, after registering it if necessary.
     async fn registered(&self) -> Option<String> {
         let (incarnation, is_registered) = {
             let state = self.state.lock();
@@ -607,15 +619,16 @@ impl StoreWorker {
         };
         if !is_registered {
             let server = self.router.agreed_server(0)?;
-            let mut reader = server.dial.read_connection().await.ok()?;
+            let mut connection = server.dial.read_connection().await.ok()?;
             let incarnations = self.router.keyspace().incarnations();
             let mut name = self.scripts.register.key(incarnations);
             name.arg(&incarnation).arg(&self.router.process().name);
-            let done: RedisResult<Value> = name.invoke_async(&mut *reader).await;
-            let done =
-                done.map(|answer| strip_report(self.router.metrics(), "incarnations", answer));
+            let done: RedisResult<Value> = name.invoke_async(&mut *connection).await;
+            let done = done.map(|reply_value| {
+                strip_report(self.router.metrics(), "incarnations", reply_value)
+            });
             if done.is_err() {
-                reader.discard();
+                connection.discard();
                 return None;
             }
             let state = &mut *self.state.lock();
@@ -624,7 +637,7 @@ impl StoreWorker {
         Some(incarnation)
     }
 
-    /// Tells the others once all seats are written. Where that fails it is tried again.
+    /// Announces to the other nodes that all entries are written. Retried after a failure.
     async fn announce_if_rewritten(&self) {
         let agreements = {
             let state = self.state.lock();
@@ -633,33 +646,34 @@ impl StoreWorker {
             }
             digest_of_servers(&state.servers)
         };
-        // Others forget what a process has told with its incarnations, so they know of those first.
+        // The other nodes forget announcements with incarnations, so the incarnation is registered
+        // first.
         if self.registered().await.is_none() {
             return;
         }
         let Some(server) = self.router.agreed_server(0) else { return };
-        let Ok(mut reader) = server.dial.read_connection().await else { return };
-        let mut tell = self.scripts.announce.key(self.router.keyspace().announced());
-        tell.arg(&self.router.process().name).arg(&agreements);
-        let told: RedisResult<()> = tell.invoke_async(&mut *reader).await;
-        if let Err(error) = told {
-            tracing::debug!(%error, "the others do not know yet that all seats are told");
-            return reader.discard();
+        let Ok(mut connection) = server.dial.read_connection().await else { return };
+        let mut announce = self.scripts.announce.key(self.router.keyspace().announced());
+        announce.arg(&self.router.process().name).arg(&agreements);
+        let announced: RedisResult<()> = announce.invoke_async(&mut *connection).await;
+        if let Err(error) = announced {
+            tracing::debug!(%error, "cannot announce the presence entries of this node yet");
+            return connection.discard();
         }
         let state = &mut *self.state.lock();
         state.is_announced = state.is_rewritten && digest_of_servers(&state.servers) == agreements;
     }
 
-    /// Whether what the servers have is whole: every node that lives has told its seats since the
-    /// nodes agreed on them, or a lease's time has passed since. To be asked before they are read: a
-    /// server that was flushed has forgotten that this node has told its own.
+    /// Whether the servers' presence is complete: every live node has announced its entries since
+    /// the nodes agreed on the servers, or the time of a lease has passed since. Call this before
+    /// reading presence: a flushed server has lost the announcement of this node.
     pub(super) async fn is_complete(&self) -> bool {
         let (agreements, others) = {
             let state = self.state.lock();
             if state.servers.is_empty() {
                 return false;
             }
-            let others = state.all_announced || state.is_settled();
+            let others = state.all_announced || state.waited_for_all();
             (digest_of_servers(&state.servers), others)
         };
         if others {
@@ -673,20 +687,20 @@ impl StoreWorker {
     }
 
     async fn has_announced(&self, agreements: &str) -> RedisResult<bool> {
-        let mut ask = redis::pipe();
-        ask.cmd("HGET").arg(self.router.keyspace().announced()).arg(&self.router.process().name);
-        let (told,): (Option<String>,) = self.query_group_0(&ask).await?;
-        Ok(told.is_some_and(|told| told == agreements))
+        let mut query = redis::pipe();
+        query.cmd("HGET").arg(self.router.keyspace().announced()).arg(&self.router.process().name);
+        let (announced,): (Option<String>,) = self.query_group_0(&query).await?;
+        Ok(announced.is_some_and(|announced| announced == agreements))
     }
 
     async fn have_all_announced(&self, agreements: &str) -> RedisResult<bool> {
         let keyspace = self.router.keyspace();
-        let mut ask = redis::pipe();
-        ask.cmd("TIME");
-        ask.cmd("HGETALL").arg(keyspace.leases()).cmd("HGETALL").arg(keyspace.announced());
+        let mut query = redis::pipe();
+        query.cmd("TIME");
+        query.cmd("HGETALL").arg(keyspace.leases()).cmd("HGETALL").arg(keyspace.announced());
         type Rows = BTreeMap<String, String>;
-        let ((seconds, micros), leases, told): ((u64, u64), Rows, Rows) =
-            self.query_group_0(&ask).await?;
+        let ((seconds, micros), leases, announced): ((u64, u64), Rows, Rows) =
+            self.query_group_0(&query).await?;
         let now = seconds * 1000 + micros / 1000;
         let lives = |row: &str| {
             let ends = row.split(' ').next().and_then(|ends| ends.parse::<u64>().ok());
@@ -695,28 +709,28 @@ impl StoreWorker {
         let own = &self.router.process().name;
         let living = leases.iter().filter(|(name, row)| *name != "#" && lives(row));
         let mut living = living.map(|(name, _)| name).chain([own]);
-        Ok(living.all(|name| told.get(name).is_some_and(|of| of == agreements)))
+        Ok(living.all(|name| announced.get(name).is_some_and(|of| of == agreements)))
     }
 
-    async fn query_group_0<T: FromRedisValue>(&self, ask: &redis::Pipeline) -> RedisResult<T> {
+    async fn query_group_0<T: FromRedisValue>(&self, query: &redis::Pipeline) -> RedisResult<T> {
         let away = || (redis::ErrorKind::Io, "the nodes have not agreed on a server");
         let server = self.router.agreed_server(0).ok_or_else(away)?;
-        let mut reader = server.dial.read_connection().await?;
-        let asked = ask.query_async(&mut *reader).await;
+        let mut connection = server.dial.read_connection().await?;
+        let asked = query.query_async(&mut *connection).await;
         if asked.is_err() {
-            reader.discard();
+            connection.discard();
         }
         asked
     }
 
-    fn is_settled(&self) -> bool {
-        self.state.lock().is_settled()
+    fn waited_for_all(&self) -> bool {
+        self.state.lock().waited_for_all()
     }
 }
 
 impl WorkerState {
-    fn is_settled(&self) -> bool {
-        self.settled_at.is_some_and(|at| at <= Instant::now())
+    fn waited_for_all(&self) -> bool {
+        self.complete_at.is_some_and(|at| at <= Instant::now())
     }
 }
 
@@ -724,28 +738,28 @@ impl Op {
     fn group_of(&self, keyspace: Keyspace) -> u16 {
         match self {
             Self::Session(op) => keyspace.group_of_text(op.user().as_str()),
-            Self::Presence { key: (place, user), .. } => keyspace.group_of_scope(place, user),
+            Self::Presence { key: (scope, user), .. } => keyspace.group_of_scope(scope, user),
             Self::ReadMark { room, .. } | Self::Ephemeral { room, .. } => keyspace.group_of(room),
-            Self::Rewritten => unreachable!("it is never taken"),
+            Self::Rewritten => unreachable!("the marker is never executed"),
         }
     }
 
-    /// Whose it is, for the log.
+    /// The subject of the operation, for logs.
     fn subject(&self) -> &str {
         match self {
             Self::Session(op) => op.user().as_str(),
-            Self::Presence { key: (place, _), .. } => scope_name(place),
+            Self::Presence { key: (scope, _), .. } => scope_name(scope),
             Self::ReadMark { room, .. } | Self::Ephemeral { room, .. } => room.as_str(),
             Self::Rewritten => "-",
         }
     }
 
-    fn succeed(self, answer: &Value) {
+    fn succeed(self, reply_value: &Value) {
         match self {
-            Self::Session(op) => op.succeed(answer),
+            Self::Session(op) => op.succeed(reply_value),
             Self::Presence { reply: Some(reply), .. } => {
-                // Who does not wait any more has given up on it.
-                let _ = reply.send(parse_admission(answer));
+                // A caller that does not wait any more has given up.
+                let _ = reply.send(parse_admission(reply_value));
             }
             Self::Ephemeral { done, .. } => {
                 let position = Position::new(Epoch::none(), 0);
@@ -765,7 +779,7 @@ impl Op {
     }
 }
 
-/// What stands for the servers that were agreed on, and is the same on all nodes.
+/// A digest of the agreed servers, which is the same on all nodes.
 fn digest_of_servers(servers: &BTreeMap<u16, (ServerId, u64)>) -> String {
     let mut digest = Sha1::new();
     for (group, (server_id, _)) in servers {
@@ -787,9 +801,9 @@ pub(super) fn flag(is_set: bool) -> &'static str {
     if is_set { "1" } else { "" }
 }
 
-/// Reads what `track.lua` answers.
-fn parse_admission(answer: &Value) -> Result<JoinSnapshot, AdmitError> {
-    let parts: Vec<String> = redis::from_redis_value(answer.clone()).unwrap_or_default();
+/// Parses the reply of `track.lua`.
+fn parse_admission(reply_value: &Value) -> Result<JoinSnapshot, AdmitError> {
+    let parts: Vec<String> = redis::from_redis_value(reply_value.clone()).unwrap_or_default();
     let number = |at: usize| parts.get(at).and_then(|part| part.parse::<u64>().ok());
     match parts.first().map(String::as_str) {
         Some("ok") => Ok(JoinSnapshot {

@@ -1,4 +1,4 @@
-//! Questions to the registry: who is there, what rooms are like, and one that makes a room.
+//! Queries of presence and rooms, and the creation of a room.
 
 use std::{collections::BTreeMap, fmt::Display, sync::Arc, time::Duration};
 
@@ -27,11 +27,11 @@ use skein_core::{
     telemetry::metrics::InvalidValue,
 };
 
-/// How long it is noted whose a managed room is, after the owner has made the last: above that it does not
-/// count any more.
+/// How long the rooms of an owner are remembered after the last one was created. Rooms that exist
+/// for longer do not count for the quota any more.
 const OWNED_TTL: Duration = Duration::from_secs(30 * 24 * 60 * 60);
 
-/// What became of a note that a user is to own a room.
+/// The result of claiming a room for an owner.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum OwnershipClaim {
     New,
@@ -39,47 +39,47 @@ enum OwnershipClaim {
     TooMany,
 }
 
-/// How often a page of rooms is filled up where many of them are not public.
+/// The most attempts to fill a page of rooms, many of which may be private.
 const FILL_MAX: usize = 16;
 
 impl StoreWorker {
-    /// Asks something of the server that a group is with, once the nodes have agreed on it.
+    /// Queries the server of a group, once the nodes have agreed on it.
     pub(crate) async fn query<T>(
         &self,
         group: u16,
-        question: impl AsyncFnOnce(&mut MultiplexedConnection) -> RedisResult<T>,
+        query: impl AsyncFnOnce(&mut MultiplexedConnection) -> RedisResult<T>,
     ) -> Result<T, BusError> {
         let server = self.router.connections_for(group).await.server.clone();
         server.agreed(group).await;
-        server.query(async |reader| question(&mut *reader).await).await
+        server.query(async |reader| query(&mut *reader).await).await
     }
 
-    /// Runs a script of one place on the server that a group is with.
+    /// Runs a script on the server of a group. `subject` names a room or user in logs.
     pub(crate) async fn run_script<T: FromRedisValue>(
         &self,
         group: u16,
-        place: impl Display,
+        subject: impl Display,
         script: &ScriptInvocation<'_>,
     ) -> Result<T, BusError> {
         let reply =
             self.query(group, async |connection| script.invoke_async(connection).await).await?;
-        read(self.router.metrics(), place, reply).map_err(|error| to_bus_error(&error))
+        read(self.router.metrics(), subject, reply).map_err(|error| to_bus_error(&error))
     }
 
-    /// An answer in which a key of another type is as none.
+    /// The reply of a command, in which a key of another type counts as absent.
     pub(crate) fn or_default<T: FromRedisValue + Default>(
         &self,
-        place: impl Display,
-        answer: RedisResult<Value>,
+        subject: impl Display,
+        reply: RedisResult<Value>,
     ) -> Result<T, BusError> {
-        let answer = or_default(self.router.metrics(), place, answer);
-        answer.map_err(|error| to_bus_error(&error))
+        let reply = or_default(self.router.metrics(), subject, reply);
+        reply.map_err(|error| to_bus_error(&error))
     }
 
     fn detail_of(&self, user: UserId, row: &str) -> Option<UserPresence> {
         let detail = parse_presence(user, row);
         if detail.is_none() {
-            untrusted::report(self.router.metrics(), InvalidValue::Presence, "who is present");
+            untrusted::report(self.router.metrics(), InvalidValue::Presence, "presence");
         }
         detail
     }
@@ -88,9 +88,9 @@ impl StoreWorker {
         &self,
         room: &RoomId,
         rows: Vec<(Lossy, Lossy)>,
-        settled: bool,
+        complete: bool,
     ) -> PresenceSnapshot {
-        let (snapshot, bad) = parse_snapshot(rows, settled);
+        let (snapshot, bad) = parse_snapshot(rows, complete);
         for _ in 0..bad {
             untrusted::report(self.router.metrics(), InvalidValue::Presence, room);
         }
@@ -103,24 +103,24 @@ impl StoreWorker {
     ) -> Result<Vec<PresenceSnapshot>, BusError> {
         let keyspace = self.router.keyspace();
         let mut snapshots = vec![PresenceSnapshot::default(); rooms.len()];
-        for (group, places) in by_group(0..rooms.len(), |at| keyspace.group_of(&rooms[*at])) {
-            for places in places.chunks(BATCH_MAX / 8) {
-                // Before it is read, so that it is settled for what was written until then.
-                let settled = self.is_complete().await;
-                let answers: Vec<RedisResult<Value>> = self
+        for (group, indices) in by_group(0..rooms.len(), |at| keyspace.group_of(&rooms[*at])) {
+            for indices in indices.chunks(BATCH_MAX / 8) {
+                // Before the read, so that it covers what was written until then.
+                let complete = self.is_complete().await;
+                let replies: Vec<RedisResult<Value>> = self
                     .query(group, async |connection| {
-                        let mut pipeline = redis::Pipeline::with_capacity(places.len());
+                        let mut pipeline = redis::Pipeline::with_capacity(indices.len());
                         pipeline.ignore_errors();
-                        for at in places {
+                        for at in indices {
                             let channel = keyspace.channel(&rooms[*at]);
                             pipeline.cmd("HGETALL").arg(format!("{channel}:who"));
                         }
                         pipeline.query_async(connection).await
                     })
                     .await?;
-                for (at, answer) in places.iter().zip(answers) {
-                    let rows = self.or_default(&rooms[*at], answer)?;
-                    snapshots[*at] = self.snapshot(&rooms[*at], rows, settled);
+                for (at, reply) in indices.iter().zip(replies) {
+                    let rows = self.or_default(&rooms[*at], reply)?;
+                    snapshots[*at] = self.snapshot(&rooms[*at], rows, complete);
                 }
             }
         }
@@ -135,7 +135,7 @@ impl StoreWorker {
         let keyspace = self.router.keyspace();
         let channel = keyspace.channel(&room);
         let names: Vec<&str> = users.iter().map(UserId::as_str).collect();
-        let answers: Vec<RedisResult<Value>> = self
+        let replies: Vec<RedisResult<Value>> = self
             .query(keyspace.group_of(&room), async |connection| {
                 let mut pipeline = redis::pipe();
                 pipeline.atomic().ignore_errors();
@@ -146,8 +146,8 @@ impl StoreWorker {
                 pipeline.query_async(connection).await
             })
             .await?;
-        let mut answers = answers.into_iter();
-        let mut next = || answers.next().unwrap_or(Ok(Value::Nil));
+        let mut replies = replies.into_iter();
+        let mut next = || replies.next().unwrap_or(Ok(Value::Nil));
         let rows: Vec<Option<Lossy>> = self.or_default(&room, next())?;
         let marks: Vec<Option<Lossy>> = self.or_default(&room, next())?;
         let top: Option<Lossy> = self.or_default(&room, next())?;
@@ -159,7 +159,7 @@ impl StoreWorker {
             .first()
             .and_then(Option::as_deref)
             .map_or(PresenceVersion::default(), parse_version);
-        // Where the marks are of another type none was read.
+        // If the marks have another type, none was read.
         let marks = marks.skip(1).chain(std::iter::repeat(None));
         let users = users.into_iter().zip(rows.into_iter().skip(1)).zip(marks);
         let detail = |((user, row), mark): ((UserId, Option<String>), Option<Seq>)| {
@@ -176,12 +176,12 @@ impl StoreWorker {
         let keyspace = self.router.keyspace();
         let mut statuses = vec![OnlineStatus::default(); users.len()];
         let group_of = |at: &usize| keyspace.group_of_text(users[*at].as_str());
-        for (group, places) in by_group(0..users.len(), group_of) {
-            let names: Vec<&str> = places.iter().map(|at| users[*at].as_str()).collect();
-            // Before it is read, so that it is settled for what was written until then.
-            let settled = self.is_complete().await;
+        for (group, indices) in by_group(0..users.len(), group_of) {
+            let names: Vec<&str> = indices.iter().map(|at| users[*at].as_str()).collect();
+            // Before the read, so that it covers what was written until then.
+            let complete = self.is_complete().await;
             let online = keyspace.online(group);
-            let answers: Vec<RedisResult<Value>> = self
+            let replies: Vec<RedisResult<Value>> = self
                 .query(group, async |connection| {
                     let mut pipeline = redis::pipe();
                     pipeline.atomic().ignore_errors();
@@ -190,19 +190,19 @@ impl StoreWorker {
                     pipeline.query_async(connection).await
                 })
                 .await?;
-            let mut answers = answers.into_iter();
-            let mut next = || answers.next().unwrap_or(Ok(Value::Nil));
+            let mut replies = replies.into_iter();
+            let mut next = || replies.next().unwrap_or(Ok(Value::Nil));
             let rows: Vec<Option<Lossy>> = self.or_default(&online, next())?;
             let seen: Vec<Option<f64>> = self.or_default(&online, next())?;
             let rows = rows.into_iter().chain(std::iter::repeat(None));
             let seen = seen.into_iter().chain(std::iter::repeat(None));
-            for ((at, row), seen) in places.into_iter().zip(rows).zip(seen) {
+            for ((at, row), seen) in indices.into_iter().zip(rows).zip(seen) {
                 let detail = row.and_then(|Lossy(row)| self.detail_of(users[at].clone(), &row));
                 let active = detail.as_ref().map(|detail| detail.active);
                 statuses[at] = OnlineStatus {
                     online: detail.is_some(),
                     active: active.or(seen.map(|seen| seen as u64)),
-                    complete: settled,
+                    complete,
                 };
             }
         }
@@ -210,7 +210,7 @@ impl StoreWorker {
     }
 
     /// At most `limit` members behind `from` of an index that every group has, whether more follow,
-    /// and how many there are in all.
+    /// and the total number.
     async fn page(
         &self,
         index: impl Fn(u16) -> String,
@@ -219,7 +219,7 @@ impl StoreWorker {
     ) -> Result<(Vec<String>, bool, u64), BusError> {
         let (mut members, mut count) = (Vec::new(), 0);
         for group in 0..self.router.keyspace().groups() {
-            let answers: Vec<RedisResult<Value>> = self
+            let replies: Vec<RedisResult<Value>> = self
                 .query(group, async |connection| {
                     redis::pipe()
                         .ignore_errors()
@@ -236,8 +236,8 @@ impl StoreWorker {
                         .await
                 })
                 .await?;
-            let mut answers = answers.into_iter();
-            let mut next = || answers.next().unwrap_or(Ok(Value::Nil));
+            let mut replies = replies.into_iter();
+            let mut next = || replies.next().unwrap_or(Ok(Value::Nil));
             let some: Vec<Lossy> = self.or_default(index(group), next())?;
             members.extend(texts(some));
             count += self.or_default::<u64>(index(group), next())?;
@@ -261,7 +261,7 @@ impl StoreWorker {
         let mut users: Vec<UserPresence> = Vec::new();
         for (group, some) in by_group(members, |user| keyspace.group_of_text(user.as_str())) {
             let names: Vec<&str> = some.iter().map(UserId::as_str).collect();
-            let answers: Vec<RedisResult<Value>> = self
+            let replies: Vec<RedisResult<Value>> = self
                 .query(group, async |connection| {
                     let mut pipeline = redis::pipe();
                     pipeline.ignore_errors().cmd("HMGET");
@@ -269,8 +269,8 @@ impl StoreWorker {
                     pipeline.query_async(connection).await
                 })
                 .await?;
-            let answer = answers.into_iter().next().unwrap_or(Ok(Value::Nil));
-            let rows: Vec<Option<Lossy>> = self.or_default("who is online", answer)?;
+            let reply = replies.into_iter().next().unwrap_or(Ok(Value::Nil));
+            let rows: Vec<Option<Lossy>> = self.or_default("online users", reply)?;
             let details = some.into_iter().zip(rows);
             users.extend(details.filter_map(|(user, row)| self.detail_of(user, &row?.0)));
         }
@@ -281,7 +281,7 @@ impl StoreWorker {
     pub(crate) async fn create(
         self: Arc<Self>,
         room: RoomId,
-        record: RoomConfig,
+        config: RoomConfig,
         owned_max: Option<usize>,
     ) -> Result<CreateOutcome, BusError> {
         let keyspace = self.router.keyspace();
@@ -289,12 +289,12 @@ impl StoreWorker {
         if self.router.connections_for(group).await.server.memory.pressure().is_high() {
             return Err(BusError::MemoryFull);
         }
-        let owner = record.owner.clone();
-        let noted = match owned_max {
+        let owner = config.owner.clone();
+        let claim = match owned_max {
             Some(max) => self.claim_ownership(&owner, &room, max).await?,
             None => OwnershipClaim::Existing,
         };
-        if noted == OwnershipClaim::TooMany {
+        if claim == OwnershipClaim::TooMany {
             return Ok(CreateOutcome::QuotaExceeded);
         }
         let mut create = self.scripts.create.prepare_invoke();
@@ -303,27 +303,27 @@ impl StoreWorker {
         }
         create.key(keyspace.rooms(group)).key(format!("{channel}:log"));
         create.arg(room.as_str()).arg(self.options.empty_ttl.as_millis() as u64);
-        create.arg("owner").arg(record.owner.as_str()).arg("name").arg(record.name.as_str());
-        create.arg("public").arg(u8::from(record.public)).arg("created").arg(record.created);
-        create.arg("meta").arg(record.meta);
-        if let Some(password) = record.password {
+        create.arg("owner").arg(config.owner.as_str()).arg("name").arg(config.name.as_str());
+        create.arg("public").arg(u8::from(config.public)).arg("created").arg(config.created);
+        create.arg("meta").arg(config.meta);
+        if let Some(password) = config.password {
             create.arg("password").arg(password);
         }
-        if let Some(max) = record.max_members {
+        if let Some(max) = config.max_members {
             create.arg("max").arg(max);
         }
         let made: u8 = self.run_script(group, &room, &create).await?;
         if made == 1 {
             return Ok(CreateOutcome::Created);
         }
-        if noted == OwnershipClaim::New {
+        if claim == OwnershipClaim::New {
             self.forget_owned(&owner, &[room]).await?;
         }
         Ok(CreateOutcome::Exists)
     }
 
-    /// Notes that a user is to own one room more. Where that would be too many those are forgotten first
-    /// that are no more: nobody tells when their time is over.
+    /// Claims a room for an owner. If the owner has the most rooms already, claims of rooms that do
+    /// not exist any more are removed first: an expired room does not remove its claim.
     async fn claim_ownership(
         &self,
         owner: &UserId,
@@ -335,8 +335,8 @@ impl StoreWorker {
         let mut owned = self.scripts.owned.key(keyspace.owned(owner));
         owned.arg(room.as_str()).arg(max).arg(OWNED_TTL.as_millis() as u64);
         for is_first in [true, false] {
-            let noted: u8 = self.run_script(group, owner, &owned).await?;
-            match noted {
+            let claim: u8 = self.run_script(group, owner, &owned).await?;
+            match claim {
                 1 => return Ok(OwnershipClaim::New),
                 2 => return Ok(OwnershipClaim::Existing),
                 _ if is_first => self.forget_deleted(owner).await?,
@@ -346,7 +346,7 @@ impl StoreWorker {
         Ok(OwnershipClaim::TooMany)
     }
 
-    /// Forgets those of an owner's rooms that are no more.
+    /// Removes an owner's claims of rooms that do not exist any more.
     async fn forget_deleted(&self, owner: &UserId) -> Result<(), BusError> {
         let keyspace = self.router.keyspace();
         let group = keyspace.group_of_text(owner.as_str());
@@ -358,17 +358,18 @@ impl StoreWorker {
             .await?;
         let rooms = texts(rooms);
         let rooms = rooms.iter().filter_map(|room| room.parse::<RoomId>().ok());
-        let mut gone = Vec::new();
+        let mut deleted = Vec::new();
         for (group, rooms) in by_group(rooms, |room| keyspace.group_of(room)) {
-            let found = self.find_some(group, rooms.clone()).await?;
-            let is_gone = |found: &Option<RoomSummary>| {
-                let record = found.as_ref().and_then(|found| found.config.as_ref());
-                record.is_none_or(|record| record.owner != *owner)
+            let summaries = self.find_some(group, rooms.clone()).await?;
+            let is_gone = |summary: &Option<RoomSummary>| {
+                let config = summary.as_ref().and_then(|summary| summary.config.as_ref());
+                config.is_none_or(|config| config.owner != *owner)
             };
-            gone.extend(rooms.into_iter().zip(found).filter(|(_, found)| is_gone(found)));
+            deleted
+                .extend(rooms.into_iter().zip(summaries).filter(|(_, summary)| is_gone(summary)));
         }
-        let gone: Vec<RoomId> = gone.into_iter().map(|(room, _)| room).collect();
-        self.forget_owned(owner, &gone).await
+        let deleted: Vec<RoomId> = deleted.into_iter().map(|(room, _)| room).collect();
+        self.forget_owned(owner, &deleted).await
     }
 
     async fn forget_owned(&self, owner: &UserId, rooms: &[RoomId]) -> Result<(), BusError> {
@@ -390,11 +391,11 @@ impl StoreWorker {
         room: RoomId,
     ) -> Result<Option<RoomSummary>, BusError> {
         let group = self.router.keyspace().group_of(&room);
-        let found = self.find_some(group, vec![room]).await?;
-        Ok(found.into_iter().next().flatten())
+        let summaries = self.find_some(group, vec![room]).await?;
+        Ok(summaries.into_iter().next().flatten())
     }
 
-    /// What is known of rooms of one group.
+    /// Summaries of rooms of one group.
     async fn find_some(
         &self,
         group: u16,
@@ -415,35 +416,35 @@ impl StoreWorker {
             })
             .await?;
         let mut rows = rows.into_iter();
-        let mut found = Vec::with_capacity(rooms.len());
+        let mut summaries = Vec::with_capacity(rooms.len());
         for room in rooms {
-            let (Some(record), Some(members), Some(version)) =
+            let (Some(config), Some(members), Some(version)) =
                 (rows.next(), rows.next(), rows.next())
             else {
                 return Err(BusError::Rejected);
             };
-            let record: Vec<(Lossy, Lossy)> = self.or_default(&room, record)?;
-            let record: BTreeMap<String, String> =
-                record.into_iter().map(|(Lossy(field), Lossy(value))| (field, value)).collect();
+            let config: Vec<(Lossy, Lossy)> = self.or_default(&room, config)?;
+            let config: BTreeMap<String, String> =
+                config.into_iter().map(|(Lossy(field), Lossy(value))| (field, value)).collect();
             let members: u64 = self.or_default(&room, members)?;
             let version: Option<Lossy> = self.or_default(&room, version)?;
             let since =
                 version.and_then(|Lossy(row)| row.rsplit_once(' ')?.1.parse().ok()).unwrap_or(0);
-            let record = match parse_config(&record) {
-                None if !record.is_empty() => {
+            let config = match parse_config(&config) {
+                None if !config.is_empty() => {
                     untrusted::report(self.router.metrics(), InvalidValue::RoomConfig, &room);
                     None
                 }
-                record => record,
+                config => config,
             };
-            let is_there = record.is_some() || members > 0;
+            let exists = config.is_some() || members > 0;
             let members = members.saturating_sub(1);
-            found.push(is_there.then_some(RoomSummary { room, config: record, members, since }));
+            summaries.push(exists.then_some(RoomSummary { room, config, members, since }));
         }
-        Ok(found)
+        Ok(summaries)
     }
 
-    /// Takes a managed room whose time is over from the index.
+    /// Removes an expired managed room from the index.
     async fn unlist(&self, group: u16, room: &RoomId) -> Result<(), BusError> {
         let keyspace = self.router.keyspace();
         let channel = keyspace.channel(room);
@@ -469,7 +470,7 @@ impl StoreWorker {
                 (false, false) => format!("[{prefix}"),
                 (false, true) => "-".to_owned(),
             };
-            // Names are ASCII, so that this byte is behind all that begin so.
+            // Names are ASCII, so that this byte sorts behind every name with the prefix.
             let to = if prefix.is_empty() { "+".to_owned() } else { format!("({prefix}~") };
             let wanted = limit - rooms.len();
             let (members, more, _) =
@@ -478,14 +479,17 @@ impl StoreWorker {
             let names = members.iter().filter_map(|member| member.parse::<RoomId>().ok());
             let mut page = Vec::new();
             for (group, names) in by_group(names, |room| keyspace.group_of(room)) {
-                for (room, found) in names.iter().zip(self.find_some(group, names.clone()).await?) {
-                    match found {
-                        Some(found) => page.push(found),
+                for (room, summary) in names.iter().zip(self.find_some(group, names.clone()).await?)
+                {
+                    match summary {
+                        Some(summary) => page.push(summary),
                         None => self.unlist(group, room).await?,
                     }
                 }
             }
-            page.retain(|found| all || found.config.as_ref().is_none_or(|record| record.public));
+            page.retain(|summary| {
+                all || summary.config.as_ref().is_none_or(|config| config.public)
+            });
             page.sort_unstable_by(|a, b| a.room.cmp(&b.room));
             rooms.extend(page);
             next = more.then(|| last.clone());
@@ -498,11 +502,11 @@ impl StoreWorker {
     }
 }
 
-/// What is asked of each group, in its order.
+/// Items by their group, in order.
 fn by_group<T>(all: impl Iterator<Item = T>, group: impl Fn(&T) -> u16) -> BTreeMap<u16, Vec<T>> {
     let mut by_group: BTreeMap<u16, Vec<T>> = BTreeMap::new();
-    for one in all {
-        by_group.entry(group(&one)).or_default().push(one);
+    for item in all {
+        by_group.entry(group(&item)).or_default().push(item);
     }
     by_group
 }
@@ -512,7 +516,7 @@ fn parse_version(row: &str) -> PresenceVersion {
     PresenceVersion { epoch: parts.next().unwrap_or(0), number: parts.next().unwrap_or(0) }
 }
 
-/// Reads `<connections> <since> <active> <name>`.
+/// Parses `<connections> <since> <active> <name>`.
 fn parse_presence(user: UserId, row: &str) -> Option<UserPresence> {
     let mut parts = row.splitn(4, ' ');
     let mut number = || parts.next()?.parse().ok();
@@ -521,9 +525,9 @@ fn parse_presence(user: UserId, row: &str) -> Option<UserPresence> {
     Some(UserPresence { user, connections, since, active, read: 0 })
 }
 
-/// Who is present, and how many rows are no gateway's.
-fn parse_snapshot(rows: Vec<(Lossy, Lossy)>, settled: bool) -> (PresenceSnapshot, usize) {
-    let mut snapshot = PresenceSnapshot { complete: settled, ..PresenceSnapshot::default() };
+/// Parses the presence of a room. Returns it with the number of invalid rows.
+fn parse_snapshot(rows: Vec<(Lossy, Lossy)>, complete: bool) -> (PresenceSnapshot, usize) {
+    let mut snapshot = PresenceSnapshot { complete, ..PresenceSnapshot::default() };
     let mut bad = 0;
     for (Lossy(user), Lossy(row)) in rows {
         if user == "#" {
