@@ -1,7 +1,8 @@
-//! Who a client is: a token, or in anonymous mode what it says of itself.
+//! Authentication: identifies a client by a token or, in anonymous mode, by its own claims.
 //!
-//! Pure: the time is an argument. A refusal is a close reason of section 3.5, sent after the
-//! handshake, because a browser cannot read the status of a refused one.
+//! The checks of a token take the time as an argument and have no side effects except a log line.
+//! An authentication error is the reason of a close frame, sent after the handshake, because a
+//! browser cannot read the status of a rejected handshake.
 
 use std::{
     sync::Arc,
@@ -19,54 +20,54 @@ use skein_protocol::{
 
 use crate::telemetry::log_limiter::LogLimiter;
 
-/// The log line of tokens with a pattern that matches no room.
+/// Limits the log line about tokens with a pattern that matches no room.
 static UNMATCHABLE: LogLimiter = LogLimiter::new();
 
-/// How clients are told apart.
+/// The authentication of clients.
 #[derive(Clone)]
 pub enum Auth {
-    /// By what they say.
+    /// By the user id that the client states.
     Anonymous,
     /// By a JSON Web Token signed with HMAC-SHA256 (RFC 7519; RFC 7518, section 3.2).
     Jwt(Arc<JwtKey>),
 }
 
-/// How tokens are checked.
+/// Options of token checks.
 #[derive(Clone, Debug, Default)]
 pub struct JwtOptions {
-    /// The key, shared with those who make tokens.
+    /// The key, shared with the issuers of tokens.
     pub secret: String,
-    /// How far this node's clock and that of a token's maker may differ: for so long a token counts
-    /// after its `exp` and before its `nbf`.
+    /// The allowed difference between the clocks of this node and of a token's issuer: a token is
+    /// valid for this time after its `exp` and before its `nbf`.
     pub leeway: Duration,
-    /// The names in `aud` that this gateway answers to. Where there are none, a token with an `aud`
-    /// is for somebody else and is refused.
+    /// The names in `aud` that this gateway accepts. If empty, a token with an `aud` is meant for
+    /// another audience and is rejected.
     pub audience: Vec<String>,
-    /// The issuers that tokens are taken from; any, where there are none.
+    /// The accepted issuers; if empty, any.
     pub issuer: Vec<String>,
 }
 
-/// What tokens are checked with.
+/// The key and the options of token checks.
 pub struct JwtKey {
     key: DecodingKey,
-    /// Checks the algorithm and the signature; the claims are checked here.
+    /// Checks the algorithm and the signature; the claims are checked in this module.
     validation: Validation,
     options: JwtOptions,
 }
 
-/// Who a client is and what is open to it.
+/// An authenticated client and its access rights.
 #[derive(Clone, Debug)]
 pub struct Identity {
     /// The user.
     pub user: UserInfo,
-    /// When its token expires, as the token says.
+    /// The `exp` of its token.
     pub expires_at: Option<SystemTime>,
-    /// How long the token counts beyond that.
+    /// The time for which the token is valid beyond that.
     leeway: Duration,
     grants: Option<RoomGrants>,
 }
 
-/// What a client says of itself in the handshake.
+/// The credentials of a handshake.
 #[derive(Clone, Debug, Default)]
 pub struct Credentials {
     /// The token from the first source that has one.
@@ -77,26 +78,26 @@ pub struct Credentials {
     pub name: Option<String>,
 }
 
-/// Why a client is not taken; the text is the close reason.
+/// The reason why a client is rejected; its text is the close reason.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum AuthError {
-    /// There is no token.
+    /// No token.
     #[error("token_missing")]
     TokenMissing,
-    /// The token is not signed with the key, not for this gateway, not valid yet, or malformed: the
-    /// text says which, for the log and for an `error` frame.
+    /// The token has a wrong signature or audience, is not valid yet, or is malformed. The text
+    /// names the fault, for the log and for an `error` frame.
     #[error("token_invalid")]
     TokenInvalid(&'static str),
-    /// The token has ended.
+    /// The token has expired.
     #[error("token_expired")]
     TokenExpired,
-    /// The user id or name is none.
+    /// The user id or name is invalid.
     #[error("user_invalid")]
     UserInvalid,
 }
 
 impl Auth {
-    /// Tokens, checked as `options` say.
+    /// Authentication by tokens.
     pub fn jwt(options: JwtOptions) -> Self {
         // The algorithm is pinned here and never taken from the token.
         let mut validation = Validation::new(Algorithm::HS256);
@@ -107,7 +108,7 @@ impl Auth {
         Self::Jwt(Arc::new(JwtKey { key, validation, options }))
     }
 
-    /// Who a client with these credentials is.
+    /// Identifies a client by its credentials.
     ///
     /// # Errors
     ///
@@ -121,14 +122,14 @@ impl Auth {
 }
 
 impl Auth {
-    /// Who a client is that brings another token.
+    /// Identifies a client by a new token, for `refresh`.
     ///
     /// # Errors
     ///
-    /// What the `error` says.
+    /// The code and the text of the `error` frame.
     pub fn identify_again(&self, token: &str) -> Result<Identity, (ErrorCode, &'static str)> {
         match self {
-            Self::Anonymous => Err((ErrorCode::BadRequest, "this gateway takes no tokens")),
+            Self::Anonymous => Err((ErrorCode::BadRequest, "this gateway does not use tokens")),
             Self::Jwt(key) => {
                 key.identify(Some(token), SystemTime::now()).map_err(|error| match error {
                     AuthError::TokenExpired => (ErrorCode::Unauthorized, "the token has expired"),
@@ -146,15 +147,15 @@ impl JwtKey {
         let token = token.ok_or(TokenMissing)?;
         let decoded = jsonwebtoken::decode::<Claims>(token, &self.key, &self.validation);
         let decoded = decoded.map_err(|error| TokenInvalid(why(&error)))?;
-        // RFC 7515, section 4.1.11: what a receiver has to understand. There is nothing beyond the
-        // standard that this one does.
+        // RFC 7515, section 4.1.11: extensions that a receiver must understand. This one
+        // understands none beyond the standard.
         if decoded.header.crit.is_some() {
-            return Err(TokenInvalid("invalid token: its header has a `crit` not understood here"));
+            return Err(TokenInvalid("invalid token: unsupported `crit` in its header"));
         }
         let claims = decoded.claims;
         let leeway = self.options.leeway;
         let time = |seconds| UNIX_EPOCH.checked_add(Duration::from_secs(seconds));
-        // A token that ends beyond what the clock holds does not end.
+        // A token that ends beyond the range of the clock does not end.
         let expires_at = time(claims.exp);
         let ends_at = expires_at.and_then(|at| at.checked_add(leeway));
         if ends_at.is_some_and(|end| now >= end) {
@@ -167,55 +168,57 @@ impl JwtKey {
         }
         let JwtOptions { issuer, audience, .. } = &self.options;
         if !issuer.is_empty() && !claims.iss.is_some_and(|iss| issuer.contains(&iss)) {
-            return Err(TokenInvalid("invalid token: its `iss` is none of auth.issuer"));
+            return Err(TokenInvalid("invalid token: its `iss` is not in auth.issuer"));
         }
         let is_for_us = match &claims.aud {
             None => audience.is_empty(),
             Some(named) => audience.iter().any(|own| named.contains(own)),
         };
         if !is_for_us {
-            return Err(TokenInvalid("invalid token: its `aud` names none of auth.audience"));
+            return Err(TokenInvalid("invalid token: its `aud` is not in auth.audience"));
         }
         if let Some(pattern) = claims.rooms.as_ref().and_then(RoomGrants::invalid_pattern) {
-            // Left out it could give more than was meant: a longer pattern may take away.
+            // Ignoring the pattern could grant more than intended: a longer pattern may revoke
+            // access.
             if let Some(suppressed) = UNMATCHABLE.should_log() {
                 tracing::warn!(
                     pattern,
                     suppressed,
-                    "tokens are refused whose `rooms` has a pattern that matches no room: it is a \
-                     name, or the beginning of one with `*` at its end"
+                    "token rejected: its `rooms` has a pattern that matches no room. A pattern is \
+                     a room name, or a prefix followed by `*`"
                 );
             }
             return Err(TokenInvalid(
                 "invalid token: its `rooms` has a pattern that matches no room",
             ));
         }
-        let id = user(&claims.sub).ok_or(TokenInvalid("invalid token: its `sub` is no user id"))?;
-        // Who made the token is not the user, who must not be locked out for its name.
+        let id =
+            user(&claims.sub).ok_or(TokenInvalid("invalid token: its `sub` is not a user id"))?;
+        // The user did not choose the token's `name`, and must not be locked out because of it.
         let name = claims.name.as_deref().and_then(DisplayName::sanitized);
         let name = name.unwrap_or_else(|| DisplayName::from(&id));
         Ok(Identity { user: UserInfo { id, name }, expires_at, leeway, grants: claims.rooms })
     }
 }
 
-/// Which part of a token is wrong that could not be decoded.
+/// The fault of a token that could not be decoded.
 fn why(error: &jsonwebtoken::errors::Error) -> &'static str {
     use jsonwebtoken::errors::ErrorKind;
     match error.kind() {
-        ErrorKind::InvalidSignature => "invalid token: its signature is of another key",
+        ErrorKind::InvalidSignature => "invalid token: its signature does not match the key",
         ErrorKind::InvalidAlgorithm => "invalid token: its `alg` is not HS256",
-        ErrorKind::Json(_) => "invalid token: a claim is absent or of another type",
+        ErrorKind::Json(_) => "invalid token: a claim is missing or has a wrong type",
         _ => "invalid token",
     }
 }
 
 impl Identity {
-    /// Until when the user may stay connected.
+    /// The time until which the user may stay connected.
     pub fn ends_at(&self) -> Option<SystemTime> {
         self.expires_at?.checked_add(self.leeway)
     }
 
-    /// What is open to the user in `room`.
+    /// The user's access to `room`.
     pub fn access(&self, room: &RoomId) -> Option<RoomAccess> {
         match &self.grants {
             None => Some(RoomAccess::ReadWrite),
@@ -237,7 +240,7 @@ fn anonymous(credentials: &Credentials) -> Result<Identity, AuthError> {
     Ok(Identity { user, expires_at: None, leeway: Duration::ZERO, grants: None })
 }
 
-/// A user id that a client may have.
+/// A user id that clients may use.
 fn user(id: &str) -> Option<UserId> {
     id.parse().ok().filter(|id: &UserId| !id.is_reserved())
 }
@@ -248,7 +251,7 @@ fn guest() -> UserId {
         .take(6)
         .map(|letter| char::from(letter).to_ascii_lowercase())
         .collect();
-    format!("guest-{letters}").parse().expect("made of the allowed letters")
+    format!("guest-{letters}").parse().expect("a user id")
 }
 
 #[cfg(test)]
@@ -259,7 +262,7 @@ mod tests {
 
     const SECRET: &str = "a secret of at least thirty-two bytes";
 
-    /// The present, for these tests.
+    /// The current time of these tests.
     const NOW: u64 = 1_800_000_000;
 
     fn now() -> SystemTime {
@@ -287,12 +290,12 @@ mod tests {
     }
 
     #[test]
-    fn a_token_names_the_user_until_it_ends() {
+    fn token_identifies_the_user_until_it_expires() {
         let strict = JwtOptions::default();
         let five = JwtOptions { leeway: Duration::from_secs(5), ..JwtOptions::default() };
         check(&strict, json!({"sub": "ann", "exp": NOW + 60}), Ok("ann"));
         check(&strict, json!({"sub": "ann", "exp": NOW + 1}), Ok("ann"));
-        // RFC 7519, section 4.1.4: not on its end, nor after.
+        // RFC 7519, section 4.1.4: not at its end, nor after.
         check(&strict, json!({"sub": "ann", "exp": NOW}), Err("token_expired"));
         check(&five, json!({"sub": "ann", "exp": NOW - 4}), Ok("ann"));
         check(&five, json!({"sub": "ann", "exp": NOW - 5}), Err("token_expired"));
@@ -317,7 +320,7 @@ mod tests {
     }
 
     #[test]
-    fn a_name_in_a_token_is_cleaned_and_locks_nobody_out() {
+    fn name_in_a_token_is_sanitized_and_never_rejected() {
         let key = key(JwtOptions::default());
         let longest = "x".repeat(64);
         for (name, expected) in [
@@ -336,7 +339,7 @@ mod tests {
     }
 
     #[test]
-    fn a_token_counts_from_its_nbf_on() {
+    fn token_is_valid_from_its_nbf_on() {
         let strict = JwtOptions::default();
         let five = JwtOptions { leeway: Duration::from_secs(5), ..JwtOptions::default() };
         let token = |nbf| json!({"sub": "ann", "exp": NOW + 3600, "nbf": nbf});
@@ -351,18 +354,18 @@ mod tests {
         check(&strict, token(json!(-1)), Ok("ann"));
         check(&strict, token(json!(null)), Ok("ann"));
         check(&strict, token(json!("now")), Err("token_invalid"));
-        // Made in the future by another clock: RFC 7519 has no rule against it.
+        // Issued in the future by another clock: RFC 7519 has no rule against it.
         check(&strict, json!({"sub": "ann", "exp": NOW + 60, "iat": NOW + 99}), Ok("ann"));
         let iat = json!({"sub": "ann", "exp": NOW + 60, "iat": "now"});
         check(&strict, iat, Err("token_invalid"));
     }
 
     #[test]
-    fn a_token_for_another_audience_or_of_another_issuer_is_refused() {
+    fn token_of_another_audience_or_issuer_is_rejected() {
         let token = |aud, iss| json!({"sub": "ann", "exp": NOW + 60, "aud": aud, "iss": iss});
         let (none, any) = (json!(null), JwtOptions::default());
         check(&any, token(none.clone(), json!("x")), Ok("ann"));
-        // RFC 7519, section 4.1.3: a principal that is not named has to refuse the token.
+        // RFC 7519, section 4.1.3: a principal that is not named must reject the token.
         for aud in [json!("skein"), json!(["skein"]), json!([]), json!(""), json!(7)] {
             check(&any, token(aud, none.clone()), Err("token_invalid"));
         }
@@ -382,7 +385,7 @@ mod tests {
     }
 
     #[test]
-    fn another_key_another_algorithm_and_no_token_are_refused() {
+    fn wrong_key_wrong_algorithm_and_missing_token_are_rejected() {
         let key = key(JwtOptions::default());
         let claims = json!({"sub": "ann", "exp": NOW + 60});
         let refused = |token: Option<&str>| {
@@ -394,7 +397,7 @@ mod tests {
         // {"alg":"none"} . {"sub":"ann","exp":99999999999} .
         let none = "eyJhbGciOiJub25lIn0.eyJzdWIiOiJhbm4iLCJleHAiOjk5OTk5OTk5OTk5fQ.";
         assert_eq!(refused(Some(none)), Err("token_invalid".to_owned()));
-        // An extension that has to be understood, and is not (RFC 7515, section 4.1.11).
+        // An extension that must be understood, and is not (RFC 7515, section 4.1.11).
         let secret = jsonwebtoken::EncodingKey::from_secret(SECRET.as_bytes());
         for crit in [vec!["b64".to_owned()], vec![]] {
             let header = jsonwebtoken::Header { crit: Some(crit), ..Default::default() };
@@ -404,7 +407,7 @@ mod tests {
     }
 
     #[test]
-    fn the_anonymous_are_who_they_say_or_guests() {
+    fn anonymous_users_have_the_stated_id_or_a_guest_id() {
         let identify = |user: Option<&str>, name: Option<&str>| {
             let credentials =
                 Credentials { user: user.map(Into::into), name: name.map(Into::into), token: None };

@@ -1,4 +1,4 @@
-//! What is of one user: `history` with another, who is watched, what the session holds.
+//! Execution of requests that concern one user: `history` with a user, `watch`, and session data.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -26,22 +26,22 @@ use crate::{
     telemetry::metrics::StorageLimit,
 };
 
-/// The most reads of an inbox for one `history`: it has some 1,000 entries.
+/// The most reads of an inbox for one `history`; an inbox has about 1,000 entries.
 const PAGES_MAX: usize = 64;
-/// What of an inbox is kept while it is looked through, in bytes: most that an answer holds is there then.
+/// The most bytes of an inbox kept during a search: usually enough for the whole reply.
 const KEPT_BYTES_MAX: usize = 2 * HISTORY_BYTES_MAX;
 
 type Rejection = (ErrorCode, &'static str);
 
-/// The directs of a user with another: those that were found, and whether there are more.
+/// The directs with a user that were found, and whether more exist.
 struct FoundDirects {
-    /// In the direction context for.
+    /// In the requested direction.
     entries: Vec<Entry>,
     epoch: Epoch,
     more: bool,
 }
 
-/// What a user has exchanged with another: a part of the inbox.
+/// Executes `history` with a user: a part of the inbox.
 pub(super) async fn history(
     context: RequestContext,
     user: UserId,
@@ -67,8 +67,8 @@ pub(super) async fn history(
     RequestOutcome::Done
 }
 
-/// What to read of an inbox to find more directs with a user: first up to its newest entry, then older
-/// ones, as long as more are wanted.
+/// The next part of an inbox to read in search of directs: first up to the newest entry, then older
+/// entries as long as more are wanted.
 fn next_part(
     inbox: &InboxIndex,
     with: &UserId,
@@ -87,7 +87,7 @@ fn next_part(
     if is_fully_indexed { None } else { inbox.older_range(HISTORY_LIMIT_MAX) }
 }
 
-/// The first of what was found, as many as an answer holds, and whether those are not all.
+/// Keeps the first directs that fit into a reply, and returns whether any were cut.
 fn truncate_to_fit(mut found: Vec<(Seq, usize)>) -> (Vec<(Seq, usize)>, bool) {
     let mut bytes = 0;
     let above = found.iter().position(|(_, size)| {
@@ -101,7 +101,7 @@ fn truncate_to_fit(mut found: Vec<(Seq, usize)>) -> (Vec<(Seq, usize)>, bool) {
     (found, above.is_some())
 }
 
-/// Whether nothing that is not known of an inbox belongs to `range`.
+/// Whether the index covers all of `range`.
 fn is_fully_indexed(inbox: &InboxIndex, range: ReadRange) -> bool {
     match range {
         ReadRange::After { seq, .. } => inbox.covers_after(seq),
@@ -109,8 +109,8 @@ fn is_fully_indexed(inbox: &InboxIndex, range: ReadRange) -> bool {
     }
 }
 
-/// Finds the directs with another user: which they are is remembered, so that an inbox is looked through
-/// once and no more than those are read.
+/// Finds the directs with a user. The index remembers the peers, so that an inbox is searched once,
+/// and later only the wanted entries are read.
 async fn find(
     context: &RequestContext,
     user: &UserId,
@@ -119,7 +119,7 @@ async fn find(
 ) -> Result<FoundDirects, Rejection> {
     let (room, limit) = (RoomId::inbox_of(user), range.limit() as usize);
     let shared = context.services.peer_index.of(user);
-    // One `history` of a user at a time: the next one finds what this one has read.
+    // One `history` per user at a time: the next one finds the entries that this one has indexed.
     let wait_max = context.services.limits.wait_max;
     let _turn = timeout(wait_max, shared.exclusive.acquire()).await.map_err(|_| TOO_MUCH_READ)?;
     let (mut kept, mut kept_bytes) = (BTreeMap::new(), 0);
@@ -149,7 +149,10 @@ async fn find(
     let (epoch, found, more, parts) = {
         let inbox = shared.inbox.lock();
         let Some(epoch) = inbox.epoch().cloned().filter(|_| is_newest) else {
-            return Err((ErrorCode::Unavailable, "the inbox changes; try again later"));
+            return Err((
+                ErrorCode::Unavailable,
+                "the inbox changed during the search: try again later",
+            ));
         };
         let mut found = inbox.directs_with(with, range, limit + 1);
         let more = found.len() > limit || !is_fully_indexed(&inbox, range);
@@ -174,8 +177,8 @@ pub(super) async fn watch(context: RequestContext, users: BTreeSet<UserId>) -> R
     if !refused.is_empty() {
         let count = refused.len();
         let text = format!(
-            "this node watches as many users as it may (hub.watched_users_max): {count} of these are \
-             not watched"
+            "the node's limit of watched users is reached (hub.watched_users_max): {count} of \
+             these users are not watched"
         );
         context.reject("watch", None, ErrorCode::LimitReached, &text);
     }
@@ -187,7 +190,7 @@ pub(super) async fn unwatch(context: RequestContext, users: Vec<UserId>) -> Requ
     RequestOutcome::Done
 }
 
-/// Has a user watched whom this connection talks to: told of changes only.
+/// Watches a user with whom this connection exchanges directs, and reports only changes.
 pub(super) async fn auto_watch(context: RequestContext, user: UserId) -> RequestOutcome {
     RequestOutcome::NotWatched(context.services.hub.watch([user], &context.handle, None).await)
 }
@@ -201,7 +204,7 @@ pub(super) async fn session(
     let kind = if set.is_some() { "session_set" } else { "session_get" };
     let change = set.map(|set| set.data);
     let data = context.services.sessions.data(user, session, change);
-    // Its own refusals are no failures of the store.
+    // Errors about the data itself are not failures of the store.
     let data = async {
         match data.await {
             Err(SessionDataError::Bus(error)) => Err(error),

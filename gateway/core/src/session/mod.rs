@@ -1,8 +1,9 @@
-//! One client's state, and what each of its frames does: [`Session::handle_frame`] is one match.
+//! One client's session and the handling of its frames: [`Session::handle_frame`] is one match.
 //!
-//! Frames are handled in the order sent. What needs no waiting is done at once, and a publish is
-//! handed on without waiting for its `ack`. What has to wait (`join`, `history` and the like) is a
-//! [`ClientFrame`] that the connection's task performs before it takes the next frame.
+//! Frames are handled in the order received. A frame that needs no waiting is handled at once, and
+//! a publish is passed on without waiting for its `ack`. A frame that must wait (`join`, `history`
+//! and others) becomes a [`DeferredRequest`], which the connection's task executes before it takes
+//! the next frame.
 
 use std::{
     collections::BTreeSet,
@@ -63,52 +64,52 @@ use peer_index::PeerIndex;
 pub use requests::history_of;
 pub use rooms::{info_of, name_of as room_name};
 
-/// What sessions share.
+/// The services that all sessions share.
 pub struct Services {
-    /// The way in for messages.
+    /// Publishes messages.
     pub publisher: Publisher,
-    /// Who is in which room.
+    /// The rooms of this node's connections.
     pub hub: Hub,
     /// For reads of a log.
     pub bus: Arc<dyn Bus>,
-    /// Who is where.
+    /// The presence of this node's connections.
     pub presence: Arc<PresenceTracker>,
-    /// Where sessions are kept.
+    /// The store of sessions.
     pub sessions: Arc<dyn SessionStore>,
-    /// How clients are status apart.
+    /// Authentication of clients.
     pub auth: Auth,
-    /// What holds for rooms.
+    /// Rules that apply to rooms by name.
     pub rules: Arc<RoomRules>,
-    /// Passwords of rooms.
+    /// Room passwords.
     pub passwords: Arc<Passwords>,
-    /// How much may be read for clients.
+    /// Limits of reads for clients.
     pub reads: ReadLimiter,
-    /// With whom the entries of inboxes are.
+    /// The peers of the directs in inboxes.
     pub peer_index: PeerIndex,
-    /// What clients are status of the bus.
+    /// The status of the bus that clients are told.
     pub bus_status: watch::Receiver<BusStatus>,
-    /// What is counted.
+    /// The node's metrics.
     pub metrics: Arc<Metrics>,
-    /// What clients may have kept.
+    /// The quotas of stored state.
     pub quotas: Arc<Quotas>,
-    /// How much a session may.
+    /// The limits of a session.
     pub limits: SessionLimits,
 }
 
-/// How much a session may.
+/// The limits of a session.
 #[derive(Clone, Debug)]
 pub struct SessionLimits {
-    /// What a connection may send.
+    /// The rates of a connection's input.
     pub rates: Arc<MeterRates>,
-    /// Rooms at a time.
+    /// The most rooms joined at a time.
     pub rooms_max: usize,
-    /// Users watched at a time.
+    /// The most users watched at a time.
     pub watches_max: usize,
-    /// Managed rooms of an owner; 0: no limit.
+    /// The most managed rooms of an owner; 0: no limit.
     pub managed_max: usize,
-    /// How long a frame may wait for the bus.
+    /// The most time that a frame may wait for the bus.
     pub wait_max: Duration,
-    /// What may be read for a connection; 0 for no limit.
+    /// The bytes per second that may be read for a connection; 0: no limit.
     pub read_bytes_per_second: usize,
 }
 
@@ -118,22 +119,22 @@ pub struct Session {
     identity: Identity,
     author: AuthorHash,
     session: SessionId,
-    /// The user's, which this connection is in as long as it lives.
+    /// The user's inbox, of which this connection is a member until its end.
     inbox: RoomId,
     handle: Arc<ConnectionHandle>,
-    /// Whose quotas are used up.
+    /// The client whose quotas are charged.
     writer: Writer,
-    /// Whose status it is status.
+    /// The users whose status is reported to this connection.
     watching: BTreeSet<UserId>,
-    /// The user is connected as long as this is there.
+    /// Keeps the user online.
     online: PresenceGuard,
-    /// In the order of their names.
+    /// Ordered by room.
     rooms: Vec<PresenceGuard>,
-    /// The room whose join is being outcome.
+    /// The room whose join is being executed.
     joining: Option<RoomId>,
 }
 
-/// A frame that has to wait for something.
+/// A frame whose handling waits for the hub or the bus.
 #[derive(Debug)]
 pub enum DeferredRequest {
     /// `join`
@@ -148,13 +149,13 @@ pub enum DeferredRequest {
     Watch(Option<FrameRef>, WatchFrame),
     /// `unwatch`
     Unwatch(WatchFrame),
-    /// Nothing that was context for: a direct was sent to this user.
+    /// Not a frame: a direct was sent to this user, who is to be watched.
     AutoWatch(UserId),
     /// `session_get`, and with data `session_set`
     Session(Option<FrameRef>, Option<SessionSetFrame>),
     /// `refresh`
     Refresh(Option<FrameRef>, RefreshFrame),
-    /// `create_room`; the record has no hash yet where there is a password.
+    /// `create_room`; the password, if any, is not hashed yet.
     CreateRoom(Option<FrameRef>, RoomId, Box<RoomConfig>, Option<String>),
     /// `delete_room`
     DeleteRoom(Option<FrameRef>, RoomId),
@@ -165,7 +166,8 @@ pub enum DeferredRequest {
 }
 
 impl DeferredRequest {
-    /// Whether it changes nothing, so that it is pointless for a client that does not hear the answer.
+    /// Whether the request changes nothing, so that it is pointless once the client cannot receive
+    /// the reply.
     pub fn is_read_only(&self) -> bool {
         matches!(
             self,
@@ -180,27 +182,27 @@ impl DeferredRequest {
     }
 }
 
-/// What became of a [`ClientFrame`]. Its answer has been sent.
+/// The outcome of a [`DeferredRequest`], whose reply was sent.
 pub enum RequestOutcome {
-    /// The connection is a member. The guard is a new one, unless it was one before.
+    /// The connection is a member. `Some` if it was not one before.
     Joined(Option<PresenceGuard>),
-    /// It is not, and was status so with this code.
+    /// The join was rejected with this code.
     NotJoined(ErrorCode),
-    /// These users are not watched, since the node watches as many as it may.
+    /// These users are not watched, since the node's limit is reached.
     NotWatched(Vec<UserId>),
-    /// Nothing changed for the session.
+    /// Nothing changed in the session.
     Done,
 }
 
-/// The least and the most that an `unavailable` tells to wait: all clients of a bus that is away are status
-/// so in the same moment, and are not to come back in one.
+/// The range of `retry_after_ms` of `unavailable`. All clients learn of an outage in the same
+/// moment and must not return in one.
 const RETRY_AFTER: std::ops::Range<Duration> = Duration::from_secs(1)..Duration::from_secs(2);
-/// The same where a bound of durable state was reached: it is reached for longer.
+/// As [`RETRY_AFTER`], for a storage limit: it stays reached for longer.
 const BOUND_RETRY_AFTER: std::ops::Range<Duration> =
     Duration::from_secs(10)..Duration::from_secs(20);
 
 impl Session {
-    /// A session of `identity`, whose frames go to `handle`.
+    /// Creates the session of `identity` for the connection `handle`.
     pub fn new(
         services: Arc<Services>,
         identity: Identity,
@@ -224,7 +226,7 @@ impl Session {
         }
     }
 
-    /// What clients are status of the bus, to be [status](Session::send_bus_status) when it changes.
+    /// The status of the bus; the caller [sends](Session::send_bus_status) each change.
     pub fn bus_status(&self) -> watch::Receiver<BusStatus> {
         let mut status = self.services.bus_status.clone();
         if status.borrow_and_update().bus == BusState::Down {
@@ -233,24 +235,24 @@ impl Session {
         status
     }
 
-    /// Sends `status`.
+    /// Sends a `status` frame.
     pub fn send_bus_status(&self, status: BusStatus) {
         let since = skein_protocol::timestamp(status.since.unwrap_or_else(SystemTime::now));
         self.send(&ServerFrame::Status(StatusFrame { bus: status.bus, since }));
     }
 
-    /// When the session's token ends, leeway included.
+    /// The end of the session's token, including leeway.
     pub fn expires_at(&self) -> Option<SystemTime> {
         self.identity.ends_at()
     }
 
-    /// Whether everything that was handed on has been answered.
+    /// Whether the bus has answered every publish.
     pub fn is_settled(&self) -> bool {
         self.handle.has_no_pending_publish()
     }
 
-    /// Handles a frame, as far as the connection's meter allows it. What it returns has to be
-    /// [outcome](Session::execute) before the next.
+    /// Handles a frame if the connection's meter allows it. The caller must
+    /// [execute](Session::execute) the returned request before the next frame.
     pub fn handle_frame(
         &mut self,
         frame: Result<ClientFrame<'_>, Box<ErrorFrame>>,
@@ -329,7 +331,7 @@ impl Session {
         None
     }
 
-    /// Takes the bytes of what is to be kept from the user's quota, or refuses the frame.
+    /// Charges the quota of stored bytes, or rejects the frame.
     fn charge_quota(
         &self,
         reference: Option<&FrameRef>,
@@ -344,7 +346,7 @@ impl Session {
         false
     }
 
-    /// Ends the guards in rooms that this connection was taken out of.
+    /// Drops the guards of rooms from which this connection was evicted.
     fn leave_evicted(&mut self) {
         for room in self.handle.take_evicted() {
             if let Ok(place) = self.index_of(&room) {
@@ -353,7 +355,7 @@ impl Session {
         }
     }
 
-    /// This connection's part in a room, if it has one.
+    /// The presence guard of a room, if this connection is a member.
     fn guard_in(&mut self, room: &RoomId) -> Option<&PresenceGuard> {
         self.leave_evicted();
         let place = self.index_of(room).ok()?;
@@ -368,7 +370,7 @@ impl Session {
         self.rooms.binary_search_by(|guard| guard.room().cmp(&Some(room)))
     }
 
-    /// Notes that the user did something in a room, or refuses what wants it joined.
+    /// Records an activity in a room, or rejects a frame that needs membership.
     fn in_room(&mut self, reference: Option<&FrameRef>, kind: &str, room: &RoomId) -> bool {
         if let Some(guard) = self.guard_in(room) {
             guard.touch();
@@ -392,9 +394,9 @@ impl Session {
             .is_some_and(|guard| guard.should_publish_typing(*is_typing, TYPING_EVERY));
         if publishes {
             let (user, is_typing) = (self.identity.user.id.clone(), *is_typing);
-            let notice = EphemeralEvent::Typing { user, is_typing };
-            // Nobody waits for it, and it may be lost.
-            self.services.presence.store().publish_ephemeral(room.clone(), notice, Box::new(drop));
+            let event = EphemeralEvent::Typing { user, is_typing };
+            // Sent at most once, without waiting for the result.
+            self.services.presence.store().publish_ephemeral(room.clone(), event, Box::new(drop));
         }
     }
 
@@ -405,12 +407,12 @@ impl Session {
         }
     }
 
-    /// Whether the token allows to change a room; refuses the frame where it does not.
+    /// Whether the token grants write access to a room; rejects the frame if not.
     fn may_write(&self, reference: Option<&FrameRef>, kind: &str, room: &RoomId) -> bool {
         let text = match self.identity.access(room) {
             Some(RoomAccess::ReadWrite) => return true,
-            Some(RoomAccess::Read) => "the token allows to read here only",
-            None => "the token does not allow this room",
+            Some(RoomAccess::Read) => "the token grants read access only",
+            None => "the token does not grant access to this room",
         };
         let code = ErrorCode::Forbidden;
         self.reject(error_frame(reference.cloned(), kind, Some(room), code, text));
@@ -443,8 +445,8 @@ impl Session {
         Some(DeferredRequest::CreateRoom(reference, room, Box::new(record), create.password))
     }
 
-    /// Begins what a frame asks for that has to wait. The future is on its own, so that the
-    /// connection can be looked after meanwhile; its output goes to [`Session::complete`].
+    /// Starts a deferred request. The future does not borrow the session, so that the connection
+    /// can be served meanwhile; its output goes to [`Session::complete`].
     pub fn execute(&mut self, request: DeferredRequest) -> BoxFuture<RequestOutcome> {
         let (services, handle) = (self.services.clone(), self.handle.clone());
         let user = self.identity.user.clone();
@@ -456,10 +458,10 @@ impl Session {
                 match self.may_join(reference.as_ref(), &join.room) {
                     Ok(()) => {
                         self.joining = Some(join.room.clone());
-                        let again = self
+                        let present_member = self
                             .guard_in(&join.room)
                             .map(|guard| (guard.room_alive(), guard.rejoin_snapshot()));
-                        Box::pin(requests::join(context(reference), join, user, again))
+                        Box::pin(requests::join(context(reference), join, user, present_member))
                     }
                     Err(error) => {
                         let code = self.reject(error);
@@ -485,7 +487,7 @@ impl Session {
                         let (user, with) = (user.id, with.clone());
                         Box::pin(directs::history(context(reference), user, with, history))
                     }
-                    // It names one of them.
+                    // The parser ensures that one of them is present.
                     (None, None) => answered,
                 }
             }
@@ -494,7 +496,7 @@ impl Session {
                 let more = users.iter().filter(|user| !self.watching.contains(*user)).count();
                 let watches_max = self.services.limits.watches_max;
                 if self.watching.len() + more > watches_max {
-                    let text = format!("at most {watches_max} users are watched at a time");
+                    let text = format!("limit reached: at most {watches_max} watched users");
                     let code = ErrorCode::LimitReached;
                     self.reject(error_frame(reference, "watch", None, code, &text));
                     return answered;
@@ -549,11 +551,11 @@ impl Session {
         }
     }
 
-    /// Takes note of what was outcome.
+    /// Applies the outcome of a deferred request.
     ///
     /// # Errors
     ///
-    /// The code of the `error` that a join was refused with.
+    /// The code of the `error` that rejected a join.
     pub fn complete(&mut self, outcome: RequestOutcome) -> Result<(), ErrorCode> {
         let joining = self.joining.take();
         match outcome {
@@ -586,32 +588,35 @@ impl Session {
         let error_frame =
             |code, text: &str| error_frame(reference.cloned(), "join", Some(room), code, text);
         if self.identity.access(room).is_none() {
-            return Err(error_frame(ErrorCode::Forbidden, "the token does not allow this room"));
+            return Err(error_frame(
+                ErrorCode::Forbidden,
+                "the token does not grant access to this room",
+            ));
         }
         if self.rooms.len() >= rooms_max {
             self.rooms.retain(|guard| !guard.is_closed());
         }
         if self.guard_in(room).is_none() && self.rooms.len() >= rooms_max {
-            let text = format!("at most {rooms_max} rooms at a time");
+            let text = format!("limit reached: at most {rooms_max} joined rooms");
             return Err(error_frame(ErrorCode::LimitReached, &text));
         }
         Ok(())
     }
 
-    /// Whether the token and the limits allow to join a room, before that is context for.
+    /// Checks whether the token and the limits allow a join, before it is requested.
     ///
     /// # Errors
     ///
-    /// The code that the join would be refused with.
+    /// The code with which the join would be rejected.
     pub fn check_join(&mut self, room: &RoomId) -> Result<(), ErrorCode> {
         self.may_join(None, room).map_err(|error| error.code)
     }
 
-    /// Ends the session: it is a member nowhere any more.
+    /// Ends the session and all its memberships.
     pub async fn end(&mut self) {
         let connection = self.handle.connection;
         let rooms = std::mem::take(&mut self.rooms);
-        // A join that was not waited for to its end may have succeeded.
+        // A join that was not awaited to its end may have succeeded.
         let hub = &self.services.hub;
         for room in
             rooms.iter().filter_map(PresenceGuard::room).chain(&self.joining).chain([&self.inbox])
@@ -623,19 +628,19 @@ impl Session {
         self.services.sessions.close(user, self.session, connection);
     }
 
-    /// Notes that a user is watched because of what was said; not above the limit, and not twice.
+    /// Marks a user as auto-watched. `false`: the user is watched already, or the limit is reached.
     fn begin_auto_watch(&mut self, user: &UserId) -> bool {
         self.watching.len() < self.services.limits.watches_max && self.watching.insert(user.clone())
     }
 
-    /// Takes another token. Returns when it ends, and the rooms that it does not allow any more.
+    /// Replaces the token. Returns the end of the new one, and the rooms that it no longer grants.
     fn refresh(
         &mut self,
         refresh: &RefreshFrame,
     ) -> Result<(SystemTime, Vec<RoomId>), (ErrorCode, &'static str)> {
         let identity = self.services.auth.identify_again(&refresh.token)?;
         if identity.user.id != self.identity.user.id {
-            return Err((ErrorCode::Forbidden, "the token is another user's"));
+            return Err((ErrorCode::Forbidden, "the token belongs to another user"));
         }
         let expires_at = identity.expires_at.unwrap_or(SystemTime::UNIX_EPOCH);
         self.identity = identity;
@@ -652,14 +657,15 @@ impl Session {
         Ok((expires_at, gone.into_iter().filter_map(leave).collect()))
     }
 
-    /// The rooms in which this session is behind, if its outbox has room: each is to be given to
-    /// [`Session::catch_up`]. Those it was taken out of it is no member of any more.
+    /// Takes the rooms in which this session lags, if its outbox has space; the caller passes them
+    /// to [`Session::catch_up`]. Rooms from which the connection was evicted are left first.
     pub fn take_lagging(&mut self) -> SmallVec<[RoomId; 1]> {
         self.leave_evicted();
         self.handle.outbox.take_lagging()
     }
 
-    /// Has rooms continued, and those watched with whom this connection has begun to talk.
+    /// Catches up rooms, and watches the users of status rooms, who have begun a direct exchange
+    /// with this connection.
     pub async fn catch_up(&mut self, rooms: SmallVec<[RoomId; 1]>) {
         for room in rooms {
             match room.user().filter(|_| room.kind() == RoomKind::Status) {
@@ -680,7 +686,7 @@ impl Session {
         self.handle.send_ahead(&ServerFrame::Pong(pong));
     }
 
-    /// Takes a `message` or `direct`. Returns whether it was handed on.
+    /// Handles a `message` or `direct`. Returns whether it was passed to the bus.
     fn message(
         &mut self,
         reference: Option<FrameRef>,
@@ -710,10 +716,7 @@ impl Session {
             };
             guard.touch();
             if self.identity.access(room) != Some(RoomAccess::ReadWrite) {
-                self.reject(error_frame(
-                    ErrorCode::Forbidden,
-                    "the token allows to read here only",
-                ));
+                self.reject(error_frame(ErrorCode::Forbidden, "the token grants read access only"));
                 return false;
             }
         }
@@ -760,7 +763,7 @@ impl Session {
         self.handle.send(frame);
     }
 
-    /// Refuses a frame that could not be read. Bad frames have a pace like others.
+    /// Rejects an unreadable frame, which is metered like others.
     fn reject_unreadable(&mut self, error: ErrorFrame, meter: &mut Meter, now: Instant) {
         match meter.take_frame(0, now) {
             Ok(()) => self.reject(error),
@@ -777,7 +780,7 @@ impl Session {
     }
 }
 
-/// Sends an `error` and counts it; the meter counts it as well where it is the client's fault.
+/// Sends an `error` and counts it; a fault of the client is also counted by the meter.
 fn reject(services: &Services, handle: &ConnectionHandle, error: ErrorFrame) -> ErrorCode {
     let code = error.code;
     services.metrics.errors.of(code).inc();
@@ -788,26 +791,26 @@ fn reject(services: &Services, handle: &ConnectionHandle, error: ErrorFrame) -> 
     code
 }
 
-/// What is status of a publish when its fate is known.
+/// The reply to a publish, sent once the bus has answered.
 #[derive(Clone)]
 struct PublishReply {
     handle: Arc<ConnectionHandle>,
     metrics: Arc<Metrics>,
     reference: Option<FrameRef>,
     to: Recipient,
-    /// Where the copy comes by, and the position is: the room, or the sender's inbox.
+    /// The log in which the copy and the position are: the room, or the sender's inbox.
     log: RoomId,
     receipt: Receipt,
-    /// Whether the sender wants a copy.
+    /// Whether the sender receives a copy.
     echo: bool,
-    /// Whether the room keeps a log. Without one an `ack` has no place.
+    /// Whether the room keeps a log. Without a log there is no inline ack.
     durable: bool,
-    /// Whether the `ack` stands in the place of the copy.
+    /// Whether the place of the copy is reserved for the `ack`.
     reserved: bool,
 }
 
 impl PublishReply {
-    /// Prepares for the answer: it may come before `publish` returns.
+    /// Prepares for the answer of the bus, which may come before `publish` returns.
     fn begin(&mut self) {
         self.handle.begin_publish();
         if !self.echo && self.durable {
@@ -824,14 +827,14 @@ impl PublishReply {
         }
     }
 
-    /// Takes [`PublishReply::begin`] back.
+    /// Undoes [`PublishReply::begin`].
     fn cancel(&self) {
         self.handle.end_publish();
         self.cancel_reservation();
     }
 
-    /// Whether the `ack` is to be sent from here: it was never reserved, or has not been sent from
-    /// its place.
+    /// Cancels the reservation. Returns whether the `ack` must be sent here: it had no reservation,
+    /// or was not sent in its place.
     fn cancel_reservation(&self) -> bool {
         !self.reserved || self.handle.cancel_ack(&self.log, self.receipt.id)
     }
@@ -842,9 +845,9 @@ impl PublishReply {
             Ok(Appended { duplicate: false, position, .. }) if self.reserved => {
                 self.handle.appended(&self.log, self.receipt.id, position);
             }
-            // A gateway's own repeat is status as a duplicate; its `ack` may have been sent. One that
-            // should stand in the place of the copy and does not is one too: by any other a client
-            // would move its cursor.
+            // A repeat by the gateway itself is reported as a duplicate; its `ack` may have been
+            // sent. An inline ack that lost its place is reported as a duplicate too, since a
+            // client would move its cursor for any other.
             Ok(Appended { position, duplicate, opened_inbox: opened }) => {
                 if self.cancel_reservation() {
                     let duplicate = duplicate || self.durable && !self.echo;
@@ -878,12 +881,12 @@ impl PublishReply {
         let (code, text) = match error {
             BusError::Unavailable => (
                 ErrorCode::Unavailable,
-                "the bus is away; whether the message was taken is not known: send it again with \
+                "the bus is unavailable, and the message may have been stored: repeat it with \
                  the same id",
             ),
             BusError::Overloaded => (
                 ErrorCode::Overloaded,
-                "too much waits for the bus; send it again with the same id",
+                "the queue to the bus is full: repeat the message with the same id",
             ),
             BusError::Rejected => (ErrorCode::Internal, "the message could not be stored"),
             BusError::MemoryFull | BusError::UnseenQuota | BusError::UnseenBytes => {
@@ -919,19 +922,19 @@ fn error_frame(
     }
 }
 
-/// A error that says when to try again.
+/// Adds `retry_after_ms` to an error.
 fn with_retry_after(error: ErrorFrame, wait: Duration) -> ErrorFrame {
-    // Rounded up, since a client that waits as status must not be too early.
+    // Rounded up, since a client that waits for exactly this time must not be early.
     let retry_after_ms = Some(wait.as_millis() as u64 + 1);
     ErrorFrame { retry_after_ms, ..error }
 }
 
-/// A error that says to try again later, to one client sooner than to another.
+/// Adds a random `retry_after_ms` to an error.
 fn with_outage_delay(error: ErrorFrame) -> ErrorFrame {
     with_retry_after(error, rand::random_range(RETRY_AFTER))
 }
 
 fn rate_limited(reference: Option<FrameRef>, answers: &str, wait: Duration) -> ErrorFrame {
-    let text = "too many frames in too short a time; this one was not taken";
+    let text = "rate limit exceeded: frame rejected";
     with_retry_after(error_frame(reference, answers, None, ErrorCode::RateLimited, text), wait)
 }

@@ -1,9 +1,10 @@
-//! With whom the entries of inboxes are, so that `history` with a user reads those entries and no others.
+//! The peer of each direct in an inbox, so that `history` with a user reads only that user's
+//! entries.
 //!
-//! An inbox is read once to find out, from its newest entry backwards and only as far as it takes; what
-//! was found is kept for as long as there is place. Each entry is with one user: numbers within an epoch
-//! never get another entry. The inboxes are this node's memory of what Redis has, at 24 bytes an entry;
-//! they can be lost at any time.
+//! An inbox is indexed when it is first searched, from its newest entry backwards and only as far
+//! as needed; the index is kept while there is space. The peer of an entry never changes, since a
+//! number within an epoch is never reused. An index caches what Redis holds, at 24 bytes per entry,
+//! and can be dropped at any time.
 
 use std::{
     collections::{BTreeMap, HashMap},
@@ -28,30 +29,31 @@ use crate::{
     delivery::{Entry, page::LogPage},
 };
 
-/// How many entries are remembered, of all inboxes.
+/// The most indexed entries, over all inboxes.
 const ENTRIES_MAX: usize = 500_000;
-/// What reading a further part of a log costs, in bytes: smaller gaps are read with what is wanted.
+/// The cost of a further read of a log, in bytes: a smaller gap is read together with its
+/// neighbours.
 const GAP_BYTES: usize = 4096;
 
-/// The inboxes of a node.
+/// The indexes of a node.
 #[derive(Debug, Default)]
 pub struct PeerIndex(Mutex<Generations>);
 
-/// Two maps that take turns, so that the inboxes used longest ago go.
+/// Two maps that are used alternately, so that the least recently used indexes are dropped.
 #[derive(Debug, Default)]
 struct Generations {
     newer: HashMap<UserId, Arc<SharedInboxIndex>>,
     older: HashMap<UserId, Arc<SharedInboxIndex>>,
-    /// How many entries were added since the maps have taken turns.
+    /// The number of entries added since the last swap.
     added: usize,
 }
 
-/// An inbox, which one `history` at a time looks through.
+/// An index that one `history` at a time searches.
 #[derive(Debug)]
 pub(super) struct SharedInboxIndex {
     pub(super) exclusive: Semaphore,
     pub(super) inbox: Mutex<InboxIndex>,
-    /// How many entries were added to it.
+    /// The number of entries added to it.
     len: AtomicUsize,
 }
 
@@ -61,22 +63,22 @@ impl Default for SharedInboxIndex {
     }
 }
 
-/// What is known of an inbox.
+/// The index of an inbox.
 #[derive(Debug, Default)]
 pub(super) struct InboxIndex {
     epoch: Option<Epoch>,
-    /// Everything from here on is known, up to `high`.
+    /// All entries from this number up to `high` are indexed.
     low: Seq,
     high: Seq,
-    /// Below it nothing is kept.
+    /// The oldest retained entry.
     oldest: Seq,
-    /// The directs: with whom, by number in `peers`, and how large.
+    /// The directs by number: the peer's number in `peers`, and the size.
     entries: BTreeMap<Seq, (u32, u32)>,
     peers: HashMap<UserId, u32>,
 }
 
 impl PeerIndex {
-    /// What is known of a user's inbox.
+    /// The index of a user's inbox.
     pub(super) fn of(&self, user: &UserId) -> Arc<SharedInboxIndex> {
         let generations = &mut *self.0.lock();
         if let Some(known) = generations.newer.get(user) {
@@ -84,12 +86,12 @@ impl PeerIndex {
         }
         let inbox = generations.older.remove(user).unwrap_or_default();
         generations.newer.insert(user.clone(), inbox.clone());
-        // One of which nothing is known takes place as well.
+        // An empty index takes space as well.
         generations.add(inbox.len.load(Relaxed) + 1);
         inbox
     }
 
-    /// Notes that so many entries of an inbox were added.
+    /// Counts entries added to an index.
     pub(super) fn note_added(&self, inbox: &SharedInboxIndex, count: usize) {
         inbox.len.fetch_add(count, Relaxed);
         self.0.lock().add(count);
@@ -107,7 +109,7 @@ impl Generations {
 }
 
 impl InboxIndex {
-    /// What to read so that all up to the newest entry is known.
+    /// The range to read so that the index reaches the newest entry.
     pub(super) fn newer_range(&self, limit: u32) -> ReadRange {
         match self.epoch {
             Some(_) => ReadRange::After { seq: self.high, limit },
@@ -115,18 +117,19 @@ impl InboxIndex {
         }
     }
 
-    /// What to read so that more of the older entries are known; nothing, where all are.
+    /// The range to read so that the index covers more of the older entries; `None` if it covers
+    /// all.
     pub(super) fn older_range(&self, limit: u32) -> Option<ReadRange> {
         (self.low > self.oldest.max(1)).then_some(ReadRange::Before { seq: self.low, limit })
     }
 
-    /// Whether all that is kept behind `seq` is known.
+    /// Whether the index covers all retained entries after `seq`.
     pub(super) fn covers_after(&self, seq: Seq) -> bool {
         self.low <= seq.saturating_add(1) || self.older_range(1).is_none()
     }
 
-    /// Takes in what was read of `range`. Returns how many entries that was, and whether the newest entry
-    /// is known now.
+    /// Indexes a page of `range`. Returns the number of its entries, and whether the newest entry
+    /// is indexed now.
     pub(super) fn apply(
         &mut self,
         user: &UserId,
@@ -137,7 +140,7 @@ impl InboxIndex {
             let is_first = self.epoch.is_none() && matches!(range, ReadRange::Newest { .. });
             *self = Self::default();
             if !is_first {
-                // The numbers are another log's.
+                // The numbers belong to another log.
                 return (0, false);
             }
             self.epoch = Some(page.epoch.clone());
@@ -148,7 +151,7 @@ impl InboxIndex {
         let (first, last) = (first.map(|of| of.position.seq), last.map(|of| of.position.seq));
         match range {
             ReadRange::After { .. } => self.high = last.unwrap_or(page.top).max(self.high),
-            // What is below the oldest entry, or between those of a page, is no more.
+            // Entries below the oldest one, or missing in a page, no longer exist.
             ReadRange::Newest { .. } | ReadRange::Before { .. } => {
                 self.low = first.unwrap_or(page.oldest).min(self.low);
             }
@@ -165,7 +168,7 @@ impl InboxIndex {
         (page.entries.len(), self.high >= page.top)
     }
 
-    /// The directs with `peer` in `range`, in its direction: the numbers of `count` at most, and their
+    /// The directs with `peer` in `range`, in its direction: at most `count` numbers, with their
     /// sizes.
     pub(super) fn directs_with(
         &self,
@@ -191,15 +194,15 @@ impl InboxIndex {
         }
     }
 
-    /// The parts of the log to read for some numbers, in their order: what lies between two that is
-    /// small is read with them.
+    /// The ranges of the log to read for the given numbers, in their order. Small gaps are read
+    /// with their neighbours.
     pub(super) fn ranges_for(&self, seqs: &[(Seq, usize)]) -> Vec<ReadRange> {
         let mut parts: Vec<(Seq, Seq)> = Vec::new();
         for (seq, _) in seqs {
             let seq = *seq;
             let gap = |low: Seq, high: Seq| {
                 let between = self.entries.range(low + 1..high);
-                // What is no direct is small.
+                // Entries that are not directs are small.
                 (high - low) as usize * 64
                     + between.map(|(_, (_, bytes))| *bytes as usize).sum::<usize>()
             };
@@ -221,7 +224,7 @@ impl InboxIndex {
     }
 }
 
-/// Whom an entry of `user`'s inbox is from or for; nobody, where it is no direct.
+/// The peer of a direct in `user`'s inbox; `None` for other entries.
 fn peer_of(entry: &Entry, user: &UserId) -> Option<UserId> {
     #[derive(Deserialize)]
     struct DirectEnds {
@@ -259,7 +262,7 @@ mod tests {
         name.parse().unwrap()
     }
 
-    /// A direct between ann and another, or what is none.
+    /// A direct between ann and another user, or an entry that is not a direct.
     fn entry(seq: Seq, from: &str, to: &str, bytes: usize) -> Entry {
         let content = "x".repeat(bytes);
         let frame = if to.is_empty() { FrameType::default() } else { FrameType::Direct };
@@ -277,7 +280,7 @@ mod tests {
         Entry { position, origin: ServerId::default(), envelope }
     }
 
-    /// The inbox: bob, cat, bob, cat … and a large one of dan at 10.
+    /// The inbox: bob, cat, bob, cat … and a large direct of dan at 10.
     fn log(top: Seq) -> Vec<Entry> {
         let of = |seq: Seq| match seq {
             10 => entry(seq, "dan", "ann", 100_000),
@@ -310,7 +313,7 @@ mod tests {
     }
 
     #[test]
-    fn an_inbox_is_looked_through_once_and_as_far_as_it_takes() {
+    fn inbox_is_indexed_once_and_as_far_as_needed() {
         let (mut inbox, ann, log) = (InboxIndex::default(), user("ann"), log(20));
         let newest = ReadRange::Newest { limit: 4 };
         let part = inbox.newer_range(4);
@@ -331,7 +334,7 @@ mod tests {
         assert_eq!(seqs(&inbox.directs_with(&user("bob"), before, 9)), [8, 6, 4, 2]);
         assert!(inbox.directs_with(&user("eve"), newest, 9).is_empty());
 
-        // What comes is added, and what is trimmed is forgotten.
+        // New entries are added, and trimmed ones are dropped.
         let log = [&log[12..], &[entry(21, "eve", "ann", 1)]].concat();
         let part = inbox.newer_range(4);
         assert_eq!(inbox.apply(&ann, part, &page(&log, part)), (1, true));
@@ -340,7 +343,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_near_is_read_together_and_large_ones_between_are_not() {
+    fn small_gaps_are_read_and_large_ones_are_skipped() {
         let (mut inbox, log) = (InboxIndex::default(), log(20));
         let part = inbox.newer_range(100);
         inbox.apply(&user("ann"), part, &page(&log, part));
@@ -349,14 +352,14 @@ mod tests {
         assert_eq!(
             parts,
             [ReadRange::After { seq: 11, limit: 9 }, ReadRange::After { seq: 1, limit: 7 }],
-            "the entry of 100 KB at 10 is left out"
+            "the entry of 100 KB at 10 is skipped"
         );
         let forwards: Vec<_> = found.into_iter().rev().collect();
         assert_eq!(inbox.ranges_for(&forwards).len(), 2);
     }
 
     #[test]
-    fn another_log_is_looked_through_anew() {
+    fn another_log_is_indexed_anew() {
         let (mut inbox, ann, log) = (InboxIndex::default(), user("ann"), log(5));
         let part = inbox.newer_range(100);
         inbox.apply(&ann, part, &page(&log, part));
@@ -369,7 +372,7 @@ mod tests {
     }
 
     #[test]
-    fn inboxes_used_longest_ago_are_forgotten() {
+    fn least_recently_used_indexes_are_dropped() {
         let peers = PeerIndex::default();
         let kept = |name: &str| peers.of(&user(name)).inbox.lock().epoch().is_some();
         let fill = |name: &str| {

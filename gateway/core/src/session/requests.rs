@@ -1,4 +1,4 @@
-//! What has to wait for the hub or the bus. Each ends by its answer.
+//! Execution of the requests that wait for the hub or the bus. Each ends with its reply.
 
 use std::{
     future::ready,
@@ -43,12 +43,12 @@ use crate::{
     telemetry::metrics::{Metrics, StorageLimit},
 };
 
-/// Who context, and what there is to answer with.
+/// The connection and the services with which a request is executed.
 pub(super) struct RequestContext {
     pub(super) services: Arc<Services>,
     pub(super) handle: Arc<ConnectionHandle>,
     pub(super) reference: Option<FrameRef>,
-    /// Whose quotas are used up.
+    /// The client whose quotas are charged.
     pub(super) writer: Writer,
 }
 
@@ -57,7 +57,7 @@ impl RequestContext {
         self.handle.send(frame);
     }
 
-    /// Sends an `error` for the frame `kind`; one that may be tried again says when.
+    /// Sends an `error` for the frame `kind`, with `retry_after_ms` if its code is retryable.
     pub(super) fn reject(
         &self,
         kind: &str,
@@ -70,7 +70,7 @@ impl RequestContext {
         reject(&self.services, &self.handle, error)
     }
 
-    /// As [`RequestContext::reject`], of what may be tried again after `wait`.
+    /// As [`RequestContext::reject`], with `rate_limited` and a given wait.
     pub(super) fn reject_with_delay(
         &self,
         kind: &str,
@@ -89,8 +89,8 @@ impl RequestContext {
         self.handle.owner().map(|owner| address_key(owner.about.address))
     }
 
-    /// Waits until something may be read for the client, for as long as a frame may wait, and charges
-    /// the read.
+    /// Waits until the read limits allow a read for the client, and charges its start. Fails after
+    /// the time that a frame may wait.
     pub(super) async fn await_read_allowance(&self) -> Result<(), (ErrorCode, &'static str)> {
         let Some(owner) = self.handle.owner() else { return Ok(()) };
         let Services { reads, metrics, limits, .. } = &*self.services;
@@ -114,7 +114,7 @@ impl RequestContext {
         }
     }
 
-    /// Charges what was read.
+    /// Charges the bytes of a read.
     pub(super) fn charge_read(&self, bytes: usize) {
         let Services { reads, metrics, .. } = &*self.services;
         metrics.client_read_bytes.inc_by(bytes as u64);
@@ -123,7 +123,7 @@ impl RequestContext {
         }
     }
 
-    /// As [`RequestContext::wait`], at the pace of what may be read for the client; `bytes` of an answer are
+    /// As [`RequestContext::wait`], within the read limits of the client; `bytes` of the result are
     /// charged.
     pub(super) async fn read<T>(
         &self,
@@ -136,14 +136,16 @@ impl RequestContext {
         Ok(answer)
     }
 
-    /// What the bus answers, if it does within the time that a frame may wait.
+    /// The result of the bus, within the time that a frame may wait.
     pub(super) async fn wait<T>(
         &self,
         question: impl Future<Output = Result<T, BusError>>,
     ) -> Result<T, (ErrorCode, &'static str)> {
         match tokio::time::timeout(self.services.limits.wait_max, question).await {
             Ok(Ok(answer)) => Ok(answer),
-            Ok(Err(BusError::Rejected)) => Err((ErrorCode::Internal, "the bus refused it")),
+            Ok(Err(BusError::Rejected)) => {
+                Err((ErrorCode::Internal, "the bus rejected the request"))
+            }
             Ok(Err(error)) if error.is_limit() => {
                 Err(reject_storage(&self.services.metrics, error))
             }
@@ -152,7 +154,7 @@ impl RequestContext {
     }
 }
 
-/// Counts that a bound was reached, and says what is told.
+/// Counts a reached storage limit, and returns its error.
 pub(super) fn reject_storage(metrics: &Metrics, error: BusError) -> (ErrorCode, &'static str) {
     if let Some(bound) = storage_bound(error) {
         metrics.storage_rejections.of(bound).inc();
@@ -160,43 +162,39 @@ pub(super) fn reject_storage(metrics: &Metrics, error: BusError) -> (ErrorCode, 
     storage_bound_text(error)
 }
 
-/// What is told where a bound was reached.
+/// The error of a reached storage limit.
 pub(super) fn storage_bound_text(error: BusError) -> (ErrorCode, &'static str) {
     match error {
         BusError::UnseenQuota => (
             ErrorCode::RateLimited,
-            "too many messages to users who were never connected; this one was not taken",
+            "quota exceeded: too many messages to users who have never connected",
         ),
         BusError::UnseenBytes => (
             ErrorCode::LimitReached,
-            "the inbox of a user who was never connected does not hold a message of this size",
+            "the message is larger than the inbox of a user who has never connected",
         ),
-        _ => (
-            ErrorCode::Overloaded,
-            "the cluster's memory is nearly used up: nothing is kept that needs more of it",
-        ),
+        _ => (ErrorCode::Overloaded, "the cluster's memory is nearly full: nothing was stored"),
     }
 }
 
-/// What is told where too much was read for the client.
+/// The error of an exceeded read limit.
 pub(super) const TOO_MUCH_READ: (ErrorCode, &str) =
-    (ErrorCode::RateLimited, "too much was read for this connection or user in too short a time");
-/// What is told where the bus does not answer.
+    (ErrorCode::RateLimited, "read limit exceeded for this connection or user");
+/// The error while the bus is unavailable.
 const BUS_UNAVAILABLE: (ErrorCode, &str) =
-    (ErrorCode::Unavailable, "the bus is away; try again later");
-/// What is told where passwords are not checked for a while.
-pub(super) const TOO_MANY_PASSWORDS: &str =
-    "too many passwords were wrong, or are being checked; this one was not looked at";
+    (ErrorCode::Unavailable, "the bus is unavailable: try again later");
+/// The text for a password that was not checked.
+pub(super) const TOO_MANY_PASSWORDS: &str = "too many password attempts: this one was not checked";
 
-/// What is charged for each user of a page, in bytes: about what Redis keeps of one.
+/// The charge for each user of a page, in bytes: about the size of a user in Redis.
 const PERSON_BYTES: usize = 64;
 
-/// Why a user could not enter a room.
+/// The reason why a join was rejected.
 enum JoinRejection {
     NotAdmitted(AdmitError),
-    /// The password was not checked.
+    /// The password was not checked; retry after this time.
     PasswordLater(Duration),
-    /// This node follows as many rooms as it may.
+    /// The node's limit of rooms is reached.
     TooManyRooms,
 }
 
@@ -212,22 +210,23 @@ impl From<BusError> for JoinRejection {
     }
 }
 
-/// `again`: for a member already, what it would be told on entering now.
+/// Executes a `join`. `present_member`: for a connection that is a member already, the state that it
+/// would join with now.
 pub(super) async fn join(
     context: RequestContext,
     join: client_frame::JoinFrame,
     user: UserInfo,
-    again: Option<(RoomAlive, BoxFuture<Result<JoinSnapshot, AdmitError>>)>,
+    present_member: Option<(RoomAlive, BoxFuture<Result<JoinSnapshot, AdmitError>>)>,
 ) -> RequestOutcome {
-    let (is_member, room) = (again.is_some(), join.room.clone());
+    let (is_member, room) = (present_member.is_some(), join.room.clone());
     let wait_max = context.services.limits.wait_max;
     if let Err((code, text)) = context.await_read_allowance().await {
         return RequestOutcome::NotJoined(context.reject("join", Some(&room), code, text));
     }
     let joining = async {
-        let (guard, grant) = match again {
-            Some((room_alive, again)) => {
-                (None, JoinGrant { snapshot: again.await?, room_alive: Some(room_alive) })
+        let (guard, grant) = match present_member {
+            Some((room_alive, present_member)) => {
+                (None, JoinGrant { snapshot: present_member.await?, room_alive: Some(room_alive) })
             }
             None => {
                 let (guard, snapshot) = admit(&context, &join, &user).await?;
@@ -257,12 +256,12 @@ pub(super) async fn join(
             return RequestOutcome::NotJoined(code);
         }
         Ok(Err(JoinRejection::TooManyRooms)) => {
-            let text = "this node follows as many rooms as it may (hub.rooms_max)";
+            let text = "the node's limit of rooms is reached (hub.rooms_max)";
             let code = ErrorCode::LimitReached;
             return RequestOutcome::NotJoined(context.reject("join", Some(&room), code, text));
         }
         Err(_) => {
-            // The hub may have let it in at the very moment it was given up.
+            // The hub may have admitted the connection at the very moment of the timeout.
             if !is_member {
                 context.services.hub.cancel_join(room.clone(), context.handle.clone()).await;
             }
@@ -270,14 +269,16 @@ pub(super) async fn join(
         }
     };
     let (code, text) = match error {
-        AdmitError::WrongPassword => (ErrorCode::WrongPassword, "the room has another password"),
-        AdmitError::Full => (ErrorCode::RoomFull, "the room has as many members as it may have"),
-        AdmitError::NotFound => (ErrorCode::NotFound, "there is no such room: create it first"),
+        AdmitError::WrongPassword => (ErrorCode::WrongPassword, "wrong or missing room password"),
+        AdmitError::Full => (ErrorCode::RoomFull, "the room is full"),
+        AdmitError::NotFound => (ErrorCode::NotFound, "no such room: create it first"),
         AdmitError::Quota => {
             context.services.metrics.storage_rejections.of(StorageLimit::NewRooms).inc();
-            (ErrorCode::RateLimited, "too many new rooms in too short a time")
+            (ErrorCode::RateLimited, "quota exceeded: too many new rooms")
         }
-        AdmitError::Bus(BusError::Rejected) => (ErrorCode::Internal, "the bus refused it"),
+        AdmitError::Bus(BusError::Rejected) => {
+            (ErrorCode::Internal, "the bus rejected the request")
+        }
         AdmitError::Bus(error) if error.is_limit() => {
             reject_storage(&context.services.metrics, error)
         }
@@ -286,7 +287,7 @@ pub(super) async fn join(
     RequestOutcome::NotJoined(context.reject("join", Some(&room), code, text))
 }
 
-/// Has the user enter, with the password that the room asks for.
+/// Admits the user, after checking the password if the room requires one.
 async fn admit(
     context: &RequestContext,
     join: &client_frame::JoinFrame,
@@ -330,7 +331,8 @@ pub(super) async fn leave(context: RequestContext, room: RoomId) -> RequestOutco
     RequestOutcome::Done
 }
 
-/// Who is in a room: context for by id as members here know them, and told as they know them then.
+/// Executes `presence` of a room: the page lists the users whom the members here know, with details
+/// from the store.
 pub(super) async fn presence_in(
     context: RequestContext,
     room: RoomId,
@@ -359,7 +361,7 @@ pub(super) async fn presence_in(
     RequestOutcome::Done
 }
 
-/// Who is connected to any node.
+/// Executes `presence` of the cluster.
 pub(super) async fn online(
     context: RequestContext,
     cursor: Option<String>,
@@ -396,7 +398,7 @@ pub(super) async fn online(
     RequestOutcome::Done
 }
 
-/// The connection has another token, which does not allow some rooms any more.
+/// Executes `refresh`: leaves the rooms that the new token does not grant.
 pub(super) async fn refreshed(
     context: RequestContext,
     expires_at: SystemTime,
@@ -418,7 +420,7 @@ pub(super) async fn refreshed(
     RequestOutcome::Done
 }
 
-/// The part of a log that a `history` asks for.
+/// The range of a log that a `history` frame requests.
 pub(super) fn range_of(wanted: &client_frame::HistoryFrame) -> ReadRange {
     let limit = wanted.limit;
     match (wanted.before, wanted.after) {
@@ -446,8 +448,7 @@ pub(super) async fn history(
     RequestOutcome::Done
 }
 
-/// The frames of a page, as many as an answer holds, and whether more are there in the direction context
-/// for.
+/// The frames of a page that fit into one reply, and whether more exist in the requested direction.
 pub fn history_of(range: ReadRange, page: &LogPage) -> (Vec<Box<RawValue>>, bool) {
     let entries = &page.entries;
     if range.keeps_newest() {

@@ -1,4 +1,4 @@
-//! `create_room`, `delete_room`, `room_info`, `rooms`.
+//! Execution of `create_room`, `delete_room`, `room_info` and `rooms`.
 
 use skein_protocol::{
     error::ErrorCode,
@@ -23,13 +23,13 @@ use crate::{
     telemetry::metrics::StorageLimit,
 };
 
-/// What a room is called that has no name: its id, as far as that goes.
+/// The display name of a room without one: its id, cut to the length of a name.
 pub fn name_of(room: &RoomId) -> DisplayName {
     let name = &room.as_str()[..room.as_str().len().min(NAME_CHARS_MAX)];
-    name.parse().expect("the letters of a room are those of a name")
+    name.parse().expect("a room id is a valid name")
 }
 
-/// What is told of a room.
+/// The public description of a room.
 pub fn info_of(found: RoomSummary, rules: &RoomRules) -> RoomInfoFrame {
     let RoomSummary { room, config: record, members, since } = found;
     let durable = rules.is_durable(&room);
@@ -55,7 +55,7 @@ pub fn info_of(found: RoomSummary, rules: &RoomRules) -> RoomInfoFrame {
             protected: record.password.is_some(),
             max_members: record.max_members,
             created_at: wire_time(record.created),
-            // It was checked when the room was made.
+            // Validated when the room was created.
             meta: serde_json::from_str(&record.meta).unwrap_or_default(),
             ..info
         },
@@ -90,12 +90,12 @@ pub(super) async fn create(
             context.send(&ServerFrame::RoomInfo(Box::new(info)));
         }
         Ok(CreateOutcome::Exists) => {
-            let text = "a room of that name is there, with members or a log";
+            let text = "the room exists, with members or a log";
             context.reject("create_room", Some(&room), ErrorCode::RoomExists, text);
         }
         Ok(CreateOutcome::QuotaExceeded) => {
             context.services.metrics.storage_rejections.of(StorageLimit::ManagedRooms).inc();
-            let text = "you own as many managed rooms as you may: delete one first";
+            let text = "limit of managed rooms reached: delete one first";
             context.reject("create_room", Some(&room), ErrorCode::LimitReached, text);
         }
         Err((code, text)) => drop(context.reject("create_room", Some(&room), code, text)),
@@ -112,7 +112,7 @@ pub(super) async fn delete(context: RequestContext, room: RoomId, user: UserId) 
             context.send(&ServerFrame::RoomClosed(RoomClosedFrame { reference, room, reason }));
             return RequestOutcome::Done;
         }
-        Ok(DeleteOutcome::NotOwner) => (ErrorCode::Forbidden, "only its owner may delete a room"),
+        Ok(DeleteOutcome::NotOwner) => (ErrorCode::Forbidden, "only the owner may delete a room"),
         Ok(DeleteOutcome::NotFound) => NOT_FOUND,
         Err(failed) => failed,
     };
@@ -120,9 +120,9 @@ pub(super) async fn delete(context: RequestContext, room: RoomId, user: UserId) 
     RequestOutcome::Done
 }
 
-const NOT_FOUND: (ErrorCode, &str) = (ErrorCode::NotFound, "there is no such room");
+const NOT_FOUND: (ErrorCode, &str) = (ErrorCode::NotFound, "no such room");
 
-/// A private room is there for its members and its owner only.
+/// Executes `room_info`. A private room exists only for its members and its owner.
 pub(super) async fn info(
     context: RequestContext,
     room: RoomId,
@@ -149,14 +149,14 @@ pub(super) async fn info(
     RequestOutcome::Done
 }
 
-/// What a list of rooms takes, in bytes.
+/// The approximate size of a page of rooms, in bytes.
 fn bytes_of(listing: &RoomPage) -> usize {
     let of =
         |found: &RoomSummary| 256 + found.config.as_ref().map_or(0, |record| record.meta.len());
     listing.rooms.iter().map(of).sum()
 }
 
-/// The public rooms that are open to the user, as many as a frame holds.
+/// Executes `rooms`: lists the public rooms that the token grants, as many as fit into a frame.
 pub(super) async fn list(
     context: RequestContext,
     wanted: client_frame::RoomsFrame,
