@@ -1,15 +1,15 @@
-//! The baseline that `loadtest bench` measures beside everything else: what remains of a chat server
-//! when nothing is left but one `write(2)` per frame and socket.
+//! The baseline of `loadtest bench`: a chat server reduced to one `write(2)` per frame and socket.
 //!
-//! One thread, one epoll, no queue, no log, no limits. It knows of `chat.v1` what the load
-//! generator needs: `connected`, `join` → `joined`, and each `message` goes as it came to every
-//! member of its sender's room; `/ws/echo` says back what it hears. What it relays is padded to the
-//! size that a gateway's frames have, so that the kernel copies as much.
+//! One thread, one epoll, no queue, no log, no limits. It implements the part of `chat.v1` that the
+//! load generator needs: `connected`, `join` → `joined`, and each `message` is relayed unchanged to
+//! every member of its sender's room; `/ws/echo` echoes. Relayed frames are padded to the size of a
+//! gateway's frames, so that the kernel copies as much.
 //!
-//! With `--coalesce` what gathers in one turn of the epoll leaves in one write per socket: what a
-//! server can reach that writes less often.
+//! With `--coalesce` all frames for a socket in one turn of the epoll are sent by one write, as a
+//! server that writes less often would.
 //!
-//! A member whose socket takes no more is dropped, and the load generator finds deliveries missing.
+//! A member whose socket accepts no more is disconnected, and the load generator reports missing
+//! deliveries.
 
 use std::{
     collections::HashMap,
@@ -25,16 +25,16 @@ use mio::{
 use skein_websocket::{Decoder, DecoderEvent, Opcode, encode};
 use tokio_tungstenite::tungstenite::handshake::derive_accept_key;
 
-/// The payload of a gateway's frame around 128 bytes of content.
+/// Payload of a gateway's frame with 128 bytes of content.
 const PAYLOAD_BYTES: usize = 430;
 const LISTENER: Token = Token(usize::MAX);
 
 #[derive(Debug)]
 struct BaselineConnection {
     stream: TcpStream,
-    /// What leaves at the end of the turn.
+    /// Bytes to send at the end of the turn.
     buffered: Vec<u8>,
-    /// The request, until it is all there.
+    /// The request, until it is complete.
     head: Vec<u8>,
     decoder: Decoder,
     state: BaselineState,
@@ -48,7 +48,7 @@ enum BaselineState {
     Echo,
 }
 
-/// What a frame leads to.
+/// The effect of a frame.
 enum BaselineAction {
     Join(String),
     Relay(Vec<u8>),
@@ -58,19 +58,19 @@ enum BaselineAction {
 
 #[derive(Default)]
 struct BaselineServer {
-    /// By token; closed ones leave a hole that the next takes.
+    /// By token; the slot of a closed connection is reused.
     connections: Vec<Option<BaselineConnection>>,
     free: Vec<usize>,
     names: HashMap<String, usize>,
     rooms: Vec<Vec<usize>>,
-    /// Who is written to at the end of the turn, where writes wait for it.
+    /// Connections to write to at the end of the turn, with `--coalesce`.
     pending_writes: Option<Vec<usize>>,
 }
 
 fn main() -> Result<(), Box<dyn Error>> {
     rlimit::increase_nofile_limit(u64::MAX)?;
     let mut listener = TcpListener::bind(SocketAddr::from(([127, 0, 0, 1], 0)))?;
-    // In the words of the gateway, which are looked for.
+    // In the format of the gateway's log, which the bench parses.
     eprintln!(r#"{{"listen":"{}"}}"#, listener.local_addr()?);
     let mut poll = Poll::new()?;
     poll.registry().register(&mut listener, LISTENER, Interest::READABLE)?;
@@ -212,12 +212,13 @@ impl BaselineServer {
 impl BaselineConnection {
     fn write(&mut self, bytes: &[u8]) {
         if !matches!(self.stream.write(bytes), Ok(count) if count == bytes.len()) {
-            eprintln!("a connection takes no more");
+            eprintln!("a socket accepts no more bytes");
             let _ = self.stream.shutdown(std::net::Shutdown::Both);
         }
     }
 
-    /// Takes more of the request. When it is all there, the answer, and `connected` behind it.
+    /// Handles bytes of the request. Returns the response, followed by `connected`, when the
+    /// request is complete.
     fn handle_handshake(&mut self, bytes: &[u8]) -> Option<Vec<u8>> {
         self.head.extend_from_slice(bytes);
         let head = std::str::from_utf8(&self.head).ok()?.strip_suffix("\r\n\r\n")?;

@@ -1,10 +1,10 @@
-//! The chat that one writes with axum and tokio in an afternoon, as the documents of both show it:
-//! a broadcast channel per room, two tasks per connection. `loadtest bench` measures it beside the
-//! gateway. With `REDIS=redis://…` a message goes through Redis' pub/sub to every node.
+//! A naive chat with axum and tokio, as their documentation shows it: a broadcast channel per room,
+//! two tasks per connection. `loadtest bench` measures it beside the gateway. With
+//! `REDIS=redis://…` messages pass through Redis' pub/sub to every node.
 //!
-//! It keeps no log, has no limits, and whoever falls 4,096 messages behind is cut off without a word.
+//! It keeps no log, has no limits, and disconnects a client that falls 4,096 messages behind.
 
-#![allow(clippy::disallowed_methods, reason = "this is how it is done without a rule against it")]
+#![allow(clippy::disallowed_methods, reason = "the example is written as usual")]
 
 use std::{collections::HashMap, sync::Arc};
 
@@ -77,7 +77,7 @@ async fn main() -> Result<(), BoxError> {
     Ok(())
 }
 
-/// The connection to publish on; what other nodes and this one publish goes into the rooms.
+/// Returns the connection to publish on; messages that any node publishes are sent to the rooms.
 async fn connect(url: &str, rooms: ChatRooms) -> Result<MultiplexedConnection, BoxError> {
     let client = redis::Client::open(url)?;
     let mut subscription = client.get_async_pubsub().await?;

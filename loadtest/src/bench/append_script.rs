@@ -1,4 +1,4 @@
-//! The script that appends, alone: how often Redis runs it when nobody but this asks.
+//! The append script alone: how often Redis runs it for this client only.
 
 use std::{
     io::{self, BufRead as _, BufReader, Read as _, Write as _},
@@ -11,26 +11,27 @@ use tokio::time::Instant;
 use super::{CONTENT_BYTES, clients::BenchTimes, rows::BenchLoad};
 use crate::timestamp::SendTimestamp;
 
-/// The gateway's own text of it.
+/// The text of the gateway's script.
 const SCRIPT: &str = concat!(
     include_str!("../../../gateway/redis/src/scripts/prelude.lua"),
     "\n",
     include_str!("../../../gateway/redis/src/scripts/append.lua"),
 );
-/// How many calls are under way.
+/// Number of calls in flight.
 const PIPELINE_LEN: usize = 128;
-/// The server that the nodes agreed on, as far as the script sees.
+/// Identity of the Redis server that the nodes agreed on, for the script's check.
 const SERVER_ID: &str = "0123456789abcdef";
-/// An envelope around the content: header, room, id, author, time.
+/// Size of an envelope around the content: header, room, id, author, time.
 const ENVELOPE_BYTES: usize = CONTENT_BYTES + 240;
 
-/// What came of it.
+/// Result of a run.
 pub(crate) struct ScriptResult<T> {
     pub(crate) snapshots: (T, T),
     pub(crate) publishes: u64,
 }
 
-/// Calls the script for a while, for as many rooms as the talk has.
+/// Calls the script for a while, for the rooms of `load`. `snapshot` is read before and after the
+/// measurement.
 pub(crate) fn publish<T, E: From<io::Error>>(
     address: SocketAddr,
     load: BenchLoad,
@@ -64,7 +65,7 @@ pub(crate) fn publish<T, E: From<io::Error>>(
     Ok(ScriptResult { snapshots: (before, snapshot()?), publishes })
 }
 
-/// The arguments that a gateway gives to the script, with its defaults.
+/// Arguments of one call, as a gateway with default options passes them.
 fn call(sha: &str, room: usize, number: usize) -> Vec<String> {
     let key = |name: &str| format!("gw:{{0}}:r:bench-{room:04}:{name}");
     let id = format!("bench-{number:018x}");
@@ -95,7 +96,7 @@ fn call(sha: &str, room: usize, number: usize) -> Vec<String> {
         "16777216",
         "",
         "",
-        // Redis has memory.
+        // Redis is not short of memory.
         "",
     ];
     arguments.map(str::to_owned).into()
@@ -107,7 +108,7 @@ struct RedisConnection {
 }
 
 impl RedisConnection {
-    /// Sends commands in one write and takes the answer of each.
+    /// Sends commands in one write and reads the reply to each.
     fn execute(&mut self, commands: &[&[&str]]) -> io::Result<Vec<String>> {
         let mut bytes = Vec::new();
         for command in commands {
@@ -120,7 +121,7 @@ impl RedisConnection {
         commands.iter().map(|_| self.read_reply()).collect()
     }
 
-    /// The last text of one answer; what is an error in it is one here.
+    /// The last text of one reply; an error reply is an error.
     fn read_reply(&mut self) -> io::Result<String> {
         let mut line = String::new();
         self.replies.read_line(&mut line)?;

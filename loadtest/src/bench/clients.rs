@@ -1,11 +1,12 @@
-//! The load: many connections on one thread and one epoll, which send, receive and count.
+//! Clients of the bench: many connections on one thread and one epoll, which send, receive and
+//! count.
 //!
-//! It is not tokio's, since a task and a wake-up for each read would cost more than the servers it
-//! measures, and since tokio's timers go by the millisecond: where messages are due at set times
-//! this waits for them by asking the clock again and again. It wants a core of its own.
+//! The module does not use tokio's sockets: a task and a wake-up per read would cost more than the
+//! servers under test, and tokio's timers have a resolution of a millisecond. An open-loop load
+//! waits for the due time by polling the clock, so it needs a core of its own.
 //!
-//! Latency counts from when a message was *due*. What was sent and what arrived is counted for each
-//! room and each connection, and what is missing at the end is told.
+//! Latency counts from when a message was *due*. Sent messages are counted per room and deliveries
+//! per connection; missing ones are reported.
 
 use std::{
     io::{self, Read as _, Write as _},
@@ -31,30 +32,30 @@ pub(crate) mod failover;
 
 use failover::FailoverGroup;
 
-/// How long messages under way have to arrive when no more are sent.
+/// Time limit for pending deliveries after the last message.
 const DRAIN_TIMEOUT: Duration = Duration::from_secs(5);
-/// The longest wait for an event, so that the clock is looked at.
+/// Longest wait for an event, after which the clock is read.
 const POLL_INTERVAL: Duration = Duration::from_millis(5);
-/// A message that is due within this time is waited for without sleeping.
+/// The last part of the wait for a due time, which polls without sleeping.
 const SPIN: Duration = Duration::from_millis(2);
-/// The longest latency that is told apart.
+/// Upper bound of a recorded latency.
 const LATENCY_MAX: Duration = Duration::from_secs(60);
 
 /// Connections in rooms.
 pub(crate) struct BenchClients {
     poll: Poll,
-    /// Number `i` is in room `i % rooms`.
+    /// Connection `i` is in room `i % rooms`.
     connections: Vec<BenchConnection>,
-    /// Messages sent into each room, and all of them.
+    /// Messages sent into each room, and in all.
     sent: Vec<u64>,
     sent_in_all: u64,
     load: BenchLoad,
     began: Instant,
     buffer: Box<[u8]>,
     counters: LoadCounters,
-    /// Whether who receives the own copy sends the next message.
+    /// Whether a client sends the next message when it receives its own copy of one.
     is_closed_loop: bool,
-    /// How many of the connections send at a rate: the first ones.
+    /// Number of connections that send at a rate: the first ones.
     senders: usize,
     failover: Option<FailoverGroup>,
 }
@@ -62,14 +63,14 @@ pub(crate) struct BenchClients {
 struct BenchConnection {
     stream: TcpStream,
     reader: FrameReader,
-    /// What the socket did not take.
+    /// Bytes that the socket did not accept yet.
     unsent: Vec<u8>,
     received: u64,
-    /// The server has closed.
+    /// Whether the server has closed.
     is_closed: bool,
 }
 
-/// What is counted while it is measured.
+/// Counters of one measurement.
 struct LoadCounters {
     deliveries: u64,
     latency_ns: Histogram<u64>,
@@ -77,29 +78,29 @@ struct LoadCounters {
     lateness_ns: Histogram<u64>,
 }
 
-/// What came of it.
+/// Result of a measurement.
 pub(crate) struct LoadResult<T> {
-    /// What `look` saw at the beginning and at the end of what was measured.
+    /// Values of `snapshot` at the beginning and at the end of the measurement.
     pub(crate) snapshots: (T, T),
     pub(crate) measured: Duration,
     pub(crate) deliveries: u64,
     pub(crate) latency_ns: Histogram<u64>,
     pub(crate) lateness_ns: Histogram<u64>,
-    /// Over the whole of it: what should have arrived, and what did not, or too often.
+    /// During the whole load: expected deliveries, and deliveries that were missing or duplicated.
     pub(crate) expected: u64,
     pub(crate) wrong: u64,
 }
 
-/// How long to talk.
+/// Durations of a load.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct BenchTimes {
-    /// Before anything is measured.
+    /// Before the measurement.
     pub(crate) warm_up: Duration,
     pub(crate) measured: Duration,
 }
 
 impl BenchClients {
-    /// Opens all connections, one after the other, and has them join.
+    /// Opens all connections one after the other, and joins their rooms.
     pub(crate) fn open(load: BenchLoad, addresses: &[SocketAddr]) -> Result<Self, ClientError> {
         let poll = Poll::new()?;
         let mut connections = Vec::new();
@@ -142,7 +143,7 @@ impl BenchClients {
         std::mem::replace(&mut self.counters, LoadCounters::new())
     }
 
-    /// Talks for a while. `look` is asked before and after what is measured.
+    /// Runs the load. `snapshot` is read before and after the measurement.
     pub(crate) fn run_load<T, E: From<ClientError>>(
         &mut self,
         times: BenchTimes,
@@ -180,7 +181,7 @@ impl BenchClients {
         })
     }
 
-    /// Sends what is due and takes what arrives, until a time.
+    /// Sends due messages and handles events, until `until` after the start.
     fn run(&mut self, until: Duration, next: &mut u64) -> Result<(), ClientError> {
         let mut events = Events::with_capacity(1024);
         loop {
@@ -203,7 +204,7 @@ impl BenchClients {
         }
     }
 
-    /// Takes what arrives until everything has, or nothing has for too long.
+    /// Handles events until all deliveries have arrived, at most for the time limit.
     fn drain(&mut self) -> Result<(), ClientError> {
         let mut events = Events::with_capacity(1024);
         let deadline = Instant::now() + DRAIN_TIMEOUT;
@@ -259,7 +260,7 @@ impl BenchClients {
         }
     }
 
-    /// Takes what has arrived. Returns whether there may be more.
+    /// Handles received bytes. Returns whether the socket may have more.
     fn read(&mut self, index: usize, bytes: &[u8]) -> Result<bool, ClientError> {
         let Some(bytes) = self.read_handshake(index, bytes)? else { return Ok(false) };
         let connection = &mut self.connections[index];
@@ -305,7 +306,7 @@ impl BenchClients {
         self.sent[in_room] += 1;
         self.sent_in_all += 1;
         self.counters.lateness_ns.saturating_record(self.now().saturating_sub(due_ns));
-        // A connection that is gone shows in what does not arrive.
+        // A lost connection is noticed by missing deliveries.
         let _ = self.connections[index].send(&frame);
     }
 
@@ -338,8 +339,8 @@ impl LoadCounters {
     }
 }
 
-/// How many deliveries there should be, and how many are missing or too many. Connection `i` is in
-/// room `i % rooms`, and gets what is sent there.
+/// Expected deliveries, and missing or duplicated ones. Connection `i` is in room `i % rooms`, and
+/// receives all messages of it.
 fn count_missing(sent: &[u64], received: impl Iterator<Item = u64>) -> (u64, u64) {
     received.enumerate().fold((0, 0), |(expected, wrong), (index, received)| {
         let sent = sent[index % sent.len()];
@@ -347,13 +348,12 @@ fn count_missing(sent: &[u64], received: impl Iterator<Item = u64>) -> (u64, u64
     })
 }
 
-/// Of times in nanoseconds.
+/// An empty histogram of times in nanoseconds.
 pub(crate) fn histogram() -> Histogram<u64> {
-    Histogram::new_with_max(LATENCY_MAX.as_nanos() as u64, 3)
-        .expect("three digits up to a minute are possible")
+    Histogram::new_with_max(LATENCY_MAX.as_nanos() as u64, 3).expect("3 digits are possible")
 }
 
-/// The name of a room.
+/// Name of a room.
 fn room(number: usize) -> String {
     format!("bench-{number:04}")
 }
@@ -371,14 +371,14 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_is_missing_does_not_hide_behind_what_came_twice() {
-        // Rooms 0 and 1 in turn.
+    fn missing_and_duplicated_deliveries_do_not_cancel_out() {
+        // Connections are in rooms 0 and 1 in turn.
         assert_eq!(count_missing(&[10, 3], [10, 3, 10, 3].into_iter()), (26, 0));
         assert_eq!(count_missing(&[10, 3], [9, 4, 10, 3].into_iter()), (26, 2));
     }
 
     #[test]
-    fn percentiles_are_told_to_three_digits_and_the_longest_is_a_minute() {
+    fn histogram_has_three_digits_up_to_a_minute() {
         let mut times = histogram();
         for us in 1..=10_000 {
             times.saturating_record(us * 1_000);
@@ -395,7 +395,7 @@ mod tests {
     }
 
     #[test]
-    fn a_message_is_one_that_the_gateway_takes() {
+    fn gateway_accepts_messages_of_the_bench() {
         use skein_protocol::protocol::client_frame::{ClientFrame, FrameBody};
         use skein_websocket::Decoder;
         let timestamp = SendTimestamp { sender: 7, due_ns: 9 };

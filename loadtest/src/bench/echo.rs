@@ -1,4 +1,4 @@
-//! One connection that says something and waits until it comes back.
+//! The echo endpoint: one connection sends a message and waits for its echo.
 
 use std::{net::SocketAddr, time::Duration};
 
@@ -12,14 +12,14 @@ use super::{
 };
 use crate::timestamp::SendTimestamp;
 
-/// What came of it.
+/// Result of a measurement.
 pub(crate) struct EchoResult<T> {
-    /// What `look` saw at the beginning and at the end of what was measured.
+    /// Values of `snapshot` at the beginning and at the end of the measurement.
     pub(crate) snapshots: (T, T),
     pub(crate) round_trips_ns: Histogram<u64>,
 }
 
-/// Goes to and fro for a while.
+/// Measures round trips. `snapshot` is read before and after the measurement.
 pub(crate) fn echo<T, E: From<ClientError>>(
     address: SocketAddr,
     times: BenchTimes,
@@ -42,7 +42,7 @@ pub(crate) fn echo<T, E: From<ClientError>>(
 
 fn round_trip(client: &mut BlockingClient) -> Result<Duration, ClientError> {
     let began = Instant::now();
-    client.say(&SendTimestamp { sender: 0, due_ns: 0 }.content(CONTENT_BYTES))?;
+    client.send_text(&SendTimestamp { sender: 0, due_ns: 0 }.content(CONTENT_BYTES))?;
     client.wait_until("the echo", |message| SendTimestamp::find(message).is_some())?;
     Ok(began.elapsed())
 }

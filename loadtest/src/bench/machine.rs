@@ -1,4 +1,4 @@
-//! What the numbers were read on: they mean little without it.
+//! The machine of a measurement, without which its figures mean little.
 
 use std::{fs, process::Command};
 
@@ -6,7 +6,7 @@ use serde::Serialize;
 
 use super::servers::BenchEnvironment;
 
-/// The machine and the programs.
+/// The machine and the versions of the programs.
 #[derive(Clone, Debug, Serialize)]
 pub(crate) struct Machine {
     pub(crate) cpu: String,
@@ -14,16 +14,16 @@ pub(crate) struct Machine {
     pub(crate) kernel: String,
     pub(crate) gateway: String,
     pub(crate) redis: String,
-    /// Of the code; empty where it is no checkout.
+    /// Commit of the code; empty if it is no checkout.
     pub(crate) commit: String,
-    /// Runnable tasks before the bench began, over the last minute.
+    /// Load average of the last minute before the bench.
     pub(crate) load_before: String,
     /// Whether servers and load had a CPU each.
     pub(crate) pinned: bool,
 }
 
 impl Machine {
-    /// Asks for all of it; what is not known is empty.
+    /// Detects all values; unknown ones are empty.
     pub(crate) fn detect(environment: &BenchEnvironment) -> Self {
         let cpuinfo = fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
         let cpu =
@@ -35,17 +35,17 @@ impl Machine {
             cpu: cpu.map(|(_, name)| name.to_owned()).unwrap_or_default(),
             cores: cpuinfo.lines().filter(|line| line.starts_with("processor")).count(),
             kernel: read("/proc/sys/kernel/osrelease"),
-            gateway: said(Command::new(gateway).arg("--version")),
-            redis: said(Command::new("redis-server").arg("--version")),
-            commit: said(Command::new("git").args(["describe", "--always", "--dirty"])),
+            gateway: first_line(Command::new(gateway).arg("--version")),
+            redis: first_line(Command::new("redis-server").arg("--version")),
+            commit: first_line(Command::new("git").args(["describe", "--always", "--dirty"])),
             load_before: load.split(' ').next().unwrap_or_default().to_owned(),
             pinned: environment.pinned,
         }
     }
 }
 
-/// The first line that a command says.
-fn said(command: &mut Command) -> String {
+/// The first line of a command's output.
+fn first_line(command: &mut Command) -> String {
     let output = command.output().map(|output| output.stdout).unwrap_or_default();
     String::from_utf8_lossy(&output).lines().next().unwrap_or_default().to_owned()
 }

@@ -1,5 +1,4 @@
-//! What is measured, and how rounds come together: medians, and ratios to the baseline of the same
-//! round.
+//! Measures, and their summary over rounds: medians, and ratios to the baseline of the same round.
 //!
 //! Pure.
 
@@ -9,40 +8,40 @@ use serde::{Serialize, Serializer};
 
 use super::rows::BenchTarget;
 
-/// Something that is measured. The order is that of the table.
+/// A measured value. The order is that of the table.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) enum Measure {
-    /// User and system time of all server processes for a delivery, µs.
+    /// User and system time of all server processes per delivery, µs.
     Cpu,
-    /// The part of it in user space.
+    /// The part of [`Measure::Cpu`] in user space.
     UserCpu,
-    /// The part of it that is Redis'.
+    /// The part of [`Measure::Cpu`] of Redis.
     RedisCpu,
-    /// A second.
+    /// Per second.
     Deliveries,
-    /// Latency from when a message was to be sent, µs.
+    /// Latency from when a message was due, µs.
     P50,
     P99,
     P999,
-    /// Proportional set size for a connection, KiB.
+    /// Proportional set size per connection, KiB.
     Memory,
-    /// User and system time of the server for a connection, µs.
+    /// User and system time of the server per connection, µs.
     CpuPerConnection,
-    /// A second.
+    /// Per second.
     Connections,
-    /// For a second of Redis' CPU time.
+    /// Per second of Redis' CPU time.
     Publishes,
-    /// Until members of a node that was killed have gone on elsewhere: 99 of 100, ms.
+    /// Time until members of a killed node have reconnected, p99, ms.
     Reconnected,
-    /// The p99 of the others in the seconds after it: how many times that before.
+    /// p99 of the other members in the seconds after the kill, divided by their p99 before it.
     OthersP99Ratio,
 }
 
-/// What one round showed of one server.
+/// Values of one candidate in one round.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct RoundSample {
     pub(crate) values: BTreeMap<Measure, f64>,
-    /// Why it does not count, where it does not.
+    /// Why the sample is invalid; empty if it is valid.
     pub(crate) flaws: Vec<String>,
 }
 
@@ -55,7 +54,7 @@ pub(crate) struct Spread {
 }
 
 impl Measure {
-    /// What the table calls it.
+    /// Title in the table.
     pub(crate) fn title(self) -> &'static str {
         match self {
             Self::Cpu => "server CPU per delivery, µs",
@@ -74,7 +73,7 @@ impl Measure {
         }
     }
 
-    /// A value as it is written: three digits that count.
+    /// Formats a value with three significant digits.
     pub(crate) fn write(value: f64) -> String {
         let decimals = match value.abs() {
             small if small < 10.0 => 2,
@@ -114,7 +113,7 @@ impl Serialize for Measure {
 }
 
 impl Spread {
-    /// Of the values of all rounds; `None` where there are none.
+    /// Summarizes the values of all rounds; `None` if there are none.
     pub(crate) fn of(mut values: Vec<f64>) -> Option<Self> {
         values.retain(|value| value.is_finite());
         values.sort_unstable_by(f64::total_cmp);
@@ -128,13 +127,13 @@ impl Spread {
         Some(Self { median, min, max })
     }
 
-    /// One measure over the rounds.
+    /// Summarizes one measure over the rounds.
     pub(crate) fn of_measure(samples: &[RoundSample], measure: Measure) -> Option<Self> {
         let value = |sample: &RoundSample| sample.values.get(&measure).copied();
         Self::of(samples.iter().filter_map(value).collect())
     }
 
-    /// How many times another's: each round beside the other's same round.
+    /// Summarizes the ratios to another candidate, round by round.
     pub(crate) fn times(
         samples: &[RoundSample],
         others: &[RoundSample],
@@ -148,7 +147,7 @@ impl Spread {
 }
 
 impl BenchTarget {
-    /// Whether it is met, by the median of the values or of the ratios.
+    /// Whether the target is met by the median of the values or of the ratios.
     pub(crate) fn is_met(self, value: Option<Spread>, times: Option<Spread>) -> Option<bool> {
         match self {
             Self::Max(limit) => value.map(|value| value.median <= limit),
@@ -170,7 +169,7 @@ impl fmt::Display for BenchTarget {
     }
 }
 
-/// A limit as it was set down, without digits that say nothing.
+/// Formats a limit without insignificant digits.
 fn trimmed(limit: f64) -> String {
     if limit >= 100.0 { Measure::write(limit) } else { limit.to_string() }
 }
@@ -188,7 +187,7 @@ mod tests {
     }
 
     #[test]
-    fn the_median_stands_in_the_middle() {
+    fn median_is_the_middle_value() {
         let spread = |values: &[f64]| Spread::of(values.to_vec());
         assert_eq!(spread(&[3.0, 1.0, 9.0]), Some(Spread { median: 3.0, min: 1.0, max: 9.0 }));
         assert_eq!(spread(&[4.0, 1.0, 2.0, 9.0]).map(|s| s.median), Some(3.0));
@@ -198,7 +197,7 @@ mod tests {
 
     #[test]
     fn ratio_is_to_the_baseline_of_the_same_round() {
-        // The second round was twice as slow for both.
+        // Both were twice as slow in the second round.
         let times =
             Spread::times(&samples(&[5.0, 10.0, 6.0]), &samples(&[10.0, 20.0, 10.0]), Measure::Cpu);
         assert_eq!(times, Some(Spread { median: 0.5, min: 0.5, max: 0.6 }));
@@ -206,7 +205,7 @@ mod tests {
     }
 
     #[test]
-    fn a_target_looks_at_the_median() {
+    fn target_applies_to_the_median() {
         let spread = Spread::of(vec![1.0, 2.0, 9.0]);
         assert_eq!(BenchTarget::Max(2.0).is_met(spread, None), Some(true));
         assert_eq!(BenchTarget::Min(2.1).is_met(spread, None), Some(false));
@@ -215,7 +214,7 @@ mod tests {
     }
 
     #[test]
-    fn values_have_the_digits_that_count() {
+    fn values_have_significant_digits() {
         let written: Vec<String> =
             [0.254, 7.04, 13.24, 431.7, 9999.0, 60_000.0, 1_234_567.0].map(Measure::write).into();
         assert_eq!(written, ["0.25", "7.04", "13.2", "432", "9999", "60,000", "1,234,567"]);

@@ -1,7 +1,8 @@
 //! `loadtest bench`: the table of speed and size. Every row is measured for the gateway, for the
 //! baseline (one `write(2)` per frame and socket, `examples/baseline.rs`) and for a naive chat
-//! (`examples/naive_chat.rs`), in turns, with new processes for each round. With `--previous` it is
-//! measured beside another gateway only, so that many short rounds show what a change costs.
+//! (`examples/naive_chat.rs`), in turn, with new processes for each round. With `--previous` the
+//! gateway is measured beside another build only, so that many short rounds show the cost of a
+//! change.
 
 use std::{fs, io, time::Duration};
 
@@ -34,45 +35,45 @@ use rows::{BenchLoad, BenchRow, LoadModel, ROWS, Workload};
 use servers::{BenchEnvironment, BenchServers, Candidate, ServerCpu};
 use table::{Rounds, Table, TableRow};
 
-/// The content of every message: a timestamp, and filler behind it.
+/// Size of every message's content: a timestamp and padding.
 const CONTENT_BYTES: usize = 128;
-/// Descriptors that servers and load want; servers inherit the limit.
+/// Descriptors that servers and load need; servers inherit the limit.
 const DESCRIPTORS: u64 = 20_000;
-/// Where messages go out later than this, the latency is the load's own.
+/// If messages are sent later than this, the latency is that of the load generator.
 const LATENESS_MAX: Duration = Duration::from_millis(1);
 
-/// Why nothing was measured.
+/// Why there is no measurement.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum BenchError {
     /// A server cannot be started.
-    #[error("{what}: {source}")]
-    Start { what: String, source: io::Error },
-    /// A server does not serve.
-    #[error("{what} is not ready: {log}")]
-    NotReady { what: String, log: String },
-    /// There is no place for logs.
-    #[error("a place for logs: {0}")]
+    #[error("{program}: {source}")]
+    Start { program: String, source: io::Error },
+    /// A server does not become ready.
+    #[error("{program} is not ready: {log}")]
+    NotReady { program: String, log: String },
+    /// No directory for logs is available.
+    #[error("cannot create a directory for logs: {0}")]
     Scratch(#[source] io::Error),
-    /// The load does not work.
+    /// A connection of the load failed.
     #[error(transparent)]
     Client(#[from] ClientError),
-    /// Redis does not answer as it should.
+    /// Redis did not answer as expected.
     #[error("Redis: {0}")]
     Redis(#[from] io::Error),
-    /// The cost of a process cannot be read.
+    /// The usage of a process cannot be read.
     #[error(transparent)]
     Cost(#[from] ProcfsError),
     /// Connections cannot be opened.
     #[error(transparent)]
     Connect(#[from] ScenarioError),
-    /// The result cannot be kept.
+    /// The result cannot be written.
     #[error("{path}: {source}")]
     Json { path: String, source: io::Error },
 }
 
-/// Measures what was asked for.
+/// Measures the requested rows.
 pub(crate) async fn run(args: BenchArgs) -> Result<Table, BenchError> {
-    // What is not given shows where connections fail.
+    // If the limit stays too low, connections fail, which is reported.
     let _ = rlimit::increase_nofile_limit(DESCRIPTORS);
     let environment = BenchEnvironment::new(args.programs.clone(), args.previous.clone())?;
     let machine = Machine::detect(&environment);
@@ -83,7 +84,7 @@ pub(crate) async fn run(args: BenchArgs) -> Result<Table, BenchError> {
         eprintln!("{}", table.rows.last().map(ToString::to_string).unwrap_or_default());
     }
     if let Some(path) = &args.json {
-        let json = serde_json::to_string_pretty(&table).expect("a table has only text as keys");
+        let json = serde_json::to_string_pretty(&table).expect("all keys are strings");
         let failed = |source| BenchError::Json { path: path.display().to_string(), source };
         fs::write(path, json).map_err(failed)?;
     }
@@ -98,7 +99,7 @@ async fn measure_row(
     let workload = row.workload.divided(args.divide_by);
     let mut times = BenchTimes { warm_up: args.measured / 4, measured: args.measured };
     if workload.is_open_loop() {
-        // Little CPU is used, and it is told in steps of 10 ms.
+        // CPU usage is low, and is counted in steps of 10 ms.
         times.measured *= 2;
     }
     let mut rounds: Rounds = Candidate::ALL.map(|candidate| (candidate, Vec::new())).into();
@@ -152,13 +153,13 @@ fn load_sample(
     sample.put_cpu(cpu, result.deliveries, load.nodes > 1);
     sample.put(Measure::Deliveries, result.deliveries as f64 / result.measured.as_secs_f64());
     if let LoadModel::OpenLoop(_) = load.model {
-        // Where the next message waits for the last there is no time at which it was due.
+        // In a closed loop a message has no due time.
         sample.put_latency(&result.latency_ns);
         sample.put_lateness(&result.lateness_ns);
     }
     if result.wrong > 0 {
         sample.flaws.push(format!(
-            "of {} deliveries {} are missing or too many",
+            "of {} deliveries {} are missing or duplicated",
             result.expected, result.wrong
         ));
     }
@@ -194,13 +195,13 @@ fn failover_sample(
     sample.put(Measure::OthersP99Ratio, p99(after) / p99(before));
     sample.put_latency(after);
     sample.put_lateness(&failover.lateness_ns);
-    for (count, what) in [
-        (failover.not_recovered, "members had lost their place"),
-        (failover.missing as u64, "members are not back"),
-        (failover.wrong, "deliveries are missing or too many"),
+    for (count, program) in [
+        (failover.not_recovered, "members were not recovered"),
+        (failover.missing as u64, "members have not reconnected"),
+        (failover.wrong, "deliveries are missing or duplicated"),
     ] {
         if count > 0 {
-            sample.flaws.push(format!("{count} {what}, of {} deliveries", failover.expected));
+            sample.flaws.push(format!("{count} {program}, of {} deliveries", failover.expected));
         }
     }
     Ok(sample)
@@ -232,7 +233,7 @@ fn echo_sample(servers: &BenchServers, times: BenchTimes) -> Result<RoundSample,
     Ok(sample)
 }
 
-/// As `loadtest connect` does it.
+/// Measures as `loadtest connect` does.
 async fn connect_sample(
     servers: &BenchServers,
     connections: u32,
@@ -253,7 +254,7 @@ async fn connect_sample(
         option("token", servers::TOKEN.to_owned());
     }
     let LoadCommand::Connect(args) = Cli::parse_from(command).command else {
-        unreachable!("`connect` is said above")
+        unreachable!("the command is `connect`")
     };
     let report = connect::run(args).await?;
     let mut sample = RoundSample::default();
@@ -289,11 +290,11 @@ impl RoundSample {
         }
     }
 
-    /// Latency that is the load's own does not count.
+    /// Marks the sample as invalid if the load was late.
     fn put_lateness(&mut self, times_ns: &Histogram<u64>) {
         let late = Duration::from_nanos(times_ns.value_at_quantile(0.99));
         if late > LATENESS_MAX {
-            self.flaws.push(format!("the load was late: its p99 is {late:.1?}"));
+            self.flaws.push(format!("the load generator was late: p99 {late:.1?}"));
         }
     }
 

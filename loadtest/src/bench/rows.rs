@@ -1,31 +1,31 @@
-//! The rows of the table: what is measured, and what is wanted of it.
+//! Rows of the table: workloads and targets.
 //!
-//! Pure. A further row is one more entry of [`ROWS`].
+//! Pure. A new row is one more entry of [`ROWS`].
 
 use clap::ValueEnum;
 
 use super::{measure::Measure, servers::Candidate};
 
-/// The name of a row.
+/// Name of a row.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub(crate) enum RowName {
     /// One room of 1,000, saturated.
     Fanout,
-    /// Rooms of 10 in which everybody talks, saturated.
+    /// Rooms of 10 in which every member sends, saturated.
     Rooms,
-    /// The same, one message at a time in each room.
+    /// Rooms of 10, saturated with one message at a time in each room.
     RoomsOne,
-    /// The same at 10,000 deliveries a second.
+    /// Rooms of 10 at 10,000 deliveries a second.
     Paced,
     /// Three nodes and Redis, rooms of 9, 1,000 messages a second.
     Cluster,
-    /// The same, saturated.
+    /// Three nodes and Redis, rooms of 9, saturated.
     ClusterSaturated,
     /// Three nodes and Redis, a room of 30, 100 messages a second.
     ClusterLatency,
-    /// Memory of a connection that is joined and silent.
+    /// Memory of a joined and silent connection.
     Idle,
-    /// To connect with a token and to join.
+    /// Connecting with a token and joining.
     Connect,
     /// The echo endpoint, one message at a time.
     Echo,
@@ -44,53 +44,53 @@ pub(crate) struct BenchRow {
     pub(crate) targets: &'static [(Measure, BenchTarget)],
 }
 
-/// What happens in a row.
+/// The workload of a row.
 #[derive(Clone, Copy, Debug)]
 pub(crate) enum Workload {
-    /// Members of rooms talk.
+    /// Members of rooms send.
     Load(BenchLoad),
-    /// So many connections open, join, and are silent.
+    /// Connections open, join, and are silent.
     Connect {
         connections: u32,
         per_second: u32,
-        /// Whether they show a token that is checked.
+        /// Whether they present a token, which is verified.
         token: bool,
     },
-    /// One connection says something and waits until it comes back.
+    /// One connection sends a message and waits for its echo.
     Echo,
-    /// As `Load`, and the baseline is the script alone.
+    /// As `Load`; the baseline is the script alone.
     Publish(BenchLoad),
-    /// As `Load`, and the last of the nodes is killed meanwhile.
+    /// As `Load`; the last node is killed during the load.
     Failover(BenchLoad),
 }
 
-/// Who talks how.
+/// Rooms, members and the load model.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct BenchLoad {
-    /// Gateways; where there are several, Redis is between them.
+    /// Number of gateways; several are connected by Redis.
     pub(crate) nodes: usize,
     pub(crate) rooms: usize,
-    /// In each room, spread over the nodes.
+    /// Members of each room, spread over the nodes.
     pub(crate) members: usize,
     pub(crate) model: LoadModel,
 }
 
-/// How fast.
+/// When messages are sent.
 #[derive(Clone, Copy, Debug)]
 pub(crate) enum LoadModel {
-    /// As fast as it goes: so many members of each room have so many messages under way, and send
-    /// the next when their own copy of one has come.
+    /// As fast as possible: `senders` members of each room have `in_flight` messages pending, and
+    /// send the next when they receive their own copy of one.
     ClosedLoop { senders: usize, in_flight: usize },
     /// So many messages a second, of all members in turn, whatever became of earlier ones.
     OpenLoop(u32),
 }
 
-/// What a measure should be.
+/// Target of a measure.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(crate) enum BenchTarget {
     Max(f64),
     Min(f64),
-    /// So many times the baseline's of the same round.
+    /// Ratio to the baseline of the same round.
     MaxTimesBaseline(f64),
     MinTimesBaseline(f64),
 }
@@ -99,7 +99,7 @@ pub(crate) enum BenchTarget {
 pub(crate) const ROWS: &[BenchRow] = &[
     BenchRow {
         name: RowName::Fanout,
-        title: "fan-out: 1 room of 1,000, saturated (8 senders, 8 messages each under way)",
+        title: "fan-out: 1 room of 1,000, saturated (8 senders with 8 messages in flight each)",
         workload: Workload::Load(BenchLoad {
             nodes: 1,
             rooms: 1,
@@ -110,7 +110,7 @@ pub(crate) const ROWS: &[BenchRow] = &[
     },
     BenchRow {
         name: RowName::Rooms,
-        title: "100 rooms of 10, everybody talks, saturated (each member 1 message under way)",
+        title: "100 rooms of 10, all members send, saturated (each has 1 message in flight)",
         workload: Workload::Load(BenchLoad {
             nodes: 1,
             rooms: 100,
@@ -121,7 +121,7 @@ pub(crate) const ROWS: &[BenchRow] = &[
     },
     BenchRow {
         name: RowName::RoomsOne,
-        title: "the same, saturated with 1 message under way in each room",
+        title: "the same, saturated with 1 message in flight per room",
         workload: Workload::Load(BenchLoad {
             nodes: 1,
             rooms: 100,
@@ -158,7 +158,7 @@ pub(crate) const ROWS: &[BenchRow] = &[
     },
     BenchRow {
         name: RowName::ClusterSaturated,
-        title: "3 nodes + Redis on one core, 100 rooms of 9, everybody talks, saturated",
+        title: "3 nodes + Redis on one core, 100 rooms of 9, all members send, saturated",
         workload: Workload::Load(BenchLoad {
             nodes: 3,
             rooms: 100,
@@ -183,7 +183,7 @@ pub(crate) const ROWS: &[BenchRow] = &[
     },
     BenchRow {
         name: RowName::Idle,
-        title: "10,000 connections, joined (rooms of 10) and silent",
+        title: "10,000 connections, joined (rooms of 10) and idle",
         workload: Workload::Connect { connections: 10_000, per_second: 3_000, token: false },
         targets: &[(Measure::Memory, BenchTarget::Max(4.0))],
     },
@@ -230,16 +230,16 @@ pub(crate) const ROWS: &[BenchRow] = &[
 ];
 
 impl Workload {
-    /// Whether somebody is measured in it.
+    /// Whether the workload is measured for a candidate.
     pub(crate) fn has(self, candidate: Candidate) -> bool {
         match candidate {
             Candidate::Skein | Candidate::Previous => true,
-            // Who comes back there has nothing to go on from.
+            // The other candidates have no history to resume from.
             _ if matches!(self, Self::Failover(_)) => false,
             Candidate::Baseline => true,
-            // A script has no other that does the same.
+            // There is no naive counterpart to the script.
             Candidate::Naive => !matches!(self, Self::Publish(_)),
-            // Where little is under way, little gathers.
+            // With few messages in flight there is little to coalesce.
             Candidate::CoalescingBaseline => {
                 matches!(
                     self,
@@ -249,7 +249,7 @@ impl Workload {
         }
     }
 
-    /// Whether messages go out at set times.
+    /// Whether messages are sent at fixed times.
     pub(crate) fn is_open_loop(self) -> bool {
         matches!(
             self,
@@ -257,7 +257,7 @@ impl Workload {
         )
     }
 
-    /// The same with so many times fewer connections and messages, to try it out.
+    /// The workload with `by` times fewer connections and messages, for a trial.
     pub(crate) fn divided(self, by: u32) -> Self {
         let few = |many: usize| many.div_ceil(by as usize);
         let load = |load: BenchLoad| {

@@ -1,4 +1,4 @@
-//! The servers that are measured, as processes on a CPU of their own.
+//! The measured servers, as processes on a CPU of their own.
 //!
 //! Each is started anew for every round, on ports of its own, and killed by its pid.
 
@@ -19,15 +19,15 @@ use tokio::time::Instant;
 use super::BenchError;
 use crate::procfs::{CpuTime, free_address};
 
-/// The CPU of the servers. The load has the other.
+/// CPU of the servers. The load runs on the other.
 const SERVER_CPU: &str = "0";
 const LOAD_CPU: &str = "1";
-/// How long a server may take until it serves. Nodes on a new Redis wait for others that may know
+/// Time limit for a server to become ready. Nodes on a new Redis wait for other nodes that may know
 /// it.
-const READY_MAX: Duration = Duration::from_secs(40);
-const LOOK_AGAIN: Duration = Duration::from_millis(10);
+const READY_TIMEOUT: Duration = Duration::from_secs(40);
+const POLL_INTERVAL: Duration = Duration::from_millis(10);
 
-/// The secret of the tokens in the row that has them checked, and a token for it:
+/// Secret of the tokens in the row that verifies them, and a token for it:
 /// `{"sub":"bench","exp":4102444800}`.
 const SECRET: &str = "a secret for nothing but the bench";
 pub(crate) const TOKEN: &str = concat!(
@@ -35,8 +35,8 @@ pub(crate) const TOKEN: &str = concat!(
     ".mMWUI-w3ESTRd_e3lrO2fOmp4qOZgqlZ7x1K-nVqilc"
 );
 
-/// What the gateway is given beside its addresses: it is measured as it is, but for the limits that
-/// a load from one address would meet.
+/// Options of the gateway beside its addresses: the defaults, except for limits that a load from
+/// one address would exceed.
 pub(crate) const GATEWAY_OPTIONS: [&str; 8] = [
     "limits.connections_per_ip=0",
     "limits.handshakes_per_minute_per_ip=0",
@@ -48,17 +48,17 @@ pub(crate) const GATEWAY_OPTIONS: [&str; 8] = [
     "limits.new_rooms_per_minute=0",
 ];
 
-/// Who is measured.
+/// A server that is measured.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "snake_case")]
 pub(crate) enum Candidate {
     /// One `write(2)` per frame and socket.
     Baseline,
-    /// The same, and what gathers leaves in one write.
+    /// As `Baseline`, with coalesced writes.
     CoalescingBaseline,
-    /// A chat by hand with axum and tokio.
+    /// A simple chat with axum and tokio.
     Naive,
-    /// Another gateway, built before a change.
+    /// Another build of the gateway.
     Previous,
     /// The gateway.
     Skein,
@@ -67,7 +67,7 @@ pub(crate) enum Candidate {
 /// Where the programs are, and where they run.
 #[derive(Debug)]
 pub(crate) struct BenchEnvironment {
-    /// The folder of `gateway` and `examples/`.
+    /// Directory of `gateway` and `examples/`.
     pub(crate) programs: PathBuf,
     /// Another gateway to compare with, and the options that it knows.
     previous: Option<(PathBuf, String)>,
@@ -75,7 +75,7 @@ pub(crate) struct BenchEnvironment {
     pub(crate) pinned: bool,
 }
 
-/// A process.
+/// A server process.
 #[derive(Debug)]
 struct BenchServer {
     child: Child,
@@ -87,11 +87,11 @@ struct BenchServer {
 pub(crate) struct BenchServers {
     nodes: Vec<BenchServer>,
     redis: Option<BenchServer>,
-    // Last, so that it is there as long as those who write into it.
+    // Last, so that it outlives the processes that write into it.
     _scratch: TempDir,
 }
 
-/// CPU time of all servers, and the part of it that is Redis'.
+/// CPU time of all servers, and the part of Redis.
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct ServerCpu {
     pub(crate) user_ms: u64,
@@ -100,11 +100,11 @@ pub(crate) struct ServerCpu {
 }
 
 impl Candidate {
-    /// All of them, in the order of the table.
+    /// All candidates, in the order of the table.
     pub(crate) const ALL: [Self; 5] =
         [Self::Baseline, Self::CoalescingBaseline, Self::Naive, Self::Previous, Self::Skein];
 
-    /// Whether it is one process that does nothing but write.
+    /// Whether it is one process that only writes.
     fn is_baseline(self) -> bool {
         matches!(self, Self::Baseline | Self::CoalescingBaseline)
     }
@@ -124,22 +124,22 @@ impl fmt::Display for Candidate {
 
 impl Drop for BenchServer {
     fn drop(&mut self) {
-        // It may have ended by itself.
+        // The process may have ended by itself.
         let _ = self.child.kill();
         let _ = self.child.wait();
     }
 }
 
 impl BenchEnvironment {
-    /// Puts this process on the CPU of the load, where there is more than one. With a `previous`
+    /// Moves this process to the CPU of the load if there is more than one. With a `previous`
     /// gateway only that and the gateway are measured.
     pub(crate) fn new(programs: PathBuf, previous: Option<PathBuf>) -> Result<Self, BenchError> {
         let previous = match previous {
-            Some(program) => {
-                let what = format!("{} --options", program.display());
-                let output = Command::new(&program).arg("--options").output();
-                let output = output.map_err(|source| BenchError::Start { what, source })?;
-                Some((program, String::from_utf8_lossy(&output.stdout).into_owned()))
+            Some(path) => {
+                let program = format!("{} --options", path.display());
+                let output = Command::new(&path).arg("--options").output();
+                let output = output.map_err(|source| BenchError::Start { program, source })?;
+                Some((path, String::from_utf8_lossy(&output.stdout).into_owned()))
             }
             None => None,
         };
@@ -151,7 +151,7 @@ impl BenchEnvironment {
         Ok(Self { programs, previous, pinned })
     }
 
-    /// Whether somebody is measured here.
+    /// Whether a candidate is measured.
     pub(crate) fn has(&self, candidate: Candidate) -> bool {
         match candidate {
             Candidate::Skein => true,
@@ -162,7 +162,7 @@ impl BenchEnvironment {
         }
     }
 
-    /// Starts a candidate with so many nodes.
+    /// Starts a candidate with `nodes` nodes.
     pub(crate) fn start(
         &self,
         candidate: Candidate,
@@ -170,7 +170,7 @@ impl BenchEnvironment {
         token: bool,
     ) -> Result<BenchServers, BenchError> {
         let scratch = TempDir::new().map_err(BenchError::Scratch)?;
-        // The baseline is one process: what the writes alone cost.
+        // The baseline is one process: it measures the writes alone.
         let redis = match candidate {
             Candidate::Naive | Candidate::Previous | Candidate::Skein if nodes > 1 => {
                 Some(self.redis(scratch.path())?)
@@ -190,7 +190,7 @@ impl BenchEnvironment {
         Ok(BenchServers { nodes, redis, _scratch: scratch })
     }
 
-    /// A Redis as `make cluster` starts it.
+    /// Starts a Redis as `make cluster` does.
     pub(crate) fn start_redis(&self) -> Result<BenchServers, BenchError> {
         let scratch = TempDir::new().map_err(BenchError::Scratch)?;
         let redis = self.redis(scratch.path())?;
@@ -244,19 +244,19 @@ impl BenchEnvironment {
         if !self.pinned {
             return Command::new(program);
         }
-        // It becomes the program, so that the pid is the program's.
+        // taskset executes the program in its own process, so the pid is the program's.
         let mut command = Command::new("taskset");
         command.args(["-c", SERVER_CPU]).arg(program);
         command
     }
 
-    /// Starts a program that says in its log where it listens.
+    /// Starts a program that logs its listen address.
     fn launch(&self, mut command: Command, log: &Path) -> Result<BenchServer, BenchError> {
-        let what = format!("{command:?}");
-        let failed = |source| BenchError::Start { what: what.clone(), source };
+        let program = format!("{command:?}");
+        let failed = |source| BenchError::Start { program: program.clone(), source };
         let file = File::create(log).map_err(BenchError::Scratch)?;
         let mut child = command.stdin(Stdio::null()).stderr(file).spawn().map_err(failed)?;
-        let deadline = Instant::now() + READY_MAX;
+        let deadline = Instant::now() + READY_TIMEOUT;
         loop {
             let text = std::fs::read_to_string(log).map_err(BenchError::Scratch)?;
             if let Some(address) = listen_address(&text) {
@@ -265,7 +265,7 @@ impl BenchEnvironment {
             if deadline < Instant::now() || child.try_wait().map_err(failed)?.is_some() {
                 let _ = child.kill();
                 let _ = child.wait();
-                return Err(BenchError::NotReady { what, log: text });
+                return Err(BenchError::NotReady { program, log: text });
             }
             pause();
         }
@@ -280,9 +280,10 @@ impl BenchEnvironment {
             .arg(scratch)
             .stdin(Stdio::null())
             .stdout(Stdio::null());
-        let what = format!("{command:?}");
+        let program = format!("{command:?}");
         let child = command.spawn();
-        let child = child.map_err(|source| BenchError::Start { what: what.clone(), source })?;
+        let child =
+            child.map_err(|source| BenchError::Start { program: program.clone(), source })?;
         let server = BenchServer { child, address };
         server.wait_for(b"PING\r\n", "+PONG")?;
         Ok(server)
@@ -297,25 +298,25 @@ impl BenchServer {
         )
     }
 
-    /// Asks until the first line of the answer begins as it should.
-    fn wait_for(&self, question: &[u8], answer: &str) -> Result<(), BenchError> {
+    /// Sends a request repeatedly until the first line of the reply begins with `answer`.
+    fn wait_for(&self, request: &[u8], response: &str) -> Result<(), BenchError> {
         let ask = || -> io::Result<String> {
             let mut stream = TcpStream::connect(self.address)?;
-            stream.set_read_timeout(Some(READY_MAX))?;
-            stream.write_all(question)?;
+            stream.set_read_timeout(Some(READY_TIMEOUT))?;
+            stream.write_all(request)?;
             let mut line = String::new();
             BufReader::new(stream.take(1024)).read_line(&mut line)?;
             Ok(line)
         };
-        let deadline = Instant::now() + READY_MAX;
+        let deadline = Instant::now() + READY_TIMEOUT;
         loop {
-            let said = ask();
-            if said.as_ref().is_ok_and(|line| line.starts_with(answer)) {
+            let reply = ask();
+            if reply.as_ref().is_ok_and(|line| line.starts_with(response)) {
                 return Ok(());
             }
             if deadline < Instant::now() {
-                let what = format!("the server at {}", self.address);
-                return Err(BenchError::NotReady { what, log: format!("{said:?}") });
+                let program = format!("the server at {}", self.address);
+                return Err(BenchError::NotReady { program, log: format!("{reply:?}") });
             }
             pause();
         }
@@ -323,27 +324,27 @@ impl BenchServer {
 }
 
 impl BenchServers {
-    /// Where clients connect.
+    /// Addresses for clients.
     pub(crate) fn addresses(&self) -> Vec<SocketAddr> {
         self.nodes.iter().map(|node| node.address).collect()
     }
 
-    /// Where Redis is.
+    /// Address of Redis.
     pub(crate) fn redis_address(&self) -> Option<SocketAddr> {
         Some(self.redis.as_ref()?.address)
     }
 
-    /// Ends a node at once. It may have ended by itself.
+    /// Kills a node, which may have ended by itself.
     pub(crate) fn kill(&mut self, node: usize) {
         let _ = self.nodes[node].child.kill();
     }
 
-    /// The processes that clients connect to.
+    /// Process ids of the nodes.
     pub(crate) fn pids(&self) -> Vec<u32> {
         self.nodes.iter().map(|node| node.child.id()).collect()
     }
 
-    /// What all of them were given by the CPUs until now.
+    /// CPU time of all processes since their start.
     pub(crate) fn cpu_time(&self) -> Result<ServerCpu, BenchError> {
         let mut sum = ServerCpu::default();
         let cpu_of = |server: &BenchServer| CpuTime::read(Some(server.child.id()));
@@ -360,7 +361,7 @@ impl BenchServers {
 }
 
 impl ServerCpu {
-    /// What was spent since an earlier look.
+    /// CPU time since an earlier reading.
     pub(crate) fn since(self, before: Self) -> Self {
         Self {
             user_ms: self.user_ms - before.user_ms,
@@ -375,15 +376,15 @@ impl ServerCpu {
     }
 }
 
-/// The address in the line of a log that says where a server listens.
+/// Finds the listen address in a log.
 fn listen_address(log: &str) -> Option<SocketAddr> {
     let (_, rest) = log.split_once(r#""listen":""#)?;
     rest.split_once('"')?.0.parse().ok()
 }
 
-#[expect(clippy::disallowed_methods, reason = "the bench has its thread for itself")]
+#[expect(clippy::disallowed_methods, reason = "the bench has a thread of its own")]
 fn pause() {
-    std::thread::sleep(LOOK_AGAIN);
+    std::thread::sleep(POLL_INTERVAL);
 }
 
 #[cfg(test)]
@@ -391,7 +392,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_address_is_found_in_a_log() {
+    fn listen_address_is_found_in_a_log() {
         let log = "{\"level\":\"WARN\"}\n{\"message\":\"ready\",\"listen\":\"127.0.0.1:81\"}\n";
         assert_eq!(listen_address(log), Some(SocketAddr::from(([127, 0, 0, 1], 81))));
         assert_eq!(listen_address("{\"listen\":\"127.0."), None);

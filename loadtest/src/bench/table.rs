@@ -1,4 +1,4 @@
-//! The table, for people in Markdown and for programs in JSON.
+//! The table, in Markdown and JSON.
 //!
 //! Pure.
 
@@ -16,7 +16,7 @@ use super::{
     servers::{Candidate, GATEWAY_OPTIONS},
 };
 
-/// All that was measured.
+/// The result of a bench.
 #[derive(Debug, Serialize)]
 pub(crate) struct Table {
     pub(crate) machine: Machine,
@@ -26,7 +26,7 @@ pub(crate) struct Table {
     pub(crate) rows: Vec<TableRow>,
 }
 
-/// A row that was measured.
+/// A row with its measures.
 #[derive(Debug, Serialize)]
 pub(crate) struct TableRow {
     pub(crate) title: &'static str,
@@ -34,14 +34,14 @@ pub(crate) struct TableRow {
     pub(crate) flaws: Vec<TableFlaw>,
 }
 
-/// What is wrong with what was measured of one candidate.
+/// Why a candidate's values are invalid.
 #[derive(Debug, Serialize)]
 pub(crate) struct TableFlaw {
     pub(crate) candidate: Candidate,
-    /// In how many rounds something was.
+    /// Number of rounds with a flaw.
     pub(crate) rounds: usize,
-    /// Of the first of these.
-    pub(crate) what: String,
+    /// The first flaw.
+    pub(crate) flaw: String,
 }
 
 /// A measure of a row.
@@ -57,34 +57,34 @@ pub(crate) struct TableLine {
     pub(crate) met: Option<bool>,
 }
 
-/// A value, and how many times the baseline's, and the previous gateway's, it is.
+/// A value with its ratios to the baseline and to the previous gateway.
 #[derive(Clone, Copy, Debug, Serialize)]
 pub(crate) struct TableCell {
     pub(crate) value: Spread,
-    /// Not of the baseline itself.
+    /// `None` for the baseline itself.
     pub(crate) times_baseline: Option<Spread>,
-    /// Not of that gateway itself.
+    /// `None` for the previous gateway itself.
     pub(crate) times_previous: Option<Spread>,
 }
 
-/// The rounds of one row, by candidate.
+/// Rounds of one row, by candidate.
 pub(crate) type Rounds = Vec<(Candidate, Vec<RoundSample>)>;
 
 impl Table {
-    /// A table without rows yet.
+    /// A table without rows.
     pub(crate) fn new(machine: Machine, rounds: u32, measured_ms: u128) -> Self {
         let gateway_options = GATEWAY_OPTIONS;
         Self { machine, rounds, measured_ms, gateway_options, rows: Vec::new() }
     }
 
-    /// Whether every row counts.
+    /// Whether every row is valid.
     pub(crate) fn is_valid(&self) -> bool {
-        self.rows.iter().all(TableRow::counts)
+        self.rows.iter().all(TableRow::is_valid)
     }
 }
 
 impl TableRow {
-    /// Sums up the rounds of a row.
+    /// Summarizes the rounds of a row.
     pub(crate) fn new(row: &BenchRow, rounds: &Rounds) -> Self {
         let all = rounds.iter().flat_map(|(_, samples)| samples);
         let measures: BTreeSet<Measure> =
@@ -98,13 +98,13 @@ impl TableRow {
         Self { title: row.title, lines: measures.into_iter().map(line).collect(), flaws }
     }
 
-    /// Whether the gateway stands beside another build of it.
+    /// Whether the gateway is compared with another build.
     fn has_previous(&self) -> bool {
         self.lines.iter().any(|line| line.previous.is_some())
     }
 
-    /// Whether both sides of the comparison are sound. The others stand beside it.
-    fn counts(&self) -> bool {
+    /// Whether both sides of the comparison are valid; the other candidates do not matter.
+    fn is_valid(&self) -> bool {
         let compared = [Candidate::Baseline, Candidate::Previous, Candidate::Skein];
         self.flaws.iter().all(|flaw| !compared.contains(&flaw.candidate))
     }
@@ -112,9 +112,9 @@ impl TableRow {
 
 impl TableFlaw {
     fn of(candidate: Candidate, samples: &[RoundSample]) -> Option<Self> {
-        let mut told = samples.iter().filter_map(|sample| sample.flaws.first());
-        let what = told.next()?.clone();
-        Some(Self { candidate, rounds: 1 + told.count(), what })
+        let mut flaws = samples.iter().filter_map(|sample| sample.flaws.first());
+        let flaw = flaws.next()?.clone();
+        Some(Self { candidate, rounds: 1 + flaws.count(), flaw })
     }
 }
 
@@ -156,21 +156,21 @@ impl fmt::Display for Table {
         let Machine { cpu, cores, kernel, gateway, redis, commit, load_before, pinned } =
             &self.machine;
         writeln!(f, "{cpu}, {cores} cores, Linux {kernel}; {gateway} ({commit}); {redis}")?;
-        let places = if *pinned { "servers on CPU 0, load on CPU 1" } else { "nothing is pinned" };
+        let places = if *pinned { "servers on CPU 0, load on CPU 1" } else { "not pinned" };
         writeln!(f, "{places}; load average before: {load_before}")?;
         let has_previous = self.rows.iter().any(TableRow::has_previous);
         let other = if has_previous { "previous gateway" } else { "baseline" };
         writeln!(
             f,
-            "median of {} rounds of {} ms (least to most); × is to the {other} of the same round",
+            "median of {} rounds of {} ms (min–max); × is the ratio to the {other} of the same round",
             self.rounds, self.measured_ms,
         )?;
-        writeln!(f, "the gateway as it is, but {}\n", self.gateway_options.join(", "))?;
+        writeln!(f, "gateway with defaults, except {}\n", self.gateway_options.join(", "))?;
         if has_previous {
-            writeln!(f, "| what | previous | Skein |")?;
+            writeln!(f, "| row | previous | Skein |")?;
             writeln!(f, "| --- | --- | --- |")?;
         } else {
-            writeln!(f, "| what | baseline | coalescing baseline | naive axum | Skein | target |")?;
+            writeln!(f, "| row | baseline | coalescing baseline | naive axum | Skein | target |")?;
             writeln!(f, "| --- | --- | --- | --- | --- | --- |")?;
         }
         self.rows.iter().try_for_each(|row| write!(f, "{row}"))
@@ -179,12 +179,12 @@ impl fmt::Display for Table {
 
 impl fmt::Display for TableRow {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let mark = if self.counts() { "" } else { " (does not count)" };
+        let mark = if self.is_valid() { "" } else { " (invalid)" };
         let rest = if self.has_previous() { " | |" } else { " | | | | |" };
         writeln!(f, "| **{}**{mark} |{rest}", self.title)?;
         self.lines.iter().try_for_each(|line| write!(f, "{line}"))?;
-        self.flaws.iter().try_for_each(|TableFlaw { candidate, rounds, what }| {
-            writeln!(f, "| ⚠ {candidate}, {rounds} round(s): {what} |{rest}")
+        self.flaws.iter().try_for_each(|TableFlaw { candidate, rounds, flaw }| {
+            writeln!(f, "| ⚠ {candidate}, {rounds} round(s): {flaw} |{rest}")
         })
     }
 }
@@ -245,7 +245,7 @@ mod tests {
     }
 
     #[test]
-    fn a_line_has_values_ratios_and_the_verdict() {
+    fn line_has_values_ratios_and_the_verdict() {
         let check = |skein, expected: &str| {
             let row = TableRow::new(&ROWS[0], &rounds(8.0, skein, None)).to_string();
             assert!(row.ends_with(expected), "{row}");
@@ -255,7 +255,7 @@ mod tests {
     }
 
     #[test]
-    fn a_gateway_stands_beside_its_previous_build() {
+    fn gateway_is_compared_with_its_previous_build() {
         let of = |values: [f64; 2]| {
             let sample = |value| RoundSample {
                 values: BTreeMap::from([(Measure::Cpu, value)]),
@@ -273,11 +273,11 @@ mod tests {
     }
 
     #[test]
-    fn a_row_with_a_flaw_says_so() {
+    fn row_with_a_flaw_is_marked() {
         let row = TableRow::new(&ROWS[0], &rounds(8.0, 1.0, Some("7 deliveries are missing")));
         let text = row.to_string();
         assert!(
-            text.contains("does not count") && text.contains("Skein, 1 round(s): 7 deliveries"),
+            text.contains("(invalid)") && text.contains("Skein, 1 round(s): 7 deliveries"),
             "{text}"
         );
     }

@@ -1,7 +1,7 @@
-//! A node that is killed in the middle: its members go on elsewhere, from where they were.
+//! Failover: a node is killed during the load, and its members reconnect to other nodes and resume.
 //!
-//! They do as clients of section 5 of the protocol: the first pause is any time up to half a
-//! second, each further one may be twice as long.
+//! They back off as `docs/protocol.md` says: the first delay is random up
+//! to half a second, and each further one may be twice as long.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -24,35 +24,35 @@ use crate::{
     websocket::{self, FrameReader, HandshakeResponse},
 };
 
-/// How long everybody talks before anything is measured, so that each has been told something.
+/// Duration of the load before the measurement, in which each member receives a message.
 const WARM_UP: Duration = Duration::from_secs(4);
-/// How long is looked at what others notice.
+/// Time after the kill in which the latency of the other members is measured.
 const OBSERVATION: Duration = Duration::from_secs(5);
-/// How long the others may take to go on elsewhere.
+/// Time limit for members to reconnect.
 const RECONNECT_MAX: Duration = Duration::from_secs(30);
 const BACKOFF: Duration = Duration::from_millis(500);
 
-/// What came of it.
+/// Result of a failover.
 pub(crate) struct FailoverResult {
-    /// Until one was where it would be without that, since the node was killed.
+    /// Time from the kill until a member has joined again.
     pub(crate) reconnect_ns: Histogram<u64>,
-    /// Of the members of other nodes: before it, and in the seconds after it.
+    /// Latency of the members of other nodes: before the kill, and in the seconds after it.
     pub(crate) latency_ns: (Histogram<u64>, Histogram<u64>),
     pub(crate) lateness_ns: Histogram<u64>,
-    /// Whose log did not go on from where they were.
+    /// Members whose join was not recovered.
     pub(crate) not_recovered: u64,
-    /// Who is not back.
+    /// Members that have not reconnected.
     pub(crate) missing: usize,
     pub(crate) expected: u64,
     pub(crate) wrong: u64,
 }
 
-/// The members of a node that is killed.
+/// Members of the killed node.
 pub(super) struct FailoverGroup {
-    /// Where they go on.
+    /// Addresses of the other nodes.
     addresses: Vec<SocketAddr>,
     members: BTreeMap<usize, FailoverClient>,
-    /// Whose pause is over when.
+    /// Ends of backoffs, with the members.
     backoffs: BTreeSet<(Duration, usize)>,
     killed_at: Option<Duration>,
     reconnect_ns: Histogram<u64>,
@@ -68,12 +68,12 @@ struct FailoverClient {
 enum FailoverState {
     Connected,
     Disconnected,
-    /// What has arrived of the answer to its handshake.
+    /// Received bytes of the handshake response.
     Handshaking(Vec<u8>),
     Joining,
 }
 
-/// What is looked at in a frame.
+/// The members of a frame that are used.
 #[derive(Deserialize)]
 struct FailoverFrame<'a> {
     #[serde(rename = "type")]
@@ -85,8 +85,8 @@ struct FailoverFrame<'a> {
 }
 
 impl BenchClients {
-    /// Talks, has `kill` end the node that member `i` of each `nodes` is on for `i` = `node`, and
-    /// goes on until its members are back. Only members of the first node talk.
+    /// Runs the load, calls `kill` to end node number `node`, and continues until the node's
+    /// members have reconnected. Only members of the first node send.
     pub(crate) fn run_failover(
         &mut self,
         times: BenchTimes,
@@ -148,7 +148,7 @@ impl BenchClients {
         members.filter(|client| !there(client)).count()
     }
 
-    /// Connects those anew whose pause is over.
+    /// Reconnects members whose backoff is over.
     pub(super) fn reconnect_due(&mut self) -> Result<(), ClientError> {
         let Some(failover) = &mut self.failover else { return Ok(()) };
         let now = self.began.elapsed();
@@ -172,7 +172,8 @@ impl BenchClients {
         Ok(())
     }
 
-    /// Whether a member that fails is one that comes back. It is away then.
+    /// Starts the backoff of a member whose connection failed. Returns `false` if the member does
+    /// not belong to the killed node.
     pub(super) fn on_connection_lost(&mut self, index: usize) -> bool {
         let now = self.began.elapsed();
         let Some(failover) = &mut self.failover else { return false };
@@ -193,8 +194,8 @@ impl BenchClients {
         true
     }
 
-    /// Takes what belongs to the handshake of a member from what arrived. Returns what is behind
-    /// it; nothing where the handshake was rejected.
+    /// Removes the handshake response of a member from the received bytes. Returns the bytes after
+    /// it; `None` if the handshake was rejected.
     pub(super) fn read_handshake<'a>(
         &mut self,
         index: usize,
@@ -229,8 +230,8 @@ impl BenchClients {
 }
 
 impl FailoverGroup {
-    /// Takes a frame that a member got. Returns how many messages are in it, or nothing where the
-    /// member is none of these.
+    /// Handles a frame of a member. Returns the number of messages in it; `None` if the member does
+    /// not belong to the killed node.
     pub(super) fn take(&mut self, index: usize, frame: &[u8], now: Duration) -> Option<u64> {
         let client = self.members.get_mut(&index)?;
         let Ok(FailoverFrame { kind, epoch, seq, recovered }) = serde_json::from_slice(frame)
@@ -250,7 +251,7 @@ impl FailoverGroup {
     }
 }
 
-/// A number from 0 to 1, another one for each member and try.
+/// A number from 0 to 1 that depends on the member and the attempt.
 fn fraction(connection: u64, tries: u32) -> f64 {
     // SplitMix64 (Steele, Lea and Flood, 2014).
     let mut bits = (connection << 8 | u64::from(tries)).wrapping_mul(0x9E37_79B9_7F4A_7C15);
