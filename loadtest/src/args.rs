@@ -400,7 +400,7 @@ pub(crate) struct ExternalArgs {
     /// Process ids of its gateways on this machine, which are stopped and continued.
     #[arg(long, num_args = 1.., requires = "url")]
     pub(crate) gateway_pid: Vec<u32>,
-    /// Address of its Redis, which is told to close client connections.
+    /// Address of its Redis, whose client connections are closed.
     #[arg(long, requires = "url")]
     pub(crate) redis: Option<std::net::SocketAddr>,
 }

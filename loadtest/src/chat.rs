@@ -119,7 +119,7 @@ pub(crate) async fn run(args: ChatArgs) -> Result<Report, ProcfsError> {
     let is_interrupted =
         Progress::new().until(over, |show| show(&mut metrics.lock().timeline)).await;
     usage.stop();
-    let talked = began.elapsed();
+    let traffic_duration = began.elapsed();
     let (open, done) = {
         let metrics = metrics.lock();
         (metrics.timeline.open(), metrics.delivered)
@@ -159,7 +159,7 @@ pub(crate) async fn run(args: ChatArgs) -> Result<Report, ProcfsError> {
             step("rooms joined", metrics.join_us),
             step("history requests", metrics.history_us),
         ],
-        messages: Some(messages.with_latency(&latencies, talked, &args.thresholds)),
+        messages: Some(messages.with_latency(&latencies, traffic_duration, &args.thresholds)),
         seconds,
         interrupted: is_interrupted,
         ..Report::of("chat")

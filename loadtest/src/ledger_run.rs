@@ -147,11 +147,11 @@ impl LedgerRun {
         scenario: &str,
         thresholds: &Thresholds,
     ) -> Result<Report, LedgerRunError> {
-        let talked = self.began.elapsed();
+        let traffic_duration = self.began.elapsed();
         let spent_ms = CpuTime::read(None)?.total_ms() - self.cpu.total_ms();
         let generator = GeneratorReport {
             processes: 1,
-            cpu_percent: spent_ms as f64 / talked.as_millis() as f64 * 100.0,
+            cpu_percent: spent_ms as f64 / traffic_duration.as_millis() as f64 * 100.0,
             lag_p99_us: self.lag_us.lock().value_at_quantile(0.99),
             memory_per_connection_bytes: None,
         };
@@ -168,8 +168,11 @@ impl LedgerRun {
         }
         let seconds = self.timeline.lock().seconds();
         let times_us = timeline::histogram(&seconds);
-        let messages =
-            MessageReport::of(sum, unfinished).with_latency(&times_us, talked, thresholds);
+        let messages = MessageReport::of(sum, unfinished).with_latency(
+            &times_us,
+            traffic_duration,
+            thresholds,
+        );
         Ok(Report { messages: Some(messages), seconds, generator, ..Report::of(scenario) })
     }
 }

@@ -27,21 +27,21 @@ impl Progress {
         Self { bar: ProgressBar::new_spinner().with_style(style), shown: None }
     }
 
-    /// Shows the progress until `over` completes or a signal arrives. `look` receives a function
+    /// Shows the progress until `completed` completes or a signal arrives. `read_timeline` receives a function
     /// that shows a timeline. Returns whether a signal interrupted it.
     pub(crate) async fn until(
         mut self,
-        over: impl Future<Output = ()>,
-        look: impl Fn(&mut dyn FnMut(&mut Timeline)),
+        completed: impl Future<Output = ()>,
+        read_timeline: impl Fn(&mut dyn FnMut(&mut Timeline)),
     ) -> bool {
-        let mut over = std::pin::pin!(over);
+        let mut completed = std::pin::pin!(completed);
         let mut interrupted = std::pin::pin!(crate::interrupt_signal());
         loop {
             // All arms are cancel-safe.
             tokio::select! {
-                () = &mut over => return false,
+                () = &mut completed => return false,
                 () = &mut interrupted => return true,
-                () = sleep(EVERY) => look(&mut |timeline| self.show(timeline)),
+                () = sleep(EVERY) => read_timeline(&mut |timeline| self.show(timeline)),
             }
         }
     }

@@ -204,9 +204,9 @@ impl FrameReader {
                 return Err(WebSocketError::TooLarge);
             }
             let length = header.length as usize;
-            let Some((payload, behind)) = payload.split_at_checked(length) else { break };
+            let Some((payload, remaining)) = payload.split_at_checked(length) else { break };
             self.take(&header, payload, &mut on)?;
-            input = behind;
+            input = remaining;
         }
         self.rest = input.to_vec();
         Ok(())

@@ -171,7 +171,7 @@ fn run_commands(
     loop {
         match command_rx.try_recv() {
             Ok(ClientCommand::Open(reply)) => {
-                // The number of open members tells of failures.
+                // The number of open members shows failures.
                 let _ = run.users.open_all(Some(RAMP));
                 let _ = reply.send(run.users.open_count());
             }

@@ -313,8 +313,8 @@ fn behind_the_link(
         && !stop.load(Ordering::Relaxed)
     {
         let now = Instant::now();
-        let talks = results.received * 2 >= entries;
-        if talks && (pinged.elapsed() >= PING_EVERY || pings.is_empty()) {
+        let sends = results.received * 2 >= entries;
+        if sends && (pinged.elapsed() >= PING_EVERY || pings.is_empty()) {
             client.write(&websocket::ping(&(pings.len() as u32).to_be_bytes()))?;
             pings.push((now, false));
             pinged = now;
@@ -322,7 +322,7 @@ fn behind_the_link(
         // Own messages are spread evenly over the second half.
         let sent = own.len() as u64;
         let at = entries / 2 + entries / 2 * sent / (OWN_MESSAGES + 1);
-        if talks && sent < OWN_MESSAGES && results.received >= at {
+        if sends && sent < OWN_MESSAGES && results.received >= at {
             let frame = json!({"type": "message", "room": ROOM, "content": "mine", "ref": sent});
             client.send(&frame)?;
             own.push((now, false));

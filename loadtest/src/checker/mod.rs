@@ -228,10 +228,10 @@ impl DeliveryChecker {
 
     /// A first history, which is no continuation, may begin in an epoch that a later epoch
     /// continues with the same numbers.
-    fn continue_in_epoch(&mut self, client: usize, epoch: &Epoch, behind: Seq) {
+    fn continue_in_epoch(&mut self, client: usize, epoch: &Epoch, before: Seq) {
         let cursor = &self.clients[client].cursor;
-        if cursor.as_ref().is_some_and(|at| at.epoch != *epoch && at.seq == behind) {
-            self.move_cursor(client, Position::new(epoch.clone(), behind));
+        if cursor.as_ref().is_some_and(|at| at.epoch != *epoch && at.seq == before) {
+            self.move_cursor(client, Position::new(epoch.clone(), before));
         }
     }
 

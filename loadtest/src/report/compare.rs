@@ -106,8 +106,8 @@ fn numbers(value: &Value, name: String, found: &mut Vec<(String, f64)>) {
     match value {
         Value::Number(number) => found.extend(number.as_f64().map(|number| (name, number))),
         Value::Object(members) => {
-            let told = members.iter().filter(|(part, _)| !SERIES.contains(&part.as_str()));
-            told.for_each(|(part, value)| numbers(value, below(part), found));
+            let compared = members.iter().filter(|(part, _)| !SERIES.contains(&part.as_str()));
+            compared.for_each(|(part, value)| numbers(value, below(part), found));
         }
         Value::Array(items) => {
             // Indexed by position: process ids differ from run to run.

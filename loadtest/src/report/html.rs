@@ -89,8 +89,8 @@ pub(crate) fn page(report: &Report) -> Result<String, PlotError> {
 
 fn plots(report: &Report) -> Vec<(String, Plot<'_>)> {
     // Deliveries after the end of the traffic belong to no whole second.
-    let talked = report.messages.as_ref().map_or(0.0, |messages| messages.traffic_s);
-    let whole = if talked >= 2.0 { talked as usize } else { usize::MAX };
+    let traffic_s = report.messages.as_ref().map_or(0.0, |messages| messages.traffic_s);
+    let whole = if traffic_s >= 2.0 { traffic_s as usize } else { usize::MAX };
     let seconds = || report.seconds.iter().enumerate().take(whole);
     let over_time = |y, lines, logarithmic| {
         let marks = report.faults.as_slice();

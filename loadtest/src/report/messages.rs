@@ -119,14 +119,14 @@ impl MessageReport {
     pub(crate) fn with_latency(
         self,
         times_us: &Histogram<u64>,
-        talked: Duration,
+        traffic_duration: Duration,
         thresholds: &Thresholds,
     ) -> Self {
         Self {
             latency: Latency::of(times_us),
             late_percent: late_percent(times_us, thresholds.late_after),
             late_after_ms: thresholds.late_after.as_millis() as u64,
-            traffic_s: talked.as_secs_f64(),
+            traffic_s: traffic_duration.as_secs_f64(),
             ..self
         }
     }

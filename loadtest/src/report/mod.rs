@@ -134,7 +134,7 @@ struct SecondSummary {
 }
 
 fn with_percentiles<S: Serializer>(seconds: &[Second], serializer: S) -> Result<S::Ok, S::Error> {
-    let told = |second: &Second| {
+    let summary = |second: &Second| {
         let latencies = second.latencies();
         SecondSummary {
             deliveries: second.deliveries,
@@ -147,7 +147,7 @@ fn with_percentiles<S: Serializer>(seconds: &[Second], serializer: S) -> Result<
             max_us: latencies.max(),
         }
     };
-    serializer.collect_seq(seconds.iter().map(told))
+    serializer.collect_seq(seconds.iter().map(summary))
 }
 
 impl GeneratorReport {

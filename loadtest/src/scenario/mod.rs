@@ -237,8 +237,12 @@ fn build_report(
             examples: counters.examples.clone(),
             ..MessageReport::default()
         };
-        let talked = Duration::from_secs_f64(worker.traffic_s);
-        messages.with_latency(&timeline::histogram(&worker.seconds), talked, &args.thresholds)
+        let traffic_duration = Duration::from_secs_f64(worker.traffic_s);
+        messages.with_latency(
+            &timeline::histogram(&worker.seconds),
+            traffic_duration,
+            &args.thresholds,
+        )
     });
     let opening = Duration::from_secs_f64(worker.opening_s);
     let mut report = Report {

@@ -172,7 +172,7 @@ impl ScenarioRun {
         let back = stalled.iter().filter(|member| !over(self, **member));
         let back = back.filter(|member| caught_up(self, **member)).count();
         let stuck = stalled.len() - closed - back;
-        let told = self.users.metrics.counters.signalled_discontinuities - before;
+        let signalled = self.users.metrics.counters.signalled_discontinuities - before;
         let step = |name: &str, count: usize, passed| StepResult {
             name: format!("stalled, {name}"),
             result: count.to_string(),
@@ -182,7 +182,7 @@ impl ScenarioRun {
             step("all", stalled.len(), !stalled.is_empty()),
             step("closed", closed, true),
             step("caught up", back, true),
-            step("signalled a discontinuity", told as usize, true),
+            step("signalled a discontinuity", signalled as usize, true),
             step("neither", stuck, stuck == 0),
         ])
     }
