@@ -53,7 +53,7 @@ impl Progress {
             return;
         }
         self.shown = Some(now);
-        timeline.go_to(now);
+        timeline.advance_to(now);
         let open = timeline.open();
         let last = timeline.last().map(|second| {
             let p99 = second.latencies().value_at_quantile(0.99) as f64 / 1e3;

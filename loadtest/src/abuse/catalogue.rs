@@ -255,7 +255,7 @@ pub(crate) const CATALOGUE: &[Attack] = &[
         name: "gone-handshakes",
         group: "A2",
         what: "2,500 connections a second from 500 addresses send a handshake and close",
-        attack: |_| vec![gone(2_500, 500)],
+        attack: |_| vec![abandoned_handshakes(2_500, 500)],
         allowed: |_| Allowance { users: 1, ..NOTHING },
         ..PLAIN
     },
@@ -781,7 +781,7 @@ fn watches(serial: u32, number: u64) -> Option<Vec<u8>> {
 }
 
 /// Handshakes whose sender disconnects before the response.
-fn gone(per_second: u32, addresses: u32) -> AttackProfile {
+fn abandoned_handshakes(per_second: u32, addresses: u32) -> AttackProfile {
     AttackProfile {
         handshake: AttackHandshake::Unawaited,
         addresses,

@@ -251,7 +251,7 @@ impl AttackMeasurement {
         if self.died {
             failures.push("the gateway or Redis ended".to_owned());
         }
-        self.evaluate_honest(thresholds, allowance, &mut failures);
+        self.evaluate_legitimate(thresholds, allowance, &mut failures);
         self.evaluate_growth(allowance, &mut failures);
         match self.recovered_after {
             Some(_) => {}
@@ -276,7 +276,7 @@ impl AttackMeasurement {
         AttackVerdict { failures, invalid }
     }
 
-    fn evaluate_honest(
+    fn evaluate_legitimate(
         &self,
         thresholds: &AttackThresholds,
         allowance: &Allowance,

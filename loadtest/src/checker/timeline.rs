@@ -98,7 +98,7 @@ impl Timeline {
 
     /// All seconds, the current one last.
     pub fn seconds(&mut self) -> Vec<Second> {
-        self.settle();
+        self.store_latencies();
         let mut seconds = self.past.clone();
         seconds.push(self.now.clone());
         seconds
@@ -111,7 +111,7 @@ impl Timeline {
 
     /// Records a delivery and its latency.
     pub fn delivered(&mut self, at: Instant, latency: Option<Duration>) {
-        self.go_to(at).deliveries += 1;
+        self.advance_to(at).deliveries += 1;
         if let Some(latency) = latency {
             self.now_us.saturating_record(latency.as_micros() as u64);
         }
@@ -119,19 +119,19 @@ impl Timeline {
 
     /// Records an acknowledged message.
     pub fn acknowledged(&mut self, at: Instant) {
-        self.go_to(at).acks += 1;
+        self.advance_to(at).acks += 1;
     }
 
     /// Records a temporary rejection.
     pub fn rejected(&mut self, at: Instant) {
-        self.go_to(at).rejections += 1;
+        self.advance_to(at).rejections += 1;
     }
 
     /// Records an opened connection.
     pub fn connected(&mut self, at: Instant) {
         self.open += 1;
         let open = self.open;
-        let second = self.go_to(at);
+        let second = self.advance_to(at);
         (second.connects, second.open) = (second.connects + 1, open);
     }
 
@@ -139,14 +139,14 @@ impl Timeline {
     pub fn ended(&mut self, at: Instant) {
         self.open = self.open.saturating_sub(1);
         let open = self.open;
-        self.go_to(at).open = open;
+        self.advance_to(at).open = open;
     }
 
     /// The second of `at`. A time before the current second counts into the current one.
-    pub fn go_to(&mut self, at: Instant) -> &mut Second {
+    pub fn advance_to(&mut self, at: Instant) -> &mut Second {
         let number = at.saturating_duration_since(self.began).as_secs() as usize;
         while self.past.len() < number {
-            self.settle();
+            self.store_latencies();
             let next = Second { open: self.now.open, ..Second::default() };
             self.past.push(std::mem::replace(&mut self.now, next));
             self.now_us.reset();
@@ -154,7 +154,7 @@ impl Timeline {
         &mut self.now
     }
 
-    fn settle(&mut self) {
+    fn store_latencies(&mut self) {
         self.now.latency_us = pairs(&self.now_us);
     }
 }
