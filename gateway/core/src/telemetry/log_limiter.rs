@@ -1,11 +1,11 @@
-//! Keeps log lines that can be repeated from outside from filling the log.
+//! Rate limit for log lines that peers can trigger.
 
 use std::time::Duration;
 
 use parking_lot::Mutex;
 use tokio::time::Instant;
 
-/// How long nothing more is logged after a line.
+/// Time without a further line after each line.
 pub const LOG_INTERVAL: Duration = Duration::from_secs(60);
 
 /// One kind of log line, written at most once in [`LOG_INTERVAL`].
@@ -15,27 +15,27 @@ pub struct LogLimiter(Mutex<LimiterState>);
 #[derive(Debug, Default)]
 struct LimiterState {
     last: Option<Instant>,
-    /// How many were left out since.
+    /// Lines suppressed since the last one.
     suppressed: u64,
 }
 
 impl LogLimiter {
-    /// A kind of which no line was written yet.
+    /// Creates a limiter that has not logged yet.
     pub const fn new() -> Self {
         Self(Mutex::new(LimiterState { last: None, suppressed: 0 }))
     }
 
-    /// Whether a line is to be written now: `Some` with the count of those that were left out since
-    /// the last one.
+    /// Returns `Some` if a line may be logged now, with the number of lines suppressed since the last
+    /// one.
     pub fn should_log(&self) -> Option<u64> {
         let now = Instant::now();
-        let lines = &mut *self.0.lock();
-        if lines.last.is_some_and(|last| now.saturating_duration_since(last) < LOG_INTERVAL) {
-            lines.suppressed += 1;
+        let state = &mut *self.0.lock();
+        if state.last.is_some_and(|last| now.saturating_duration_since(last) < LOG_INTERVAL) {
+            state.suppressed += 1;
             return None;
         }
-        lines.last = Some(now);
-        Some(std::mem::take(&mut lines.suppressed))
+        state.last = Some(now);
+        Some(std::mem::take(&mut state.suppressed))
     }
 }
 
@@ -44,7 +44,7 @@ mod tests {
     use super::*;
 
     #[tokio::test(start_paused = true)]
-    async fn a_line_is_due_once_a_minute_and_counts_the_others() {
+    async fn a_line_per_minute_is_logged_with_the_suppressed_count() {
         let limiter = LogLimiter::new();
         assert_eq!(limiter.should_log(), Some(0));
         assert_eq!((limiter.should_log(), limiter.should_log()), (None, None));

@@ -1,4 +1,4 @@
-//! What the gateway tells its operator: log lines, and [`metrics`].
+//! Log lines, metrics and message trails.
 
 use std::io::IsTerminal as _;
 
@@ -9,26 +9,26 @@ pub mod metrics;
 pub mod log_limiter;
 pub mod trail;
 
-/// How log lines are written.
+/// Format of log lines.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum LogFormat {
-    /// For people at a terminal.
+    /// Text for people at a terminal.
     Text,
-    /// One JSON object a line, for a log store.
+    /// One JSON object per line, for a log store.
     Json,
 }
 
-/// Starts writing log lines to standard error, once per process.
+/// Starts the log on standard error, once per process.
 ///
-/// `level` is a level (`info`) or directives as of `tracing_subscriber::EnvFilter`
-/// (`info,skein_redis=debug`); the configuration has checked that it reads.
+/// `level` is a level (`info`) or directives of `tracing_subscriber::EnvFilter`
+/// (`info,skein_redis=debug`); the configuration has checked it.
 pub fn start_log(format: LogFormat, level: &str) {
     let filter = EnvFilter::new(level);
     let log = tracing_subscriber::fmt()
         .with_env_filter(filter)
         .with_ansi(std::io::stderr().is_terminal())
         .with_writer(std::io::stderr);
-    // A second call, as tests make it, changes nothing.
+    // A second call, as in tests, has no effect.
     let _ = match format {
         LogFormat::Text => log.try_init(),
         LogFormat::Json => log.json().flatten_event(true).try_init(),

@@ -1,5 +1,5 @@
-//! What became of each of the last messages on this node: where it was appended, and to how many
-//! connections it went. For who asks why somebody did not get one.
+//! Trails of the most recent messages on this node: the position of each, and the connections it was
+//! delivered to. They explain why a user did not receive a message.
 
 use std::{
     collections::{HashMap, VecDeque},
@@ -15,14 +15,14 @@ use skein_protocol::{
 use smallvec::SmallVec;
 use tokio::time::Instant;
 
-/// How many messages are remembered, some 200 bytes each.
+/// Messages whose trails are kept, about 200 bytes each.
 const MESSAGES_MAX: usize = 4096;
-/// In how many logs one is followed: one that goes to many is a trail of the first.
+/// Logs per message whose trails are kept.
 const LOGS_MAX: usize = 8;
-/// For how long.
-const KEPT_FOR: Duration = Duration::from_secs(600);
+/// Time for which trails are kept.
+const RETENTION: Duration = Duration::from_secs(600);
 
-/// What this node remembers of messages.
+/// Trails of the most recent messages.
 #[derive(Debug, Default)]
 pub struct MessageTrails {
     state: Mutex<TrailState>,
@@ -31,53 +31,53 @@ pub struct MessageTrails {
 #[derive(Debug, Default)]
 struct TrailState {
     order: VecDeque<(Instant, MessageId)>,
-    /// A direct is in two logs.
+    /// A direct message has a trail in two logs.
     by_id: HashMap<MessageId, SmallVec<[LogTrail; 1]>>,
 }
 
-/// What became of a message in one log.
+/// Trail of a message in one log.
 #[derive(Clone, Debug)]
 pub struct LogTrail {
-    /// The room, or an inbox.
+    /// Room or inbox.
     pub log: RoomId,
-    /// Where it stands there.
+    /// Position in that log.
     pub position: Position,
-    /// When this node was told that it was appended, where this node had sent it.
+    /// Time of the acknowledgement by the bus, if this node published the message.
     appended: Option<SystemTime>,
-    /// What was done with it, once it was passed on to this node.
+    /// Time and counts of the fan-out, once this node received the entry.
     fan_out: Option<(SystemTime, FanOutCounts)>,
 }
 
-/// To how many connections of this node an entry went.
+/// Number of connections of this node by the way they get an entry.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct FanOutCounts {
-    /// Into whose outboxes it was put.
+    /// The entry was placed in the outbox.
     pub queued: u32,
-    /// Whose outboxes had no room, so that they get it from the log.
+    /// The outbox was full; the connection reads the entry from the log.
     pub lagged: u32,
-    /// Who were behind already, and get it from the log.
+    /// The connection was catching up already, and reads the entry from the log.
     pub behind: u32,
-    /// Who had sent it and wanted no copy: it got its `ack` in that place.
+    /// The sender, which wants no copy: its `ack` takes the place of the entry.
     pub without_echo: u32,
 }
 
 impl MessageTrails {
-    /// This node was told that a message it sent was appended.
+    /// Records the acknowledgement of a message that this node published.
     pub fn appended(&self, log: &RoomId, id: MessageId, position: &Position) {
         let now = SystemTime::now();
         self.record(log, id, position, |trail| trail.appended = Some(now));
     }
 
-    /// An entry has been handed out.
+    /// Records the fan-out of an entry.
     pub fn fanned_out(
         &self,
         log: &RoomId,
         id: MessageId,
         position: &Position,
-        handed: FanOutCounts,
+        counts: FanOutCounts,
     ) {
         let now = SystemTime::now();
-        self.record(log, id, position, |trail| trail.fan_out = Some((now, handed)));
+        self.record(log, id, position, |trail| trail.fan_out = Some((now, counts)));
     }
 
     fn record(
@@ -85,7 +85,7 @@ impl MessageTrails {
         log: &RoomId,
         id: MessageId,
         position: &Position,
-        note: impl FnOnce(&mut LogTrail),
+        update: impl FnOnce(&mut LogTrail),
     ) {
         let TrailState { order, by_id } = &mut *self.state.lock();
         let trails = by_id.entry(id).or_insert_with(|| {
@@ -93,17 +93,17 @@ impl MessageTrails {
             SmallVec::new()
         });
         match trails.iter().position(|trail| trail.log == *log) {
-            Some(place) => note(&mut trails[place]),
+            Some(at) => update(&mut trails[at]),
             None if trails.len() < LOGS_MAX => {
                 let (log, position) = (log.clone(), position.clone());
                 let mut trail = LogTrail { log, position, appended: None, fan_out: None };
-                note(&mut trail);
+                update(&mut trail);
                 trails.push(trail);
             }
             None => {}
         }
         while order.len() > MESSAGES_MAX
-            || order.front().is_some_and(|(since, _)| since.elapsed() > KEPT_FOR)
+            || order.front().is_some_and(|(since, _)| since.elapsed() > RETENTION)
         {
             if let Some((_, oldest)) = order.pop_front() {
                 by_id.remove(&oldest);
@@ -111,35 +111,35 @@ impl MessageTrails {
         }
     }
 
-    /// What is remembered of a message.
+    /// Returns the trails of a message, one per log.
     pub fn of(&self, id: MessageId) -> Vec<LogTrail> {
         self.state.lock().by_id.get(&id).map(|trails| trails.to_vec()).unwrap_or_default()
     }
 }
 
 impl LogTrail {
-    /// As the server API tells it.
+    /// Returns the trail as in the server API.
     pub fn to_json(&self) -> serde_json::Value {
         let log = match self.log.kind() {
             RoomKind::Inbox => "inbox_of",
             RoomKind::Room | RoomKind::Status => "room",
         };
-        let mut told = json!({
+        let mut trail = json!({
             log: self.log.without_prefix(),
             "epoch": self.position.epoch,
             "seq": self.position.seq,
             "appended_at": self.appended.map(skein_protocol::timestamp),
         });
-        if let Some((at, handed)) = self.fan_out {
-            told["handed_out"] = json!({
+        if let Some((at, counts)) = self.fan_out {
+            trail["handed_out"] = json!({
                 "at": skein_protocol::timestamp(at),
-                "queued": handed.queued,
-                "lagged": handed.lagged,
-                "behind": handed.behind,
-                "without_echo": handed.without_echo,
+                "queued": counts.queued,
+                "lagged": counts.lagged,
+                "behind": counts.behind,
+                "without_echo": counts.without_echo,
             });
         }
-        told
+        trail
     }
 }
 
@@ -164,15 +164,15 @@ mod tests {
             FanOutCounts { queued: 2, ..FanOutCounts::default() },
         );
         trails.fanned_out(&ann, id, &position(3), FanOutCounts::default());
-        let told: Vec<_> = trails.of(id).iter().map(LogTrail::to_json).collect();
-        assert_eq!((told[0]["inbox_of"].as_str(), told[0]["seq"].as_u64()), (Some("ann"), Some(3)));
-        assert!(told[0]["appended_at"].is_string() && told[1]["appended_at"].is_null());
-        assert_eq!(told[1]["handed_out"]["queued"], 2);
+        let json: Vec<_> = trails.of(id).iter().map(LogTrail::to_json).collect();
+        assert_eq!((json[0]["inbox_of"].as_str(), json[0]["seq"].as_u64()), (Some("ann"), Some(3)));
+        assert!(json[0]["appended_at"].is_string() && json[1]["appended_at"].is_null());
+        assert_eq!(json[1]["handed_out"]["queued"], 2);
         assert!(trails.of(MessageId::random()).is_empty());
     }
 
     #[tokio::test(start_paused = true)]
-    async fn the_oldest_are_forgotten() {
+    async fn the_oldest_trails_are_dropped() {
         let (trails, room) = (MessageTrails::default(), "r".parse().unwrap());
         let first = MessageId::random();
         trails.appended(&room, first, &position(1));
@@ -181,7 +181,7 @@ mod tests {
         }
         assert!(trails.of(first).is_empty());
         assert_eq!(trails.state.lock().by_id.len(), MESSAGES_MAX);
-        tokio::time::advance(KEPT_FOR + Duration::from_secs(1)).await;
+        tokio::time::advance(RETENTION + Duration::from_secs(1)).await;
         trails.appended(&room, first, &position(1));
         assert_eq!(trails.state.lock().by_id.len(), 1);
     }

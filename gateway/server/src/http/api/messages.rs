@@ -1,4 +1,4 @@
-//! Messages from the application, one or many, and what became of one.
+//! Server API: sending messages, and the trail of a message.
 
 use std::sync::Arc;
 
@@ -30,34 +30,34 @@ use skein_core::{
     publisher::{API_USER, MessageSender, Receipt},
 };
 
-/// The most messages of a batch.
+/// Most messages of a batch.
 pub(super) const BATCH_MAX: usize = 1000;
 
-/// A message to a room.
+/// A message to send to a room.
 #[derive(Debug, Deserialize, ToSchema)]
 pub(super) struct NewMessage {
     /// Any JSON.
     #[schema(value_type = Value)]
     content: Box<RawValue>,
-    /// The user it is from; `_api` where absent.
+    /// Sender; default `_api`.
     #[schema(max_length = 128, pattern = "^[A-Za-z0-9_.:@|+=-]+$")]
     #[serde(default)]
     from: Option<String>,
-    /// The key under which a repeat is recognised.
+    /// Idempotency key: a message with a known id is not appended again.
     #[schema(format = Uuid)]
     #[serde(default)]
     id: Option<String>,
-    /// What it is.
+    /// Kind of the message; default `text`.
     #[schema(value_type = Option<MessageKindSchema>)]
     #[serde(default)]
     kind: Option<MessageKind>,
-    /// More about it, a JSON object of at most 8 KiB.
+    /// Additional data, a JSON object of at most 8 KiB.
     #[schema(value_type = Option<Object>)]
     #[serde(default)]
     meta: Option<Box<RawValue>>,
 }
 
-/// What a message is.
+/// Kind of a message.
 #[derive(ToSchema)]
 #[schema(as = MessageKind, rename_all = "snake_case")]
 #[expect(dead_code, reason = "documents `MessageKind` in the OpenAPI document")]
@@ -69,60 +69,60 @@ enum MessageKindSchema {
     System,
 }
 
-/// A message of a batch.
+/// A message of a batch, with its room.
 #[derive(Debug, Deserialize, ToSchema)]
 struct BatchMessage {
-    /// The room.
+    /// Room of the message.
     room: String,
     /// Any JSON.
     #[schema(value_type = Value)]
     content: Box<RawValue>,
-    /// The user it is from; `_api` where absent.
+    /// Sender; default `_api`.
     #[serde(default)]
     from: Option<String>,
-    /// The key under which a repeat is recognised.
+    /// Idempotency key: a message with a known id is not appended again.
     #[schema(format = Uuid)]
     #[serde(default)]
     id: Option<String>,
-    /// What it is.
+    /// Kind of the message; default `text`.
     #[schema(value_type = Option<MessageKindSchema>)]
     #[serde(default)]
     kind: Option<MessageKind>,
-    /// More about it, a JSON object of at most 8 KiB.
+    /// Additional data, a JSON object of at most 8 KiB.
     #[schema(value_type = Option<Value>)]
     #[serde(default)]
     meta: Option<Box<RawValue>>,
 }
 
 impl BatchMessage {
-    // serde cannot have raw JSON in what is flattened.
+    // serde cannot flatten a struct with raw JSON.
     fn split(self) -> (String, NewMessage) {
         let Self { room, content, from, id, kind, meta } = self;
         (room, NewMessage { content, from, id, kind, meta })
     }
 }
 
-/// Many messages.
+/// A batch of messages.
 #[derive(Debug, Deserialize, ToSchema)]
 pub(super) struct MessageBatch {
-    /// At most 1,000.
+    /// At most 1,000 messages.
     #[schema(max_items = 1000)]
     messages: Vec<BatchMessage>,
 }
 
-/// Where a message stands.
+/// Position of a message in its log.
 #[derive(Debug, Serialize, ToSchema)]
 pub(super) struct SendResult {
-    /// Its id.
+    /// Id of the message.
     #[schema(format = Uuid)]
     id: String,
-    /// Its number; absent in a room without a log.
+    /// Sequence number; absent in a room without a log.
     #[serde(skip_serializing_if = "Option::is_none")]
     seq: Option<u64>,
-    /// The epoch that `seq` counts in.
+    /// Epoch of `seq`.
     #[serde(skip_serializing_if = "Option::is_none")]
     epoch: Option<String>,
-    /// Whether the id was known, so that nothing was appended.
+    /// Whether the id was known, so that the message was not appended again.
     duplicate: bool,
 }
 
@@ -137,14 +137,14 @@ impl SendResult {
         }
     }
 
-    /// 201 where something came to be, else 200.
+    /// Returns 201 if a message was appended, else 200.
     pub(super) fn status<'a>(sent: impl IntoIterator<Item = &'a Self>) -> StatusCode {
         let is_new = sent.into_iter().any(|sent| !sent.duplicate);
         if is_new { StatusCode::CREATED } else { StatusCode::OK }
     }
 }
 
-/// What became of a message of a batch.
+/// Result of one message of a batch.
 #[derive(Debug, Serialize, ToSchema)]
 #[serde(untagged)]
 pub(super) enum MessageResult {
@@ -152,55 +152,55 @@ pub(super) enum MessageResult {
     ApiError(Problem),
 }
 
-/// What became of a batch.
+/// Results of a batch.
 #[derive(Debug, Serialize, ToSchema)]
 pub(super) struct MessageResults {
-    /// In the order of `messages`.
+    /// One result per message, in the order of `messages`.
     results: Vec<MessageResult>,
 }
 
-/// An id that the application gave.
+/// Parses an id of the application.
 pub(super) fn parse_message_id(id: Option<&str>) -> Result<Option<MessageId>, ApiError> {
     id.map(parse_name).transpose()
 }
 
-/// Checks JSON that is passed on as it was written.
+/// Checks JSON that is stored unchanged.
 pub(super) fn check_raw_json(what: &str, raw: &RawValue) -> Result<(), ApiError> {
     check_json(raw).map_err(|error| ApiError::bad_request(format!("`{what}`: {error}")))
 }
 
-/// What is appended, once it is.
+/// Receives the result of an append.
 type PendingAppend = oneshot::Receiver<Result<Appended, BusError>>;
 
-/// What the publisher calls with what became of an append, and where that can be waited for.
+/// Returns a callback for the result of an append, and its receiver.
 pub(super) fn append_callback()
 -> (impl FnOnce(Result<Appended, BusError>) + Send + 'static, PendingAppend) {
     let (done, appending) = oneshot::channel();
     let done = move |result| {
-        // Who asked may have given up on it.
+        // The caller may have timed out.
         let _ = done.send(result);
     };
     (done, appending)
 }
 
 impl NewMessage {
-    /// Hands the message to the bus.
+    /// Publishes the message. Does not wait for the result.
     fn publish(&self, node: &Node, room: RoomId) -> Result<(MessageId, PendingAppend), ApiError> {
         let from: UserId = parse_name(self.from.as_deref().unwrap_or(API_USER))?;
         check_raw_json("content", &self.content)?;
         if let Some(meta) = &self.meta {
             if !meta.get().starts_with('{') {
-                return Err(ApiError::bad_request("`meta` is an object"));
+                return Err(ApiError::bad_request("`meta` must be an object"));
             }
             if meta.get().len() > META_BYTES_MAX {
-                let text = format!("`meta` is at most {META_BYTES_MAX} bytes");
+                let text = format!("`meta` must be at most {META_BYTES_MAX} bytes");
                 return Err(ApiError::new(ErrorCode::TooLarge, text));
             }
             check_raw_json("meta", meta)?;
         }
         let bytes_max = node.options.limits.message_bytes_max;
         if self.content.get().len() > bytes_max {
-            let text = format!("`content` is at most {bytes_max} bytes");
+            let text = format!("`content` must be at most {bytes_max} bytes");
             return Err(ApiError::new(ErrorCode::TooLarge, text));
         }
         let message = SendFrame {
@@ -227,7 +227,7 @@ impl NewMessage {
     }
 }
 
-/// What became of what was handed to the bus.
+/// Waits for the result of a publish.
 pub(super) async fn append_result(
     node: &Node,
     id: MessageId,
@@ -241,11 +241,11 @@ pub(super) async fn append_result(
 #[utoipa::path(
     post, path = "/api/v1/rooms/{room}/messages", tag = "messages",
     operation_id = "send_message",
-    params(("room" = String, Path, description = "The room", pattern = "^[A-Za-z0-9_.:@-]{1,128}$")),
+    params(("room" = String, Path, description = "Name of the room", pattern = "^[A-Za-z0-9_.:@-]{1,128}$")),
     request_body = NewMessage,
     responses(
-        (status = 201, description = "It was appended.", body = SendResult),
-        (status = 200, description = "It had been, under the same id.", body = SendResult),
+        (status = 201, description = "The message was appended.", body = SendResult),
+        (status = 200, description = "A message with this id was appended before.", body = SendResult),
         CommonResponses,
     )
 )]
@@ -259,15 +259,15 @@ pub(super) async fn send(
     Ok((SendResult::status([&sent]), Json(sent)))
 }
 
-/// Send many messages, to one room or to many. Each has its own fate, and those to one room are
-/// numbered in their order.
+/// Send many messages, to one room or several. Each message has its own result, and messages to one room
+/// keep their order.
 #[utoipa::path(
     post, path = "/api/v1/publish", tag = "messages",
     operation_id = "publish_messages",
     request_body = MessageBatch,
     responses(
-        (status = 201, description = "What became of each; one at least was appended.", body = MessageResults),
-        (status = 200, description = "What became of each; none was appended.", body = MessageResults),
+        (status = 201, description = "One result per message; at least one was appended.", body = MessageResults),
+        (status = 200, description = "One result per message; none was appended.", body = MessageResults),
         CommonResponses,
     )
 )]
@@ -276,13 +276,13 @@ pub(super) async fn publish(
     JsonBody(batch): JsonBody<MessageBatch>,
 ) -> Result<(StatusCode, Json<MessageResults>), ApiError> {
     if batch.messages.len() > BATCH_MAX {
-        return Err(ApiError::bad_request(format!("at most {BATCH_MAX} messages")));
+        return Err(ApiError::bad_request(format!("a batch has at most {BATCH_MAX} messages")));
     }
     let publish = |addressed: BatchMessage| {
         let (room, message) = addressed.split();
         message.publish(&node, parse_name(&room)?)
     };
-    // All are handed on before the first is waited for.
+    // All are published before the first result is awaited.
     let published: Vec<_> = batch.messages.into_iter().map(publish).collect();
     let mut sends = Vec::with_capacity(published.len());
     for published in published {
@@ -299,37 +299,38 @@ pub(super) async fn publish(
     Ok((status, Json(MessageResults { results })))
 }
 
-/// Of whom it is asked in particular.
+/// Selects a user for the trail.
 #[derive(Debug, Deserialize, utoipa::IntoParams)]
 #[into_params(parameter_in = Query)]
 pub(super) struct TrailQuery {
-    /// A user who should have got the message.
+    /// A user who should have received the message.
     #[serde(default)]
     #[param(max_length = 128, pattern = "^[A-Za-z0-9_.:@|+=-]+$")]
     user: Option<String>,
 }
 
-/// What became of a message: where it was appended, and what each node did with it.
+/// Trail of a message: its position, and its delivery by each node.
 #[derive(Debug, Serialize, ToSchema)]
 pub(super) struct MessageTrail {
-    /// The message.
+    /// Id of the message.
     #[schema(format = Uuid)]
     id: String,
-    /// What each node knows of it.
+    /// Trail of each node.
     #[schema(value_type = Vec<Object>)]
     nodes: Vec<serde_json::Value>,
-    /// How many nodes were asked, and have answered.
+    /// Number of nodes that were asked.
     asked: usize,
+    /// Number of nodes that have answered.
     answered: usize,
 }
 
-/// Where a message went, and why somebody did not get it. Nodes remember the last 10 minutes, and not
-/// more than some thousand messages.
+/// Get the trail of a message: where it was appended, to whom it was delivered, and why a user did not
+/// receive it. Nodes keep trails for 10 minutes, and of at most 4,096 messages.
 #[utoipa::path(
     get, path = "/api/v1/messages/{id}/trail", tag = "messages",
     operation_id = "message_trail",
-    params(("id" = String, Path, description = "The id of the message", format = Uuid), TrailQuery),
-    responses((status = 200, description = "What is known.", body = MessageTrail), CommonResponses)
+    params(("id" = String, Path, description = "Id of the message", format = Uuid), TrailQuery),
+    responses((status = 200, description = "The trail.", body = MessageTrail), CommonResponses)
 )]
 pub(super) async fn trail(
     State(node): State<Arc<Node>>,
@@ -346,7 +347,7 @@ pub(super) async fn trail(
         .iter()
         .any(|node: &serde_json::Value| !node["logs"].as_array().is_none_or(Vec::is_empty));
     if !knows {
-        let text = "no node remembers such a message";
+        let text = "no node has a trail of this message";
         return Err(ApiError::new(ErrorCode::NotFound, text));
     }
     let answered = nodes.len();

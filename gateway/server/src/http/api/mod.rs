@@ -32,10 +32,10 @@ mod notifications;
 mod rooms;
 mod users;
 
-/// The largest body of a request: a batch of messages.
+/// Largest body of a request in bytes: a batch of messages.
 const BODY_BYTES_MAX: usize = 8 * 1024 * 1024;
 
-/// Who may use the API: names and keys.
+/// Keys of the server API with their names.
 #[derive(Clone, Default)]
 pub struct ApiKeys {
     keys: Vec<(String, [u8; 20])>,
@@ -44,13 +44,17 @@ pub struct ApiKeys {
 }
 
 impl ApiKeys {
-    /// Keys with the names they are known by in the log.
+    /// Creates a set of keys with the names that the log shows for them.
     pub fn new(keys: impl IntoIterator<Item = (String, String)>, docs: bool) -> Self {
         let keys = keys.into_iter().map(|(name, key)| (name, Sha1::digest(key).into()));
         Self { keys: keys.collect(), docs }
     }
 
-    /// The name of the key that a request has.
+    /// Returns the name of the key that a request carries.
+    ///
+    /// # Errors
+    ///
+    /// The reason for rejecting the request.
     pub(super) fn authenticate(&self, headers: &HeaderMap) -> Result<&str, ApiRejection> {
         if self.keys.is_empty() {
             return Err(ApiRejection::Disabled);
@@ -61,8 +65,8 @@ impl ApiKeys {
         bearer(headers).and_then(|key| self.name_of(&key)).ok_or(ApiRejection::WrongKey)
     }
 
-    /// The name of a key. Digests of all keys are compared as a whole, so that the time it takes tells
-    /// nothing of how much of one was right.
+    /// Returns the name of a key. Compares the digests of all keys completely, so that the duration does
+    /// not reveal how much of a key is right.
     fn name_of(&self, key: &str) -> Option<&str> {
         let digest: [u8; 20] = Sha1::digest(key).into();
         let mut found = None;
@@ -76,7 +80,7 @@ impl ApiKeys {
     }
 }
 
-/// What is wrong, for programs and for people.
+/// An error, for programs and for people.
 #[derive(Debug, Serialize, ToSchema)]
 pub(super) struct Problem {
     error: ProblemDetail,
@@ -86,11 +90,11 @@ pub(super) struct Problem {
 struct ProblemDetail {
     /// One of the codes of `error` frames.
     code: String,
-    /// For people.
+    /// Description for people.
     message: String,
 }
 
-/// Why a request was not done.
+/// Error of a request, sent as a [`Problem`].
 #[derive(Debug)]
 pub(super) struct ApiError {
     code: ErrorCode,
@@ -106,7 +110,7 @@ impl ApiError {
         Self::new(ErrorCode::BadRequest, message)
     }
 
-    /// As it stands among the results of a batch.
+    /// Returns the error as it appears in the results of a batch.
     pub(super) fn to_problem(&self) -> Problem {
         let (code, message) = (self.code.as_str().to_owned(), self.message.clone());
         Problem { error: ProblemDetail { code, message } }
@@ -118,16 +122,16 @@ impl From<BusError> for ApiError {
         match error {
             BusError::Unavailable => Self::new(
                 ErrorCode::Unavailable,
-                "the bus is away; whether it was done is not known: a message is sent again with the \
-                 same id",
+                "the bus is unavailable, and the request may or may not have taken effect: repeat a \
+                 message with the same id",
             ),
             BusError::Overloaded => {
-                Self::new(ErrorCode::Overloaded, "too much waits for the bus; try again later")
+                Self::new(ErrorCode::Overloaded, "too many requests wait for the bus; retry later")
             }
-            BusError::Rejected => Self::new(ErrorCode::Internal, "the bus refused it"),
+            BusError::Rejected => Self::new(ErrorCode::Internal, "the bus rejected the request"),
             BusError::MemoryFull => Self::new(
                 ErrorCode::Overloaded,
-                "memory is above the watermark: nothing is kept that needs more of it; try again later",
+                "the memory of Redis is above the watermark, and no new state is stored; retry later",
             ),
             BusError::UnseenQuota => Self::new(ErrorCode::RateLimited, error.to_string()),
             BusError::UnseenBytes => Self::new(ErrorCode::LimitReached, error.to_string()),
@@ -158,18 +162,18 @@ impl IntoResponse for ApiError {
     }
 }
 
-/// What the bus answers, if it does within the time that a request may wait.
+/// Waits for the bus, at most for the time that a request may wait.
 pub(super) async fn await_bus<T, E: Into<ApiError>>(
     node: &Node,
-    question: impl Future<Output = Result<T, E>>,
+    request: impl Future<Output = Result<T, E>>,
 ) -> Result<T, ApiError> {
-    match tokio::time::timeout(node.services.limits.wait_max, question).await {
-        Ok(answer) => answer.map_err(Into::into),
+    match tokio::time::timeout(node.services.limits.wait_max, request).await {
+        Ok(result) => result.map_err(Into::into),
         Err(_) => Err(BusError::Unavailable.into()),
     }
 }
 
-/// A body in JSON.
+/// Extractor of a body in JSON. An empty body counts as `{}`.
 pub(super) struct JsonBody<T>(pub(super) T);
 
 impl<S: Send + Sync, T: DeserializeOwned> FromRequest<S> for JsonBody<T> {
@@ -185,9 +189,9 @@ impl<S: Send + Sync, T: DeserializeOwned> FromRequest<S> for JsonBody<T> {
         })?;
         let text = body.trim_ascii();
         let body = if text.is_empty() || text == b"null" { &b"{}"[..] } else { text };
-        // serde reads a list as the members of a struct in their order.
+        // serde would read an array as the members of a struct in their order.
         if !body.starts_with(b"{") {
-            return Err(ApiError::bad_request("the body is a JSON object"));
+            return Err(ApiError::bad_request("the body must be a JSON object"));
         }
         serde_json::from_slice(body)
             .map(Self)
@@ -195,40 +199,40 @@ impl<S: Send + Sync, T: DeserializeOwned> FromRequest<S> for JsonBody<T> {
     }
 }
 
-/// A query, or what is wrong with it.
+/// Parses a query.
 pub(super) fn parse_query<T>(query: Result<Query<T>, QueryRejection>) -> Result<T, ApiError> {
     query.map(|Query(query)| query).map_err(|error| ApiError::bad_request(error.body_text()))
 }
 
-/// A name in a path.
+/// Parses a name in a path.
 pub(super) fn parse_name<T: std::str::FromStr<Err: std::fmt::Display>>(
     text: &str,
 ) -> Result<T, ApiError> {
     text.parse().map_err(|error: T::Err| ApiError::bad_request(error.to_string()))
 }
 
-/// A user that clients can be.
+/// Parses the id of a user. Ids with a leading `_` are reserved.
 pub(super) fn parse_user(text: &str) -> Result<skein_protocol::ids::UserId, ApiError> {
     let user: skein_protocol::ids::UserId = parse_name(text)?;
     if user.is_reserved() {
-        return Err(ApiError::bad_request("ids with a leading `_` are the server's"));
+        return Err(ApiError::bad_request("ids with a leading `_` are reserved for the server"));
     }
     Ok(user)
 }
 
-/// A page of a list.
+/// Selects a page of a list.
 #[derive(Debug, Deserialize, utoipa::IntoParams)]
 #[into_params(parameter_in = Query)]
 pub(super) struct PageQuery {
-    /// What ids begin with.
+    /// Prefix of the ids.
     #[serde(default)]
     #[param(max_length = 128)]
     pub(super) prefix: Option<String>,
-    /// Where the page before ended.
+    /// `cursor` of the previous page.
     #[serde(default)]
     #[param(max_length = 128)]
     pub(super) cursor: Option<String>,
-    /// How many, 1 to 200.
+    /// Entries per page, 1 to 200.
     #[serde(default)]
     #[param(minimum = 1, maximum = 200, default = 100)]
     pub(super) limit: Option<u32>,
@@ -239,26 +243,28 @@ impl PageQuery {
         let Self { prefix, cursor, limit } = self;
         let (prefix, cursor) = (prefix.unwrap_or_default(), cursor.unwrap_or_default());
         if prefix.chars().count() > 128 || cursor.chars().count() > 128 {
-            return Err(ApiError::bad_request("`prefix` and `cursor` are at most 128 characters"));
+            return Err(ApiError::bad_request(
+                "`prefix` and `cursor` must be at most 128 characters",
+            ));
         }
         Ok((prefix, cursor, page_limit(limit, 100)? as usize))
     }
 }
 
-/// How many, 1 to 200.
+/// Checks the number of entries per page, 1 to 200.
 pub(super) fn page_limit(limit: Option<u32>, default: u32) -> Result<u32, ApiError> {
     match limit.unwrap_or(default) {
         limit @ 1..=200 => Ok(limit),
-        _ => Err(ApiError::bad_request("`limit` is 1 to 200")),
+        _ => Err(ApiError::bad_request("`limit` must be 1 to 200")),
     }
 }
 
-/// On how many nodes an order was applied.
+/// The number of nodes that have applied a command.
 #[derive(Debug, Serialize, ToSchema)]
 pub(super) struct AppliedNodes {
-    /// These.
+    /// Nodes that have applied it.
     applied: usize,
-    /// Of so many that live, or were heard of within the last minute.
+    /// Nodes that are alive or were seen within the last minute.
     nodes: usize,
 }
 
@@ -268,29 +274,29 @@ impl From<commands::CommandProgress> for AppliedNodes {
     }
 }
 
-/// What every path may answer beside its own.
+/// Responses that every path may return besides its own.
 #[derive(utoipa::IntoResponses)]
-#[expect(dead_code, reason = "it stands for answers in the document")]
+#[expect(dead_code, reason = "documents responses in the OpenAPI document")]
 pub(super) enum CommonResponses {
-    /// The request is not what this says.
+    /// The request is invalid.
     #[response(status = 400)]
     BadRequest(Problem),
-    /// There is no API key, or another.
+    /// The API key is missing or wrong.
     #[response(status = 401)]
     Unauthorized(Problem),
-    /// The gateway has no API key: see `api.keys`.
+    /// The server API is disabled: see `api.keys`.
     #[response(status = 403)]
     Forbidden(Problem),
-    /// There is no such thing.
+    /// The requested object does not exist.
     #[response(status = 404)]
     NotFound(Problem),
-    /// A body or a field is larger than it may be.
+    /// The body or a field is too large.
     #[response(status = 413)]
     TooLarge(Problem),
-    /// Too much in too short a time: try again after `Retry-After`.
+    /// Above a rate: retry after `Retry-After`.
     #[response(status = 429)]
     RateLimited(Problem),
-    /// The bus is away: try again after `Retry-After`.
+    /// The bus is unavailable: retry after `Retry-After`.
     #[response(status = 503)]
     Unavailable(Problem),
 }
@@ -299,12 +305,12 @@ pub(super) enum CommonResponses {
 #[openapi(
     info(
         title = "Skein server API",
-        description = "What an application asks and orders of a Skein cluster. Any node answers for all. Errors are `{\"error\":{\"code\",\"message\"}}`.",
+        description = "Queries and commands of an application to a Skein cluster. Any node answers for the whole cluster. Errors are `{\"error\":{\"code\",\"message\"}}`.",
     ),
     servers(
-        (url = "/", description = "The node that this document is from"),
+        (url = "/", description = "The node that serves this document"),
         // Relative to the document.
-        (url = "..", description = "The same, where a proxy has put a path in front of it"),
+        (url = "..", description = "The same node behind a proxy that adds a path prefix"),
     ),
     components(schemas(Problem)),
     security(("api_key" = [])),
@@ -348,7 +354,7 @@ fn paths() -> OpenApiRouter<Arc<Node>> {
         .routes(routes!(nodes::stats))
 }
 
-/// The routes of the API and its documentation.
+/// Builds the routes of the API and its documentation.
 pub(super) fn router(node: Arc<Node>) -> Router<Arc<Node>> {
     let (api, document) = paths().split_for_parts();
     let api = api
@@ -358,8 +364,8 @@ pub(super) fn router(node: Arc<Node>) -> Router<Arc<Node>> {
     if !node.options.api.docs {
         return api;
     }
-    // Shared, so that a client which asks and does not read holds no copy.
-    let json = Bytes::from(document.to_json().expect("a document is JSON"));
+    // Shared, so that a client which does not read the response holds no copy.
+    let json = Bytes::from(document.to_json().expect("the document serializes"));
     let serve = move || {
         let json = json.clone();
         async { ([(header::CONTENT_TYPE, "application/json")], json) }
@@ -372,11 +378,11 @@ async fn method_not_allowed() -> Response {
     super::error::error_response(
         StatusCode::METHOD_NOT_ALLOWED,
         "bad_request",
-        "this path takes other methods",
+        "this path does not support the method",
     )
 }
 
-/// Lets through who has a key.
+/// Passes on requests with a valid key, and rejects the others.
 async fn authorize(
     State(node): State<Arc<Node>>,
     headers: HeaderMap,
@@ -384,20 +390,20 @@ async fn authorize(
     next: Next,
 ) -> Response {
     match node.options.api.authenticate(&headers) {
-        // What a path's extractor would say has no code.
+        // The error of the path extractor would have no code.
         Ok(_) if !is_utf8_path(request.uri().path()) => {
-            ApiError::bad_request("the path is no UTF-8").into_response()
+            ApiError::bad_request("the path must be UTF-8").into_response()
         }
         Ok(name) => {
             tracing::debug!(key = name, method = %request.method(), path = request.uri().path(), "API");
             next.run(request).await
         }
         Err(ApiRejection::Disabled) => {
-            let text = "this gateway has no API key: set api.keys";
+            let text = "the server API is disabled on this gateway: set api.keys";
             ApiError::new(ErrorCode::Forbidden, text).into_response()
         }
         Err(_) => {
-            let text = "send `Authorization: Bearer <api key>`";
+            let text = "missing or wrong API key: send `Authorization: Bearer <api key>`";
             let mut response = ApiError::new(ErrorCode::Unauthorized, text).into_response();
             let challenge = header::HeaderValue::from_static("Bearer");
             response.headers_mut().insert(header::WWW_AUTHENTICATE, challenge);
@@ -406,7 +412,7 @@ async fn authorize(
     }
 }
 
-/// Whether a path is UTF-8 once its escapes are decoded (RFC 3986, section 2.1).
+/// Whether a path is UTF-8 after decoding its escapes (RFC 3986, section 2.1).
 fn is_utf8_path(path: &str) -> bool {
     let mut bytes = Vec::with_capacity(path.len());
     let mut rest = path.as_bytes();
@@ -429,7 +435,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_path_is_read_with_its_escapes() {
+    fn escapes_of_a_path_must_be_utf8() {
         for good in ["/a", "/a%20b", "/%C3%BC", "/%", "/%2", "/%zz"] {
             assert!(is_utf8_path(good), "{good}");
         }
@@ -439,7 +445,7 @@ mod tests {
     }
 
     #[test]
-    fn a_key_is_known_by_its_name_and_another_is_not() {
+    fn a_key_has_a_name_and_other_keys_have_none() {
         let keys = [("web", "one"), ("ops", "two")];
         let keys = ApiKeys::new(keys.map(|(name, key)| (name.into(), key.into())), true);
         assert_eq!((keys.name_of("one"), keys.name_of("two")), (Some("web"), Some("ops")));

@@ -1,4 +1,4 @@
-//! The nodes of the cluster: how they are, and one taken out of service.
+//! Server API: nodes of the cluster, and draining a node.
 
 use std::sync::Arc;
 
@@ -14,46 +14,46 @@ use super::{ApiError, AppliedNodes, CommonResponses, await_bus, parse_name};
 use crate::http::Node;
 use skein_core::bus::commands::{ControlCommand, NodeQuery};
 
-/// A node.
+/// State of a node.
 #[derive(Debug, Serialize, Deserialize, ToSchema)]
 pub(super) struct NodeInfo {
-    /// Its id.
+    /// Id of the node.
     node: String,
-    /// How many connections it has.
+    /// Number of its connections.
     pub(super) connections: u64,
-    /// Whether it takes no client any more.
+    /// Whether it drains and rejects new clients.
     draining: bool,
-    /// How many rooms it follows, inboxes among them.
+    /// Number of rooms and inboxes that it is subscribed to.
     rooms: u64,
-    /// How many messages it has handed to the bus since it was started.
+    /// Messages that it has published since its start.
     publishes: u64,
-    /// How many entries it has put into outboxes since it was started.
+    /// Log entries that it has placed in send queues since its start.
     deliveries: u64,
 }
 
-/// The nodes that have answered.
+/// Nodes that have answered.
 #[derive(Debug, Serialize, ToSchema)]
 pub(super) struct NodeList {
-    /// By id.
+    /// Ordered by id.
     nodes: Vec<NodeInfo>,
 }
 
-/// The cluster in numbers.
+/// Sums over the cluster.
 #[derive(Debug, Serialize, ToSchema)]
 pub(super) struct ClusterStats {
-    /// How many nodes have answered.
+    /// Number of nodes that have answered.
     nodes: usize,
-    /// Users who are connected.
+    /// Number of connected users.
     users: u64,
-    /// Their connections.
+    /// Number of connections.
     connections: u64,
-    /// Messages handed to the bus, since each node was started.
+    /// Messages published since the start of each node.
     publishes: u64,
-    /// Entries put into outboxes, since each node was started.
+    /// Log entries placed in send queues since the start of each node.
     deliveries: u64,
 }
 
-/// What all nodes say of themselves, by id.
+/// Asks all nodes for their state. Ordered by id.
 pub(super) async fn query_nodes(node: &Node) -> Result<Vec<NodeInfo>, ApiError> {
     let (answers, _) = node.control.query_nodes(NodeQuery::Node).await?;
     let mut nodes: Vec<NodeInfo> =
@@ -66,19 +66,19 @@ pub(super) async fn query_nodes(node: &Node) -> Result<Vec<NodeInfo>, ApiError> 
 #[utoipa::path(
     get, path = "/api/v1/nodes", tag = "nodes",
     operation_id = "list_nodes",
-    responses((status = 200, description = "Those that have answered.", body = NodeList), CommonResponses)
+    responses((status = 200, description = "The nodes that have answered.", body = NodeList), CommonResponses)
 )]
 pub(super) async fn list(State(node): State<Arc<Node>>) -> Result<Json<NodeList>, ApiError> {
     Ok(Json(NodeList { nodes: query_nodes(&node).await? }))
 }
 
-/// Take a node out of service: `ready` says 503, it takes no client any more, and sends those it has to
-/// others. It serves again when it is started again.
+/// Drain a node: its `/ready` returns 503, it rejects new clients, and moves its clients to other nodes. It
+/// serves again after a restart.
 #[utoipa::path(
     post, path = "/api/v1/nodes/{id}/drain", tag = "nodes",
     operation_id = "drain_node",
-    params(("id" = String, Path, description = "The node", pattern = "^[A-Za-z0-9_.:-]{1,64}$")),
-    responses((status = 200, description = "On how many nodes the order was taken.", body = AppliedNodes), CommonResponses)
+    params(("id" = String, Path, description = "Id of the node", pattern = "^[A-Za-z0-9_.:-]{1,64}$")),
+    responses((status = 200, description = "The number of nodes that have applied the command.", body = AppliedNodes), CommonResponses)
 )]
 pub(super) async fn drain(
     State(node): State<Arc<Node>>,
@@ -86,12 +86,12 @@ pub(super) async fn drain(
 ) -> Result<Json<AppliedNodes>, ApiError> {
     let id: NodeId = parse_name(&id)?;
     if !query_nodes(&node).await?.iter().any(|node| node.node == id.as_str()) {
-        return Err(ApiError::new(ErrorCode::NotFound, "no node of that id has answered"));
+        return Err(ApiError::new(ErrorCode::NotFound, "no node with this id has answered"));
     }
     Ok(Json(node.control.execute(ControlCommand::Drain { node: id }).await?.into()))
 }
 
-/// The cluster in numbers.
+/// Get sums over the cluster.
 #[utoipa::path(
     get, path = "/api/v1/stats", tag = "nodes",
     operation_id = "stats",

@@ -1,4 +1,4 @@
-//! Notifications to users, whose inboxes keep them, and broadcasts to every connection.
+//! Server API: notifications to the inboxes of users, and broadcasts to all connections.
 
 use std::{sync::Arc, time::SystemTime};
 
@@ -22,40 +22,40 @@ use super::{
 use crate::http::Node;
 use skein_core::bus::commands::ControlCommand;
 
-/// A notification.
+/// A notification to one user.
 #[derive(Debug, Deserialize, ToSchema)]
 pub(super) struct NewNotification {
     /// Any JSON.
     #[schema(value_type = Value)]
     payload: Box<RawValue>,
-    /// Whether it waits for a person.
+    /// Whether a person must acknowledge it.
     #[serde(default)]
     require_ack: Option<bool>,
-    /// The key under which a repeat is recognised.
+    /// Idempotency key: a notification with a known id is not appended again.
     #[schema(format = Uuid)]
     #[serde(default)]
     id: Option<String>,
 }
 
-/// A notification to many.
+/// A notification to many users.
 #[derive(Debug, Deserialize, ToSchema)]
 pub(super) struct BulkNotification {
-    /// At most 1,000.
+    /// At most 1,000 users.
     #[schema(max_items = 1000)]
     users: Vec<String>,
     /// Any JSON.
     #[schema(value_type = Value)]
     payload: Box<RawValue>,
-    /// Whether it waits for a person.
+    /// Whether a person must acknowledge it.
     #[serde(default)]
     require_ack: Option<bool>,
-    /// The key under which a repeat is recognised.
+    /// Idempotency key: a notification with a known id is not appended again.
     #[schema(format = Uuid)]
     #[serde(default)]
     id: Option<String>,
 }
 
-/// Something for every connection.
+/// A message to every connection.
 #[derive(Debug, Deserialize, ToSchema)]
 pub(super) struct NewBroadcast {
     /// Any JSON.
@@ -63,7 +63,7 @@ pub(super) struct NewBroadcast {
     payload: Box<RawValue>,
 }
 
-/// What became of it for one user.
+/// Result for one user.
 #[derive(Debug, Serialize, ToSchema)]
 #[serde(untagged)]
 enum NotificationResult {
@@ -71,47 +71,47 @@ enum NotificationResult {
     ApiError(NotificationFailed),
 }
 
-/// Where one user's notification stands.
+/// Position of the notification in the inbox of a user.
 #[derive(Debug, Serialize, ToSchema)]
 struct NotificationSent {
-    /// The user.
+    /// Id of the user.
     user: String,
     #[serde(flatten)]
     sent: SendResult,
 }
 
-/// Why one user's notification was not sent.
+/// Error of the notification to a user.
 #[derive(Debug, Serialize, ToSchema)]
 struct NotificationFailed {
-    /// The user.
+    /// Id of the user.
     user: String,
     #[serde(flatten)]
     problem: Problem,
 }
 
-/// What became of it.
+/// Results of a notification to many users.
 #[derive(Debug, Serialize, ToSchema)]
 pub(super) struct NotificationResults {
-    /// In the order of `users`.
+    /// One result per user, in the order of `users`.
     results: Vec<NotificationResult>,
 }
 
-/// A broadcast that is under way.
+/// Progress of a broadcast.
 #[derive(Debug, Serialize, ToSchema)]
 pub(super) struct BroadcastResult {
-    /// Its id.
+    /// Id of the broadcast.
     #[schema(format = Uuid)]
     id: String,
-    /// How many nodes have sent it to their connections.
+    /// Number of nodes that have sent it to their connections.
     applied: usize,
-    /// Of so many.
+    /// Number of nodes.
     nodes: usize,
 }
 
 fn check_payload(node: &Node, payload: &RawValue) -> Result<(), ApiError> {
     let bytes_max = node.options.limits.message_bytes_max;
     if payload.get().len() > bytes_max {
-        let text = format!("`payload` is at most {bytes_max} bytes");
+        let text = format!("`payload` must be at most {bytes_max} bytes");
         return Err(ApiError::new(ErrorCode::TooLarge, text));
     }
     check_raw_json("payload", payload)
@@ -131,15 +131,15 @@ impl NewNotification {
     }
 }
 
-/// Notify a user, on all devices, now or when there is one.
+/// Notify a user on all devices, now or when the next one connects.
 #[utoipa::path(
     post, path = "/api/v1/users/{user}/notifications", tag = "notifications",
     operation_id = "notify_user",
-    params(("user" = String, Path, description = "The user", pattern = "^[A-Za-z0-9.:@|+=-][A-Za-z0-9_.:@|+=-]{0,127}$")),
+    params(("user" = String, Path, description = "Id of the user", pattern = "^[A-Za-z0-9.:@|+=-][A-Za-z0-9_.:@|+=-]{0,127}$")),
     request_body = NewNotification,
     responses(
-        (status = 201, description = "It was appended to the inbox.", body = SendResult),
-        (status = 200, description = "It had been, under the same id.", body = SendResult),
+        (status = 201, description = "The notification was appended to the inbox.", body = SendResult),
+        (status = 200, description = "A notification with this id was appended before.", body = SendResult),
         CommonResponses,
     )
 )]
@@ -153,14 +153,14 @@ pub(super) async fn notify(
     Ok((SendResult::status([&sent]), Json(sent)))
 }
 
-/// Notify many users. Each has its own fate.
+/// Notify many users. Each user has a result.
 #[utoipa::path(
     post, path = "/api/v1/notifications", tag = "notifications",
     operation_id = "notify_users",
     request_body = BulkNotification,
     responses(
-        (status = 201, description = "What became of each; one at least was appended.", body = NotificationResults),
-        (status = 200, description = "What became of each; none was appended.", body = NotificationResults),
+        (status = 201, description = "One result per user; at least one notification was appended.", body = NotificationResults),
+        (status = 200, description = "One result per user; no notification was appended.", body = NotificationResults),
         CommonResponses,
     )
 )]
@@ -168,14 +168,14 @@ pub(super) async fn notify_many(
     State(node): State<Arc<Node>>,
     JsonBody(BulkNotification { users, payload, require_ack, id }): JsonBody<BulkNotification>,
 ) -> Result<(StatusCode, Json<NotificationResults>), ApiError> {
-    // serde cannot have raw JSON in what is flattened.
+    // serde cannot flatten a struct with raw JSON.
     let notification = NewNotification { payload, require_ack, id };
     check_payload(&node, &notification.payload)?;
     if users.len() > BATCH_MAX {
-        return Err(ApiError::bad_request(format!("at most {BATCH_MAX} users")));
+        return Err(ApiError::bad_request(format!("a notification has at most {BATCH_MAX} users")));
     }
     let id = notification.id()?;
-    // All are handed on before the first is waited for.
+    // All are published before the first result is awaited.
     let sends = users.iter().map(|to| notification.send(&node, to, id));
     let sends = futures_util::future::join_all(sends).await;
     let status = SendResult::status(sends.iter().flatten());
@@ -189,12 +189,12 @@ pub(super) async fn notify_many(
     Ok((status, Json(NotificationResults { results })))
 }
 
-/// Send something to every connection there is, at most once.
+/// Send a message to every connection, at most once.
 #[utoipa::path(
     post, path = "/api/v1/broadcast", tag = "notifications",
     operation_id = "broadcast",
     request_body = NewBroadcast,
-    responses((status = 201, description = "It is on its way.", body = BroadcastResult), CommonResponses)
+    responses((status = 201, description = "The broadcast has started.", body = BroadcastResult), CommonResponses)
 )]
 pub(super) async fn broadcast(
     State(node): State<Arc<Node>>,

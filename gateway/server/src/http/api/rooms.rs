@@ -1,4 +1,4 @@
-//! Rooms: which there are, what they are like, what was said, who is there.
+//! Server API: rooms, their history, their members.
 
 use std::{collections::BTreeMap, sync::Arc};
 
@@ -34,30 +34,30 @@ use skein_core::{
     session::{history_of, info_of, room_name},
 };
 
-/// A room.
+/// Details of a room.
 #[derive(Debug, Serialize, ToSchema)]
 pub(super) struct RoomDetails {
-    /// Its id.
+    /// Id of the room.
     room: String,
-    /// What people read.
+    /// Display name.
     name: String,
-    /// Who made it; nobody, where it came to be by being joined.
+    /// Owner; absent in a room that was created by a join.
     #[serde(skip_serializing_if = "Option::is_none")]
     owner: Option<String>,
-    /// Whether clients see it in `rooms`.
+    /// Whether clients see the room in `rooms`.
     public: bool,
-    /// Whether it has a password.
+    /// Whether the room has a password.
     protected: bool,
-    /// The most users that may be in it.
+    /// Largest number of members.
     #[serde(skip_serializing_if = "Option::is_none")]
     max_members: Option<u32>,
-    /// How many are.
+    /// Number of members.
     members: u64,
-    /// Whether it keeps a log.
+    /// Whether the room keeps a log.
     durable: bool,
-    /// When it was made, or joined first.
+    /// Time of its creation.
     created_at: String,
-    /// More about it.
+    /// Additional data.
     #[schema(value_type = Object)]
     meta: serde_json::Map<String, serde_json::Value>,
 }
@@ -82,121 +82,121 @@ impl RoomDetails {
 
 /// A page of rooms.
 #[derive(Debug, Serialize, ToSchema)]
-pub(super) struct RoomPage {
-    /// By id.
+pub(super) struct RoomDetailsPage {
+    /// Ordered by id.
     rooms: Vec<RoomDetails>,
-    /// Asks for the next page, if there is one.
+    /// Selects the next page; absent on the last page.
     #[serde(skip_serializing_if = "Option::is_none")]
     cursor: Option<String>,
 }
 
-/// How a room is to be.
+/// Settings of a new managed room.
 #[derive(Debug, Deserialize, ToSchema)]
 pub(super) struct NewRoom {
-    /// What people read, 64 characters at most; its id where absent.
+    /// Display name, at most 64 characters; default: the id.
     #[schema(min_length = 1, pattern = "^[^\\x00-\\x1f\\x7f-\\x9f]*$")]
     #[serde(default)]
     name: Option<String>,
-    /// Who may delete it beside the application; `_api` where absent.
+    /// User who may delete the room, besides the application; default `_api`.
     #[schema(max_length = 128, pattern = "^[A-Za-z0-9_.:@|+=-]+$")]
     #[serde(default)]
     owner: Option<String>,
-    /// The most users that may be in it.
+    /// Largest number of members; default: no limit.
     #[schema(minimum = 1)]
     #[serde(default)]
     max_members: Option<u32>,
-    /// Whether clients see it in `rooms`; they do where absent.
+    /// Whether clients see the room in `rooms`; default `true`.
     #[serde(default)]
     public: Option<bool>,
-    /// What who joins has to know: 1,024 bytes at most.
+    /// Password that clients need to join, at most 1,024 bytes.
     #[schema(min_length = 1)]
     #[serde(default)]
     password: Option<String>,
-    /// More about it, a JSON object of at most 8 KiB.
+    /// Additional data, a JSON object of at most 8 KiB.
     #[schema(value_type = Option<Object>)]
     #[serde(default)]
     meta: Option<Box<RawValue>>,
 }
 
-/// What was deleted.
+/// A deleted room.
 #[derive(Debug, Serialize, ToSchema)]
 pub(super) struct DeletedRoom {
-    /// The room.
+    /// Id of the room.
     room: String,
 }
 
-/// Which page of a room's log.
+/// Selects a page of the log of a room.
 #[derive(Debug, Deserialize, utoipa::IntoParams)]
 #[into_params(parameter_in = Query)]
 pub(super) struct HistoryQuery {
-    /// Entries below this number, the newest of them.
+    /// The newest entries below this sequence number.
     #[serde(default)]
     #[param(minimum = 0, maximum = 9007199254740991_u64)]
     before: Option<u64>,
-    /// Entries above this number, the oldest of them.
+    /// The oldest entries above this sequence number.
     #[serde(default)]
     #[param(minimum = 0, maximum = 9007199254740991_u64)]
     after: Option<u64>,
-    /// How many, 1 to 200.
+    /// Entries per page, 1 to 200.
     #[serde(default)]
     #[param(minimum = 1, maximum = 200, default = 50)]
     limit: Option<u32>,
 }
 
-/// A page of a room's log.
+/// A page of the log of a room.
 #[derive(Serialize, ToSchema)]
 pub(super) struct HistoryPage {
-    /// The room.
+    /// Id of the room.
     room: String,
-    /// The epoch that numbers count in.
+    /// Epoch of the sequence numbers.
     epoch: String,
-    /// Whole `message` frames, oldest first.
+    /// `message` frames, oldest first.
     #[schema(value_type = Vec<Object>)]
     messages: Vec<Box<RawValue>>,
-    /// Whether more are there in the direction asked for.
+    /// Whether the log has more entries in this direction.
     more: bool,
 }
 
-/// Who is in a room.
+/// A page of the members of a room.
 #[derive(Debug, Serialize, ToSchema)]
 pub(super) struct PresencePage {
-    /// The room.
+    /// Id of the room.
     room: String,
-    /// A page of them, by id.
+    /// Members, ordered by id.
     users: Vec<PresentUser>,
-    /// How many there are in all.
+    /// Total number of members.
     count: u64,
-    /// Asks for the next page, if there is one.
+    /// Selects the next page; absent on the last page.
     #[serde(skip_serializing_if = "Option::is_none")]
     cursor: Option<String>,
 }
 
 fn not_found() -> ApiError {
-    ApiError::new(ErrorCode::NotFound, "there is no such room")
+    ApiError::new(ErrorCode::NotFound, "the room does not exist")
 }
 
-/// List rooms: those that are managed, and those that somebody is in.
+/// List rooms: managed rooms, and rooms with members.
 #[utoipa::path(
     get, path = "/api/v1/rooms", tag = "rooms",
     operation_id = "list_rooms", params(PageQuery),
-    responses((status = 200, description = "A page.", body = RoomPage), CommonResponses)
+    responses((status = 200, description = "A page.", body = RoomDetailsPage), CommonResponses)
 )]
 pub(super) async fn list(
     State(node): State<Arc<Node>>,
     paging: Result<Query<PageQuery>, QueryRejection>,
-) -> Result<Json<RoomPage>, ApiError> {
+) -> Result<Json<RoomDetailsPage>, ApiError> {
     let (prefix, after, limit) = parse_query(paging)?.checked()?;
     let store = node.services.presence.store();
     let listing = await_bus(&node, store.list(prefix, after, limit, true)).await?;
     let rooms = listing.rooms.into_iter().map(|found| RoomDetails::of(&node, found)).collect();
-    Ok(Json(RoomPage { rooms, cursor: listing.next }))
+    Ok(Json(RoomDetailsPage { rooms, cursor: listing.next }))
 }
 
-/// What a room is like.
+/// Get the details of a room.
 #[utoipa::path(
     get, path = "/api/v1/rooms/{room}", tag = "rooms",
     operation_id = "get_room",
-    params(("room" = String, Path, description = "The room", pattern = "^[A-Za-z0-9_.:@-]{1,128}$")),
+    params(("room" = String, Path, description = "Id of the room", pattern = "^[A-Za-z0-9_.:@-]{1,128}$")),
     responses((status = 200, description = "The room.", body = RoomDetails), CommonResponses)
 )]
 pub(super) async fn info(
@@ -213,21 +213,23 @@ impl NewRoom {
         let too_large = |text: String| ApiError::new(ErrorCode::TooLarge, text);
         let name: DisplayName = match self.name {
             Some(name) if name.chars().count() > NAME_CHARS_MAX => {
-                return Err(too_large(format!("`name` is at most {NAME_CHARS_MAX} characters")));
+                return Err(too_large(format!(
+                    "`name` must be at most {NAME_CHARS_MAX} characters"
+                )));
             }
             Some(name) => parse_name(&name)?,
             None => room_name(room),
         };
         if self.max_members == Some(0) {
-            return Err(ApiError::bad_request("`max_members` is 1 or more"));
+            return Err(ApiError::bad_request("`max_members` must be 1 or more"));
         }
         let meta = self.meta.as_ref().map_or("{}", |meta| meta.get());
         if meta.len() > META_BYTES_MAX {
-            return Err(too_large(format!("`meta` is at most {META_BYTES_MAX} bytes")));
+            return Err(too_large(format!("`meta` must be at most {META_BYTES_MAX} bytes")));
         }
         if let Some(meta) = &self.meta {
             if !meta.get().starts_with('{') {
-                return Err(ApiError::bad_request("`meta` is an object"));
+                return Err(ApiError::bad_request("`meta` must be an object"));
             }
             check_raw_json("meta", meta)?;
         }
@@ -235,11 +237,13 @@ impl NewRoom {
         let password = match self.password {
             Some(password) if password.is_empty() => {
                 return Err(ApiError::bad_request(
-                    "`password` is not empty; leave it out for a room without",
+                    "`password` must not be empty; omit it for a room without a password",
                 ));
             }
             Some(password) if password.len() > PASSWORD_BYTES_MAX => {
-                return Err(too_large(format!("`password` is at most {PASSWORD_BYTES_MAX} bytes")));
+                return Err(too_large(format!(
+                    "`password` must be at most {PASSWORD_BYTES_MAX} bytes"
+                )));
             }
             Some(password) => {
                 let hash = node.services.passwords.hash(None, password).await;
@@ -259,15 +263,15 @@ impl NewRoom {
     }
 }
 
-/// Make a managed room. One with members or a log is there already.
+/// Create a managed room. A room with members or a log exists already.
 #[utoipa::path(
     put, path = "/api/v1/rooms/{room}", tag = "rooms",
     operation_id = "create_room",
-    params(("room" = String, Path, description = "The room", pattern = "^[A-Za-z0-9_.:@-]{1,128}$")),
-    request_body(content = Option<NewRoom>, description = "May be empty."),
+    params(("room" = String, Path, description = "Id of the room", pattern = "^[A-Za-z0-9_.:@-]{1,128}$")),
+    request_body(content = Option<NewRoom>, description = "Optional settings."),
     responses(
-        (status = 201, description = "It was made.", body = RoomDetails),
-        (status = 409, description = "There is one.", body = super::Problem),
+        (status = 201, description = "The room was created.", body = RoomDetails),
+        (status = 409, description = "The room exists already.", body = super::Problem),
         CommonResponses,
     )
 )]
@@ -282,19 +286,19 @@ pub(super) async fn create(
     if await_bus(&node, store.create(room.clone(), record.clone(), None)).await?
         != CreateOutcome::Created
     {
-        let text = "a room of that name is there, with members or a log";
+        let text = "a room with this name exists: it is managed, or has members or a log";
         return Err(ApiError::new(ErrorCode::RoomExists, text));
     }
     let found = RoomSummary { room, since: record.created, config: Some(record), members: 0 };
     Ok((StatusCode::CREATED, Json(RoomDetails::of(&node, found))))
 }
 
-/// Delete a room with its log. Its members are told.
+/// Delete a room with its log. Its members receive `room_closed`.
 #[utoipa::path(
     delete, path = "/api/v1/rooms/{room}", tag = "rooms",
     operation_id = "delete_room",
-    params(("room" = String, Path, description = "The room", pattern = "^[A-Za-z0-9_.:@-]{1,128}$")),
-    responses((status = 200, description = "It is no more.", body = DeletedRoom), CommonResponses)
+    params(("room" = String, Path, description = "Id of the room", pattern = "^[A-Za-z0-9_.:@-]{1,128}$")),
+    responses((status = 200, description = "The room was deleted.", body = DeletedRoom), CommonResponses)
 )]
 pub(super) async fn delete(
     State(node): State<Arc<Node>>,
@@ -307,11 +311,11 @@ pub(super) async fn delete(
     }
 }
 
-/// What was said in a room.
+/// Get a page of the history of a room.
 #[utoipa::path(
     get, path = "/api/v1/rooms/{room}/history", tag = "rooms",
     operation_id = "room_history",
-    params(("room" = String, Path, description = "The room", pattern = "^[A-Za-z0-9_.:@-]{1,128}$"), HistoryQuery),
+    params(("room" = String, Path, description = "Id of the room", pattern = "^[A-Za-z0-9_.:@-]{1,128}$"), HistoryQuery),
     responses((status = 200, description = "A page.", body = HistoryPage), CommonResponses)
 )]
 pub(super) async fn history(
@@ -323,7 +327,7 @@ pub(super) async fn history(
     let (room, limit) = (parse_name::<RoomId>(&room)?, page_limit(limit, 50)?);
     let checked = |seq: Option<u64>| match seq {
         Some(seq) if seq > skein_protocol::position::SEQ_MAX => {
-            Err(ApiError::bad_request("a number is at most 2^53-1"))
+            Err(ApiError::bad_request("a sequence number must be at most 2^53-1"))
         }
         seq => Ok(seq),
     };
@@ -344,11 +348,11 @@ pub(super) async fn history(
     Ok(Json(HistoryPage { room: room.to_string(), epoch: page.epoch.to_string(), messages, more }))
 }
 
-/// Who is in a room.
+/// Get a page of the members of a room.
 #[utoipa::path(
     get, path = "/api/v1/rooms/{room}/presence", tag = "rooms",
     operation_id = "room_presence",
-    params(("room" = String, Path, description = "The room", pattern = "^[A-Za-z0-9_.:@-]{1,128}$"), PageQuery),
+    params(("room" = String, Path, description = "Id of the room", pattern = "^[A-Za-z0-9_.:@-]{1,128}$"), PageQuery),
     responses((status = 200, description = "A page.", body = PresencePage), CommonResponses)
 )]
 pub(super) async fn presence(
@@ -375,15 +379,15 @@ pub(super) async fn presence(
     Ok(Json(PresencePage { room: room.to_string(), users, count, cursor }))
 }
 
-/// Take a user out of a room, on all nodes and devices. This is no ban.
+/// Remove a user from a room, on all nodes and devices. The user may join again.
 #[utoipa::path(
     delete, path = "/api/v1/rooms/{room}/members/{user}", tag = "rooms",
     operation_id = "remove_member",
     params(
-        ("room" = String, Path, description = "The room", pattern = "^[A-Za-z0-9_.:@-]{1,128}$"),
-        ("user" = String, Path, description = "The user", pattern = "^[A-Za-z0-9.:@|+=-][A-Za-z0-9_.:@|+=-]{0,127}$"),
+        ("room" = String, Path, description = "Id of the room", pattern = "^[A-Za-z0-9_.:@-]{1,128}$"),
+        ("user" = String, Path, description = "Id of the user", pattern = "^[A-Za-z0-9.:@|+=-][A-Za-z0-9_.:@|+=-]{0,127}$"),
     ),
-    responses((status = 200, description = "On how many nodes it was applied.", body = AppliedNodes), CommonResponses)
+    responses((status = 200, description = "The number of nodes that have applied the command.", body = AppliedNodes), CommonResponses)
 )]
 pub(super) async fn remove(
     State(node): State<Arc<Node>>,

@@ -1,4 +1,4 @@
-//! Users: who is connected and how, their sessions, and an end to both.
+//! Server API: connected users, their connections and sessions.
 
 use std::sync::Arc;
 
@@ -25,23 +25,23 @@ use skein_core::{
     outbox::Close,
 };
 
-/// The longest reason that a close frame holds (RFC 6455, section 5.5).
+/// Longest reason of a close frame in bytes (RFC 6455, section 5.5).
 const REASON_BYTES_MAX: usize = 123;
 
-/// A user who is there.
+/// A user who is connected, or a member of a room.
 #[derive(Debug, Serialize, ToSchema)]
 pub(super) struct PresentUser {
-    /// The id.
+    /// Id of the user.
     id: String,
-    /// What people read.
+    /// Display name.
     name: String,
-    /// Over how many connections.
+    /// Number of connections.
     connections: u64,
-    /// Since when.
+    /// Start of the presence.
     since: String,
-    /// When the user did something last.
+    /// Time of the last activity.
     last_active: String,
-    /// Of a room: how far the user has read.
+    /// In a room: the read mark of the user.
     #[serde(skip_serializing_if = "Option::is_none")]
     read: Option<u64>,
 }
@@ -59,103 +59,103 @@ impl PresentUser {
     }
 }
 
-/// A page of who is connected.
+/// A page of connected users.
 #[derive(Debug, Serialize, ToSchema)]
 pub(super) struct UserPage {
-    /// By id.
+    /// Ordered by id.
     users: Vec<PresentUser>,
-    /// How many are connected in all, whatever they are called.
+    /// Total number of connected users, regardless of the prefix.
     count: u64,
-    /// Asks for the next page, if there is one.
+    /// Selects the next page; absent on the last page.
     #[serde(skip_serializing_if = "Option::is_none")]
     cursor: Option<String>,
 }
 
-/// A user.
+/// Details of a user.
 #[derive(Debug, Default, Serialize, ToSchema)]
 pub(super) struct UserDetails {
     /// Whether the user is connected to any node.
     online: bool,
-    /// When the user did something last, where that is known.
+    /// Time of the last activity, if known.
     #[serde(skip_serializing_if = "Option::is_none")]
     last_active: Option<String>,
-    /// The rooms that the user is in.
+    /// Rooms of the user.
     rooms: Vec<String>,
-    /// Over which connections.
+    /// Connections of the user.
     connections: Vec<ConnectionDetails>,
 }
 
-/// A connection.
+/// Details of a connection.
 #[derive(Debug, Serialize, Deserialize, ToSchema)]
 struct ConnectionDetails {
-    /// Its id.
+    /// Id of the connection.
     #[schema(format = Uuid)]
     connection_id: String,
-    /// Its session.
+    /// Id of the session.
     #[schema(format = Uuid)]
     session_id: String,
-    /// The node that has it.
+    /// Node of the connection.
     node: String,
-    /// The client's address.
+    /// Address of the client.
     address: String,
-    /// The client, as it says.
+    /// `User-Agent` of the client.
     user_agent: Option<String>,
-    /// Since when.
+    /// Time of the handshake.
     connected_at: String,
-    /// When something was heard of the client last.
+    /// Time of the last input from the client.
     last_seen: String,
-    /// How long the last ping took.
+    /// Round-trip time of the last ping in milliseconds.
     rtt_ms: Option<u32>,
-    /// What waits to be written to it.
+    /// Bytes in the send queue.
     queued_bytes: usize,
-    /// Whether it is behind, and catching up from the log.
+    /// Whether the connection is catching up from the log.
     lagging: bool,
 }
 
-/// What a node knows of a user.
+/// Connections and rooms of a user on one node.
 #[derive(Deserialize)]
 struct NodeConnections {
     connections: Vec<ConnectionDetails>,
     rooms: Vec<String>,
 }
 
-/// A session.
+/// Details of a session.
 #[derive(Debug, Serialize, ToSchema)]
 struct SessionDetails {
-    /// Its id.
+    /// Id of the session.
     #[schema(format = Uuid)]
     session_id: String,
-    /// When it was made.
+    /// Time of its creation.
     created_at: String,
-    /// When it was used last.
+    /// Time of its last use.
     last_used: String,
-    /// The connection that has it.
+    /// Connection that holds the session.
     #[serde(skip_serializing_if = "Option::is_none")]
     connection_id: Option<String>,
-    /// Of the last connection that had it: the node.
+    /// Node of the last connection.
     node: String,
-    /// The client's address.
+    /// Address of the client.
     address: String,
-    /// The client, as it says.
+    /// `User-Agent` of the client.
     #[serde(skip_serializing_if = "Option::is_none")]
     user_agent: Option<String>,
 }
 
-/// The sessions of a user.
+/// Sessions of a user.
 #[derive(Debug, Serialize, ToSchema)]
 pub(super) struct SessionList {
-    /// Those used last first.
+    /// Most recently used first.
     sessions: Vec<SessionDetails>,
 }
 
-/// How connections are closed.
+/// Options for closing connections.
 #[derive(Debug, Default, Deserialize, ToSchema)]
 pub(super) struct DisconnectOptions {
-    /// The close code: 1000, 1008, or 3000 to 4999; 1008 where absent.
+    /// Close code: 1000, 1008, or 3000 to 4999; default 1008.
     #[serde(default)]
     #[schema(minimum = 3000, maximum = 4999)]
     code: Option<u16>,
-    /// The reason, at most 123 bytes in UTF-8; `kicked` where absent.
+    /// Reason, at most 123 bytes in UTF-8; default `kicked`.
     #[serde(default)]
     #[schema(max_length = 123)]
     reason: Option<String>,
@@ -164,33 +164,33 @@ pub(super) struct DisconnectOptions {
     keep_session: Option<bool>,
 }
 
-/// Whose inbox was emptied.
+/// A user whose inbox was emptied.
 #[derive(Debug, Serialize, ToSchema)]
 pub(super) struct EmptiedInbox {
-    /// The user.
+    /// Id of the user.
     user: String,
 }
 
-/// Which sessions to keep.
+/// Session to keep.
 #[derive(Debug, Deserialize, utoipa::IntoParams)]
 #[into_params(parameter_in = Query)]
 pub(super) struct RevokeQuery {
-    /// This one.
+    /// Id of the session to keep.
     #[serde(default)]
     #[param(format = Uuid)]
     except: Option<String>,
 }
 
-/// How many are connected.
+/// Numbers of connected users and connections.
 #[derive(Debug, Serialize, ToSchema)]
 pub(super) struct OnlineCounts {
-    /// Users.
+    /// Number of users.
     users: u64,
-    /// Their connections.
+    /// Number of connections.
     connections: u64,
 }
 
-/// List who is connected to any node.
+/// List the users who are connected to any node.
 #[utoipa::path(
     get, path = "/api/v1/users", tag = "users",
     operation_id = "list_users", params(PageQuery),
@@ -211,8 +211,8 @@ pub(super) async fn list(
     Ok(Json(UserPage { users, count: page.count, cursor }))
 }
 
-/// A text behind which ids come that begin with `prefix`, and none before those: letters of ids are
-/// ASCII and below `~`.
+/// Returns a text directly before all ids with `prefix` in their order: ids consist of ASCII characters
+/// below `~`.
 fn cursor_before(prefix: &str) -> String {
     let mut letters = prefix.bytes().collect::<Vec<_>>();
     match letters.pop().filter(|last| last.is_ascii_graphic()) {
@@ -224,11 +224,11 @@ fn cursor_before(prefix: &str) -> String {
     }
 }
 
-/// How many are connected, users and connections.
+/// Count connected users and connections.
 #[utoipa::path(
     get, path = "/api/v1/online", tag = "users",
     operation_id = "count_online",
-    responses((status = 200, description = "How many.", body = OnlineCounts), CommonResponses)
+    responses((status = 200, description = "The numbers.", body = OnlineCounts), CommonResponses)
 )]
 pub(super) async fn online(State(node): State<Arc<Node>>) -> Result<Json<OnlineCounts>, ApiError> {
     let page = await_bus(&node, node.services.presence.online(String::new(), 0)).await?;
@@ -237,11 +237,11 @@ pub(super) async fn online(State(node): State<Arc<Node>>) -> Result<Json<OnlineC
     Ok(Json(OnlineCounts { users: page.count, connections }))
 }
 
-/// A user: whether connected, over which connections and how they are, and in which rooms.
+/// Get a user: whether connected, with all connections and their state, and the rooms.
 #[utoipa::path(
     get, path = "/api/v1/users/{user}", tag = "users",
     operation_id = "get_user",
-    params(("user" = String, Path, description = "The user", pattern = "^[A-Za-z0-9.:@|+=-][A-Za-z0-9_.:@|+=-]{0,127}$")),
+    params(("user" = String, Path, description = "Id of the user", pattern = "^[A-Za-z0-9.:@|+=-][A-Za-z0-9_.:@|+=-]{0,127}$")),
     responses((status = 200, description = "The user.", body = UserDetails), CommonResponses)
 )]
 pub(super) async fn info(
@@ -270,14 +270,14 @@ pub(super) async fn info(
     Ok(Json(user))
 }
 
-/// Close all connections of a user, on all nodes, and forget the sessions unless those are kept. This is
-/// no ban.
+/// Close all connections of a user on all nodes, and delete the sessions unless they are kept. The user
+/// may connect again.
 #[utoipa::path(
     post, path = "/api/v1/users/{user}/disconnect", tag = "users",
     operation_id = "disconnect_user",
-    params(("user" = String, Path, description = "The user", pattern = "^[A-Za-z0-9.:@|+=-][A-Za-z0-9_.:@|+=-]{0,127}$")),
-    request_body(content = Option<DisconnectOptions>, description = "May be empty."),
-    responses((status = 200, description = "On how many nodes it was applied.", body = AppliedNodes), CommonResponses)
+    params(("user" = String, Path, description = "Id of the user", pattern = "^[A-Za-z0-9.:@|+=-][A-Za-z0-9_.:@|+=-]{0,127}$")),
+    request_body(content = Option<DisconnectOptions>, description = "Optional."),
+    responses((status = 200, description = "The number of nodes that have applied the command.", body = AppliedNodes), CommonResponses)
 )]
 pub(super) async fn disconnect(
     State(node): State<Arc<Node>>,
@@ -289,21 +289,23 @@ pub(super) async fn disconnect(
     let close =
         Close { code: closing.code.unwrap_or(code), reason: closing.reason.unwrap_or(reason) };
     if !matches!(close.code, 1000 | 1008 | 3000..=4999) {
-        return Err(ApiError::bad_request("`code` is 1000, 1008, or 3000 to 4999"));
+        return Err(ApiError::bad_request("`code` must be 1000, 1008, or 3000 to 4999"));
     }
     if close.reason.len() > REASON_BYTES_MAX {
-        return Err(ApiError::bad_request(format!("`reason` is at most {REASON_BYTES_MAX} bytes")));
+        return Err(ApiError::bad_request(format!(
+            "`reason` must be at most {REASON_BYTES_MAX} bytes"
+        )));
     }
     let keep = closing.keep_session.unwrap_or_default();
     Ok(Json(node.control.close(id, SessionSelector::All, keep, close).await?.into()))
 }
 
-/// The sessions of a user.
+/// List the sessions of a user.
 #[utoipa::path(
     get, path = "/api/v1/users/{user}/sessions", tag = "users",
     operation_id = "list_sessions",
-    params(("user" = String, Path, description = "The user", pattern = "^[A-Za-z0-9.:@|+=-][A-Za-z0-9_.:@|+=-]{0,127}$")),
-    responses((status = 200, description = "All of them.", body = SessionList), CommonResponses)
+    params(("user" = String, Path, description = "Id of the user", pattern = "^[A-Za-z0-9.:@|+=-][A-Za-z0-9_.:@|+=-]{0,127}$")),
+    responses((status = 200, description = "All sessions.", body = SessionList), CommonResponses)
 )]
 pub(super) async fn sessions(
     State(node): State<Arc<Node>>,
@@ -322,12 +324,12 @@ pub(super) async fn sessions(
     Ok(Json(SessionList { sessions: kept.into_iter().map(session).collect() }))
 }
 
-/// Revoke the sessions of a user, all or all but one, and close their connections.
+/// Revoke all sessions of a user, or all but one, and close their connections.
 #[utoipa::path(
     delete, path = "/api/v1/users/{user}/sessions", tag = "users",
     operation_id = "revoke_sessions",
-    params(("user" = String, Path, description = "The user", pattern = "^[A-Za-z0-9.:@|+=-][A-Za-z0-9_.:@|+=-]{0,127}$"), RevokeQuery),
-    responses((status = 200, description = "On how many nodes it was applied.", body = AppliedNodes), CommonResponses)
+    params(("user" = String, Path, description = "Id of the user", pattern = "^[A-Za-z0-9.:@|+=-][A-Za-z0-9_.:@|+=-]{0,127}$"), RevokeQuery),
+    responses((status = 200, description = "The number of nodes that have applied the command.", body = AppliedNodes), CommonResponses)
 )]
 pub(super) async fn revoke(
     State(node): State<Arc<Node>>,
@@ -346,10 +348,10 @@ pub(super) async fn revoke(
     delete, path = "/api/v1/users/{user}/sessions/{id}", tag = "users",
     operation_id = "revoke_session",
     params(
-        ("user" = String, Path, description = "The user", pattern = "^[A-Za-z0-9.:@|+=-][A-Za-z0-9_.:@|+=-]{0,127}$"),
-        ("id" = String, Path, description = "The session", format = Uuid),
+        ("user" = String, Path, description = "Id of the user", pattern = "^[A-Za-z0-9.:@|+=-][A-Za-z0-9_.:@|+=-]{0,127}$"),
+        ("id" = String, Path, description = "Id of the session", format = Uuid),
     ),
-    responses((status = 200, description = "On how many nodes it was applied.", body = AppliedNodes), CommonResponses)
+    responses((status = 200, description = "The number of nodes that have applied the command.", body = AppliedNodes), CommonResponses)
 )]
 pub(super) async fn revoke_one(
     State(node): State<Arc<Node>>,
@@ -357,21 +359,21 @@ pub(super) async fn revoke_one(
 ) -> Result<Json<AppliedNodes>, ApiError> {
     let (id, session): (UserId, SessionId) = (parse_user(&id)?, parse_name(&session)?);
     let kept = await_bus(&node, node.services.sessions.list(id.clone())).await?;
-    // Also where it is not there: what was tried before may have been done by half.
+    // Also if the session does not exist: an earlier attempt may have been incomplete.
     let outcome = node.control.close(id, SessionSelector::One(session), false, kicked()).await?;
     if !kept.iter().any(|kept| kept.session == session) {
-        return Err(ApiError::new(ErrorCode::NotFound, "there is no such session"));
+        return Err(ApiError::new(ErrorCode::NotFound, "the session does not exist"));
     }
     Ok(Json(outcome.into()))
 }
 
-/// Empty the inbox of a user: all of its entries, read or not. Connections of the user are told by
-/// `reset` and go on with what comes.
+/// Delete all entries of the inbox of a user, read or not. The connections of the user receive `reset` and
+/// continue with new entries.
 #[utoipa::path(
     delete, path = "/api/v1/users/{user}/inbox", tag = "users",
     operation_id = "empty_inbox",
-    params(("user" = String, Path, description = "The user", pattern = "^[A-Za-z0-9.:@|+=-][A-Za-z0-9_.:@|+=-]{0,127}$")),
-    responses((status = 200, description = "It is empty, also where there was none.", body = EmptiedInbox), CommonResponses)
+    params(("user" = String, Path, description = "Id of the user", pattern = "^[A-Za-z0-9.:@|+=-][A-Za-z0-9_.:@|+=-]{0,127}$")),
+    responses((status = 200, description = "The inbox is empty.", body = EmptiedInbox), CommonResponses)
 )]
 pub(super) async fn empty_inbox(
     State(node): State<Arc<Node>>,
@@ -387,7 +389,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn ids_with_a_prefix_come_behind_what_is_right_before_it() {
+    fn ids_with_a_prefix_come_after_the_cursor_before_it() {
         for (prefix, id) in [("ann", "ann"), ("ann", "ann-2"), ("a", "a"), ("", "_x")] {
             assert!(*id > *cursor_before(prefix), "{prefix}");
         }
