@@ -1,17 +1,17 @@
 #!/usr/bin/env bash
-# A whole cluster as processes of this machine: Redis, the gateways, nginx. `make cluster` calls it.
+# Runs a cluster as processes of this machine: Redis, gateways, nginx. `make cluster` calls it.
 #
-# Ctrl-C or SIGTERM stops everything and leaves nothing behind. If a process ends by itself, so does the cluster, and the
-# last lines of its log say why. Everybody may connect under any name: it listens on loopback only.
+# Ctrl-C or SIGTERM stops everything and leaves nothing behind. If a process ends by itself, the cluster ends, and the
+# last lines of the log of that process are printed. Clients may use any name; all listeners are on loopback.
 #
-#   NODES=3              how many gateways
+#   NODES=3              number of gateways
 #   PORT=8080            nginx: the page, WebSockets, API
-#   NODE_PORT=9001       the first gateway; the others follow
-#   ADMIN_PORT=9101      the first gateway's admin listener; the others follow
+#   NODE_PORT=9001       first gateway; the others have the following ports
+#   ADMIN_PORT=9101      admin listener of the first gateway; the others have the following ports
 #   REDIS_PORT=6390
 #   GATEWAY_BIN=target/release/gateway
 #
-# Other GATEWAY__ variables of the environment reach the gateways.
+# Other GATEWAY__ variables of the environment are passed on to the gateways.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -29,22 +29,22 @@ fail() {
 
 [ "${BASH_VERSINFO[0]}" -ge 5 ] || fail "needs bash 5, this is $BASH_VERSION"
 for tool in redis-server redis-cli nginx; do
-    # Debian keeps nginx where only root's PATH looks.
+    # Debian installs nginx in a directory that only root's PATH has.
     PATH=$PATH:/usr/sbin:/usr/local/sbin
     command -v "$tool" > /dev/null || fail "$tool is not installed"
 done
-[ -x "$gateway" ] || fail "$gateway is not there: cargo build --release -p gateway, or set GATEWAY_BIN"
-[[ $nodes =~ ^[1-9][0-9]?$ ]] || fail "NODES is '$nodes', not 1 to 99"
+[ -x "$gateway" ] || fail "$gateway does not exist: run cargo build --release -p gateway, or set GATEWAY_BIN"
+[[ $nodes =~ ^[1-9][0-9]?$ ]] || fail "NODES is '$nodes'; it must be 1 to 99"
 
-# Each client takes two descriptors of nginx and one of a gateway.
+# Each client needs two file descriptors of nginx and one of a gateway.
 ulimit -n "$(ulimit -Hn)"
 
 scratch=$(mktemp -d "${TMPDIR:-/tmp}/skein-cluster.XXXXXX")
-# Started as root, nginx runs its workers as another user; they look into the directory.
+# If started as root, nginx runs its workers as another user, which must be able to enter the directory.
 chmod 711 "$scratch"
 declare -A name_of=()
 
-# Gateways first, so that they can say goodbye while Redis is there; a second SIGTERM tells them not to wait for clients.
+# Gateways stop first, while Redis still runs. A second SIGTERM makes them exit without waiting for clients.
 stop() {
     trap '' INT TERM
     trap - EXIT
@@ -84,7 +84,7 @@ start() { # name command...
     name_of[$!]=$name
 }
 
-# Ends the cluster if a process has ended, and says which.
+# Ends the cluster if a process has ended, and prints which one.
 check_alive() {
     local pid
     for pid in "${!name_of[@]}"; do
@@ -94,7 +94,7 @@ check_alive() {
         {
             echo "cluster.sh: $name ended with status $status. Its last lines:"
             tail -n 20 "$scratch/$name.log"
-            # nginx reports to a file as soon as it knows its configuration.
+            # nginx logs to a file once it has read its configuration.
             [ "$name" != nginx ] || tail -n 20 "$scratch/error.log" 2> /dev/null || true
         } >&2
         unset "name_of[$pid]"
@@ -113,12 +113,12 @@ wait_for() { # what command...
     check_alive
 }
 
-# Ours, and not one that had the port before.
+# Whether the Redis of this script answers, and not another one on the same port.
 redis_answers() {
     redis-cli -p "$redis_port" info server 2> /dev/null | grep -q "^process_id:${redis_pid}[^0-9]*$"
 }
 
-# GET /ready answers 200. By hand, so that no HTTP client has to be installed.
+# Whether GET /ready returns 200. Written by hand, so that no HTTP client is needed.
 ready() { # port
     local answer=
     exec 3<> "/dev/tcp/127.0.0.1/$1" || return 1
@@ -135,7 +135,7 @@ wait_for redis redis_answers
 
 export GATEWAY__CLUSTER__REDIS_URL=redis://127.0.0.1:$redis_port/
 export GATEWAY__AUTH__MODE=anonymous GATEWAY__AUTH__ALLOW_ANONYMOUS=true
-# All clients come from one address here, and nginx is the one that names it.
+# All clients have one address here, which nginx forwards.
 export GATEWAY__SERVER__TRUSTED_PROXIES=127.0.0.1/32
 export GATEWAY__LIMITS__CONNECTIONS_PER_IP=0 GATEWAY__LIMITS__HANDSHAKES_PER_MINUTE_PER_IP=0
 export GATEWAY__LIMITS__DURABLE_BYTES_PER_MINUTE=0 GATEWAY__LIMITS__NEW_ROOMS_PER_MINUTE=0
@@ -163,6 +163,6 @@ echo "redis      redis://127.0.0.1:$redis_port/"
 echo "logs       $scratch"
 echo "Ctrl-C stops it."
 
-# Returns when any of them ends, or a signal arrives.
+# Returns when a process ends or a signal arrives.
 wait -n || true
 check_alive

@@ -1,5 +1,5 @@
 #!/bin/sh
-# The entry point of the nginx container: a certificate if there is none, the configuration, then nginx.
+# Entry point of the nginx container: makes a certificate if there is none, renders the configuration, starts nginx.
 set -eu
 
 tls=/etc/nginx/tls
@@ -10,7 +10,7 @@ fail() {
     exit 1
 }
 
-# Browsers warn about it, everything else works. It is made once; the volume keeps it, or what replaced it.
+# Makes a self-signed certificate. Browsers warn about it. It is made once; the volume keeps it or its replacement.
 make_certificate() {
     alternatives=IP:127.0.0.1
     for name in $names; do
@@ -24,7 +24,7 @@ make_certificate() {
         openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 3650 \
             -subj "/CN=${names%% *}" -addext "subjectAltName=$alternatives" \
             -keyout "$tls/new.key" -out "$tls/new.crt" 2> /tmp/openssl.log
-    ) || fail "openssl could not make a certificate: $(cat /tmp/openssl.log)"
+    ) || fail "openssl failed to make a certificate: $(cat /tmp/openssl.log)"
     mv "$tls/new.key" "$tls/tls.key"
     mv "$tls/new.crt" "$tls/tls.crt"
     echo "nginx-start.sh: made a self-signed certificate for $names"

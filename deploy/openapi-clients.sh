@@ -1,8 +1,8 @@
 #!/bin/sh
-# Installs the generators of clients that the tests let loose on the document of the server API: one for
-# Python (PyPI: openapi-python-client) and one for TypeScript (npm: openapi-typescript, with openapi-fetch
-# and the compiler), each into a folder of its own, if it is not there. Needs python3 3.10 or later with
-# venv, and Node 20 or later with npm, which Debian has in packages of their own.
+# Installs the client generators that the tests run on the OpenAPI document of the server API: one for Python (PyPI:
+# openapi-python-client) and one for TypeScript (npm: openapi-typescript, with openapi-fetch and the compiler), each
+# into a folder of its own if it is missing. Needs python3 3.10 or later with venv, and Node 20 or later with npm
+# (packages python3-venv, nodejs and npm of Debian).
 set -eu
 
 cache=${XDG_CACHE_HOME:-$HOME/.cache}/skein

@@ -1,6 +1,6 @@
 #!/bin/sh
-# Installs schemathesis (from PyPI), which the tests let loose on the server API, into a folder of its own,
-# if it is not there. Needs python3 3.10 or later with venv, which Debian has in a package of its own.
+# Installs schemathesis (from PyPI), which the tests run against the server API, into a folder of its own if it is
+# missing. Needs python3 3.10 or later with venv (package python3-venv of Debian).
 set -eu
 
 version=4.32.5

@@ -1,8 +1,7 @@
 #!/bin/sh
-# Installs the Debian packages that the tests start, if they are missing, and says which.
+# Installs the Debian packages whose programs the tests start, if they are missing, and prints their names.
 #
-# Usage: setup.sh [package...]; without arguments all of them. Needs root or sudo only where
-# something is missing.
+# Usage: setup.sh [package...]; without arguments all packages. Needs root or sudo only if a package is missing.
 set -eu
 
 [ $# -gt 0 ] || set -- gcc libc6-dev redis-server nginx chromium chromium-driver openssl python3 valkey-server iproute2
@@ -13,11 +12,11 @@ for package in "$@"; do
     case $(dpkg-query -W -f '${db:Status-Status}' "$package" 2> /dev/null) in
     installed) ;;
     *)
-        # Any nginx does, Debian has several.
+        # Any nginx works; Debian has several packages.
         [ "$package" = nginx ] && [ -x /usr/sbin/nginx ] && continue
-        # So does any Python that is new enough.
+        # Any Python that is new enough works.
         [ "$package" = python3 ] && python3 -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2> /dev/null && continue
-        # Debian 12 has it among its backports, other systems have none: the tests say so then.
+        # Debian 12 has it in its backports. On other systems without it, the tests report that.
         if [ "$package" = valkey-server ]; then
             codename=$(. /etc/os-release && echo "${VERSION_CODENAME:-}")
             [ "$codename" = bookworm ] && backports=$package
@@ -31,21 +30,21 @@ done
 [ -n "$missing$backports" ] || exit 0
 
 command -v apt-get > /dev/null || {
-    echo "setup.sh: needs$missing, and there is no apt-get to install them: install them by hand" >&2
+    echo "setup.sh: missing packages:$missing; there is no apt-get, so install them by hand" >&2
     exit 1
 }
 as_root=
 if [ "$(id -u)" -ne 0 ]; then
     command -v sudo > /dev/null || {
         [ -n "$missing" ] || exit 0
-        echo "setup.sh: needs$missing: run 'apt-get install$missing' as root" >&2
+        echo "setup.sh: missing packages: run 'apt-get install$missing' as root" >&2
         exit 1
     }
     as_root=sudo
 fi
 
 echo "setup.sh: installing$missing${backports:+ $backports}"
-# A package must not start a server of its own: the tests start theirs on free ports.
+# A package must not start its server: the tests start their own servers on free ports.
 policy=/usr/sbin/policy-rc.d
 lists=$(mktemp -d)
 trap 'rm -rf "$lists"' EXIT
@@ -64,11 +63,12 @@ from=
 # shellcheck disable=SC2086
 [ -z "$missing" ] || install $missing
 if [ -n "$backports" ]; then
-    # From a list of its own, so that the system's stays as it is. What the package needs came with redis-server.
+    # From a separate source list, so that the list of the system does not change. The dependencies of the package came
+    # with redis-server.
     mkdir -p "$lists/state" && chmod -R 755 "$lists"
     key=/usr/share/keyrings/debian-archive-keyring.gpg
     echo "deb [signed-by=$key] http://deb.debian.org/debian bookworm-backports main" > "$lists/backports.list"
     from="-o Dir::Etc::sourcelist=$lists/backports.list -o Dir::Etc::sourceparts=/dev/null -o Dir::State::lists=$lists/state"
-    install "$backports" || echo "setup.sh: no $backports: the tests go without"
+    install "$backports" || echo "setup.sh: cannot install $backports: the tests run without it"
 fi
 echo "setup.sh: done"

@@ -1,5 +1,5 @@
 #!/bin/sh
-# Renders nginx/nginx.conf.template to standard output. `nginx/render.sh --help` says how to call it.
+# Renders nginx/nginx.conf.template to standard output. `nginx/render.sh --help` describes the options.
 set -eu
 # Character ranges mean ASCII.
 export LC_ALL=C
@@ -9,24 +9,24 @@ usage() {
 Usage: render.sh sticky --cert FILE --key FILE [option...]
        render.sh map --listen ADDRESS --node IP:PORT [--node IP:PORT]... [option...]
 
-sticky: nginx >= 1.29.6; gateways are found by name and followed when they scale. Used by the compose stack.
+sticky: nginx >= 1.29.6; finds the gateways by DNS name and follows scaling. Used by the compose stack.
 map:    nginx >= 1.22; gateways are the --node addresses. All paths are relative to the prefix:
         mkdir DIR && render.sh map ... > DIR/nginx.conf && nginx -p DIR -c nginx.conf -e error.log
 
   --listen ADDRESS      plain HTTP: a port or IP:PORT (sticky: 80)
   --tls-listen ADDRESS  HTTPS and wss; needs --cert and --key (sticky: 443)
   --cert FILE           certificate chain, PEM
-  --key FILE            its private key, PEM
-  --https-port PORT     plain HTTP answers only 301 to https://…:PORT (sticky: 443; map: no redirect)
+  --key FILE            private key of the certificate, PEM
+  --https-port PORT     plain HTTP returns only 301 to https://…:PORT (sticky: 443; map: no redirect)
   --node IP:PORT        map: one gateway, as nginx dials it; repeat it for each
-  --gateway NAME:PORT   sticky: the name all gateways share (gateway:8080)
-  --resolver ADDRESS    sticky: the DNS server that knows it (127.0.0.11)
+  --gateway NAME:PORT   sticky: DNS name and port of all gateways (gateway:8080)
+  --resolver ADDRESS    sticky: DNS server for that name (127.0.0.11)
   --connections-per-ip N             open WebSockets and event streams per client address, 0 = no limit
                                      (sticky: 200, map: 0)
   --handshakes-per-second-per-ip N   sustained; twice as many in a burst; 0 = no limit (sticky: 20, map: 0)
-  --real-ip-from CIDR   a proxy in front whose X-Forwarded-For is believed; may be repeated
-  --workers N           worker processes; 0 = a single process, which leaves nothing behind when it is
-                        killed, for tests (one per core)
+  --real-ip-from CIDR   a proxy in front whose X-Forwarded-For is trusted; may be repeated
+  --workers N           worker processes; 0 = a single process without workers that outlive it, for tests
+                        (one per core)
   --worker-connections N             slots per worker process, 2 for each client (sticky: 131072, map: 16384)
 HELP
 }
@@ -36,9 +36,9 @@ fail() {
     exit 2
 }
 
-# Every value ends up inside the configuration: no character that could end a directive or start another gets in.
+# Every value becomes part of the configuration, so characters that could end or start a directive are rejected.
 check() { # option value allowed-characters what-is-wanted
-    [ -n "$2" ] || fail "$1 is empty; wanted: $4"
+    [ -n "$2" ] || fail "$1 is empty; it must be $4"
     case $2 in
     *[!$3]*) fail "$1 '$2' is not $4" ;;
     esac
@@ -59,7 +59,7 @@ check_listen() { # option value
     check_port "$1" "${2##*:}"
 }
 
-# A route is the md5 of exactly this text, on both sides. A host name would be another text than the gateway hashes.
+# A route is the md5 of exactly this text on both sides. The gateway hashes an address, so a host name would not match.
 check_node() { # value
     check --node "$1" '][0-9a-fA-F.:' 'IP:PORT (an address, not a host name)'
     case $1 in
@@ -94,7 +94,7 @@ map) connections_per_ip=0 handshakes_per_ip=0 worker_connections=16384 ;;
     usage
     exit 0
     ;;
-*) fail "'$rendering' is no rendering; it is sticky or map (--help tells more)" ;;
+*) fail "'$rendering' is not a rendering; use sticky or map (see --help)" ;;
 esac
 
 while [ $# -gt 0 ]; do
@@ -105,9 +105,9 @@ while [ $# -gt 0 ]; do
         exit 0
         ;;
     --*) ;;
-    *) fail "unexpected argument '$option' (--help tells more)" ;;
+    *) fail "unexpected argument '$option' (see --help)" ;;
     esac
-    [ $# -ge 2 ] || fail "$option needs a value, or is unknown (--help tells more)"
+    [ $# -ge 2 ] || fail "$option needs a value, or is unknown (see --help)"
     value=$2
     shift 2
     case $rendering:$option in
@@ -124,7 +124,7 @@ while [ $# -gt 0 ]; do
     map:--node) check_node "$value" && nodes="$nodes $value" ;;
     sticky:--gateway) check "$option" "$value" 'A-Za-z0-9_.:-' 'NAME:PORT' && gateway=$value ;;
     sticky:--resolver) check "$option" "$value" '][0-9a-fA-F.:' 'an address' && resolver=$value ;;
-    *) fail "unknown option $option for the rendering '$rendering' (--help tells more)" ;;
+    *) fail "unknown option $option for the rendering '$rendering' (see --help)" ;;
     esac
 done
 
@@ -134,7 +134,7 @@ if [ -n "$tls_listen" ]; then
 elif [ -n "$cert$key$https_port" ]; then
     fail '--cert, --key and --https-port need --tls-listen'
 fi
-[ "$worker_connections" -ge 64 ] || fail '--worker-connections below 64 cannot work'
+[ "$worker_connections" -ge 64 ] || fail '--worker-connections must be at least 64'
 if [ "$rendering" = map ]; then
     [ -n "$nodes" ] || fail 'the rendering map needs at least one --node'
     # shellcheck disable=SC2086 # split on purpose: addresses hold no blanks
@@ -142,7 +142,7 @@ if [ "$rendering" = map ]; then
     [ -z "$repeated" ] || fail "--node $repeated is given twice"
 fi
 
-# What `#@if` asks for.
+# Conditions that hold, for `#@if`.
 holds=" $rendering "
 [ -z "$tls_listen" ] || holds="$holds tls "
 if [ -n "$https_port" ] && [ -n "$listen" ]; then
@@ -155,7 +155,7 @@ if [ "$workers" = 0 ]; then holds="$holds single "; else holds="$holds workers "
 [ "$handshakes_per_ip" -eq 0 ] || holds="$holds handshakes_per_ip "
 [ -z "$real_ip_from" ] || holds="$holds real_ip "
 
-# What the words in @…@ become.
+# Values of the words in @…@.
 newline='
 '
 peer='max_fails=0'
@@ -163,7 +163,8 @@ node_routes='' node_servers='' node_pools='' index=0
 for node in $nodes; do
     node_routes="$node_routes        $(route "$node") gateway_$index;$newline"
     node_servers="$node_servers        server $node $peer;$newline"
-    # Returning clients of one gateway: it alone, and the others while it is down or answers 503.
+    # Group for returning clients of one gateway: that gateway, with the others as backup while it is down or returns
+    # 503.
     node_pools="$node_pools    upstream gateway_$index {
         zone gateway_$index 64k;
         least_conn;
@@ -202,7 +203,7 @@ exec awk -v holds="$holds" '
     function fill(line,    done, word) {
         while (match(line, /@[A-Z][A-Z_]*@/)) {
             word = substr(line, RSTART + 1, RLENGTH - 2)
-            if (!(word in ENVIRON)) stop("@" word "@ is not known")
+            if (!(word in ENVIRON)) stop("unknown word @" word "@")
             done = done substr(line, 1, RSTART - 1) ENVIRON[word]
             line = substr(line, RSTART + RLENGTH)
         }
