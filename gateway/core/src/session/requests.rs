@@ -210,8 +210,8 @@ impl From<BusError> for JoinRejection {
     }
 }
 
-/// Executes a `join`. `present_member`: for a connection that is a member already, the state that it
-/// would join with now.
+/// Executes a `join`. `present_member`: for a connection that is a member already, the state that
+/// it would join with now.
 pub(super) async fn join(
     context: RequestContext,
     join: client_frame::JoinFrame,
