@@ -6,7 +6,6 @@
 use std::{fmt::Display, fs, process::ExitCode};
 
 use clap::Parser;
-use tokio::signal::unix::{SignalKind, signal};
 
 use crate::{
     args::{Cli, LoadCommand, OutputArgs},
@@ -17,6 +16,7 @@ mod args;
 mod websocket;
 mod timestamp;
 mod procfs;
+mod signals;
 mod report;
 mod progress;
 mod monitor;
@@ -133,19 +133,5 @@ fn exit_code<T, E: Display>(result: Result<T, E>, print: impl FnOnce(&T) -> bool
             eprintln!("loadtest: {error}");
             ExitCode::from(USAGE)
         }
-    }
-}
-
-/// Completes on SIGINT (Ctrl-C) or SIGTERM.
-async fn interrupt_signal() {
-    let (interrupt, terminate) = (signal(SignalKind::interrupt()), signal(SignalKind::terminate()));
-    let (Ok(mut interrupt), Ok(mut terminate)) = (interrupt, terminate) else {
-        // Without handlers the signals have their default effect.
-        return std::future::pending().await;
-    };
-    // Both arms are cancel-safe.
-    tokio::select! {
-        _ = interrupt.recv() => {}
-        _ = terminate.recv() => {}
     }
 }

@@ -4,6 +4,8 @@ use indicatif::{ProgressBar, ProgressStyle};
 use loadtest::checker::timeline::Timeline;
 use tokio::time::{Duration, Instant, sleep};
 
+use crate::signals;
+
 /// Interval between two updates.
 const EVERY: Duration = Duration::from_millis(200);
 
@@ -35,7 +37,7 @@ impl Progress {
         read_timeline: impl Fn(&mut dyn FnMut(&mut Timeline)),
     ) -> bool {
         let mut completed = std::pin::pin!(completed);
-        let mut interrupted = std::pin::pin!(crate::interrupt_signal());
+        let mut interrupted = std::pin::pin!(signals::interrupted());
         loop {
             // All arms are cancel-safe.
             tokio::select! {

@@ -15,6 +15,7 @@ use crate::{
     args::{ChaosArgs, LoadArgs},
     ledger_run::{LedgerRun, LedgerRunError},
     report::{FaultWindow, Report},
+    signals,
 };
 
 pub(crate) mod cluster;
@@ -67,7 +68,7 @@ pub(crate) async fn run(args: ChaosArgs) -> Result<Report, ChaosError> {
         // If it is cancelled, dropping it ends the started processes.
         let cluster = tokio::select! {
             cluster = LocalCluster::start(programs, args.nodes) => Box::new(cluster?),
-            () = crate::interrupt_signal() => return Err(ChaosError::Interrupted),
+            () = signals::interrupted() => return Err(ChaosError::Interrupted),
         };
         let (urls, mut target) = (cluster.urls(), ChaosTarget::Local(cluster));
         let report = run_faults(&mut target, urls, &faults, seed, &load).await;

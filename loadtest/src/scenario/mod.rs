@@ -20,6 +20,7 @@ use crate::{
     report::{
         GeneratorReport, Report, StepResult, connections::ConnectionReport, messages::MessageReport,
     },
+    signals,
     virtual_users::{
         ConnectPlan, RoomAssignment, VirtualUsers,
         workers::{
@@ -203,7 +204,7 @@ pub(crate) async fn ending_early<T>(stop: &AtomicBool, future: impl Future<Outpu
     // Both arms are cancel-safe: the future continues.
     tokio::select! {
         done = &mut future => return done,
-        () = crate::interrupt_signal() => stop.store(true, Ordering::Relaxed),
+        () = signals::interrupted() => stop.store(true, Ordering::Relaxed),
     }
     future.await
 }
