@@ -12,7 +12,7 @@ use std::{
 
 use clap::{Args, Parser, Subcommand};
 
-use crate::{bench::RowName, virtual_users::workers::WorkerShare};
+use crate::{bench::RowName, virtual_users::share::WorkerShare};
 
 /// Load generator for Skein and anything that speaks `chat.v1`.
 #[derive(Debug, Parser)]

@@ -26,7 +26,7 @@ use crate::{
     },
     report::connections::{ConnectionCounters, ConnectionReport, LatencySummary},
     scenario::{ScenarioError, ScenarioRun, connect_plan, traffic::Traffic},
-    virtual_users::{RoomAssignment, VirtualUsers, workers::WorkerShare},
+    virtual_users::{RoomAssignment, VirtualUsers, share::WorkerShare},
 };
 
 /// Time limit of a response.

@@ -23,9 +23,8 @@ use crate::{
     signals,
     virtual_users::{
         ConnectPlan, RoomAssignment, VirtualUsers,
-        workers::{
-            self, GeneratorUsage, PhaseSync, PhaseTotals, ScenarioPhase, WorkerReport, WorkerShare,
-        },
+        share::WorkerShare,
+        workers::{self, GeneratorUsage, PhaseSync, PhaseTotals, ScenarioPhase, WorkerReport},
     },
 };
 

@@ -31,12 +31,13 @@ use crate::{
 };
 
 mod user;
+pub(crate) mod share;
 pub(crate) mod workers;
 pub(crate) mod metrics;
 
 use metrics::{FrameKind, TrafficMetrics};
+use share::WorkerShare;
 use user::{UserState, VirtualUser, dial};
-use workers::WorkerShare;
 
 /// Token of the timer among the sockets.
 const TIMER: Token = Token(usize::MAX);
