@@ -10,9 +10,9 @@ use std::{
     time::Duration,
 };
 
-use clap::{Args, Parser, Subcommand};
+use clap::{Args, Parser, Subcommand, ValueEnum};
 
-use crate::{bench::RowName, virtual_users::share::WorkerShare};
+use crate::virtual_users::share::WorkerShare;
 
 /// Load generator for Skein and anything that speaks `chat.v1`.
 #[derive(Debug, Parser)]
@@ -489,6 +489,35 @@ pub(crate) struct BenchArgs {
     /// Also write the table as JSON to this file.
     #[arg(long)]
     pub(crate) json: Option<PathBuf>,
+}
+
+/// Name of a row of the bench.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum RowName {
+    /// One room of 1,000, saturated.
+    Fanout,
+    /// Rooms of 10 in which every member sends, saturated.
+    Rooms,
+    /// Rooms of 10, saturated with one message at a time in each room.
+    RoomsOne,
+    /// Rooms of 10 at 10,000 deliveries a second.
+    Paced,
+    /// Three nodes and Redis, rooms of 9, 1,000 messages a second.
+    Cluster,
+    /// Three nodes and Redis, rooms of 9, saturated.
+    ClusterSaturated,
+    /// Three nodes and Redis, a room of 30, 100 messages a second.
+    ClusterLatency,
+    /// Memory of a joined and silent connection.
+    Idle,
+    /// Connecting with a token and joining.
+    Connect,
+    /// The echo endpoint, one message at a time.
+    Echo,
+    /// Publishes through one Redis, beside the script alone.
+    Redis,
+    /// One of three nodes is killed.
+    Kill,
 }
 
 /// A number of events per second: `500/s`, `500`, `300/m`.

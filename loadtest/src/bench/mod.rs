@@ -25,8 +25,6 @@ mod servers;
 mod machine;
 mod table;
 
-pub(crate) use rows::RowName;
-
 use client::ClientError;
 use clients::{BenchClients, BenchTimes};
 use machine::Machine;

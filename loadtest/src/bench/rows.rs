@@ -2,38 +2,8 @@
 //!
 //! Pure. A new row is one more entry of [`ROWS`].
 
-use clap::ValueEnum;
-
 use super::{measure::Measure, servers::Candidate};
-
-/// Name of a row.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-pub(crate) enum RowName {
-    /// One room of 1,000, saturated.
-    Fanout,
-    /// Rooms of 10 in which every member sends, saturated.
-    Rooms,
-    /// Rooms of 10, saturated with one message at a time in each room.
-    RoomsOne,
-    /// Rooms of 10 at 10,000 deliveries a second.
-    Paced,
-    /// Three nodes and Redis, rooms of 9, 1,000 messages a second.
-    Cluster,
-    /// Three nodes and Redis, rooms of 9, saturated.
-    ClusterSaturated,
-    /// Three nodes and Redis, a room of 30, 100 messages a second.
-    ClusterLatency,
-    /// Memory of a joined and silent connection.
-    Idle,
-    /// Connecting with a token and joining.
-    Connect,
-    /// The echo endpoint, one message at a time.
-    Echo,
-    /// Publishes through one Redis, beside the script alone.
-    Redis,
-    /// One of three nodes is killed.
-    Kill,
-}
+use crate::args::RowName;
 
 /// A row.
 #[derive(Debug)]
