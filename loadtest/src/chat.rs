@@ -27,6 +27,7 @@ use tokio::{
 use crate::{
     args::ChatArgs,
     monitor::ServerMonitor,
+    phase::{PhaseTotals, ScenarioPhase},
     procfs::ProcfsError,
     progress::Progress,
     report::{
@@ -34,7 +35,7 @@ use crate::{
     },
     timestamp::SendTimestamp,
     virtual_users::metrics::lag_histogram,
-    virtual_users::workers::{GeneratorUsage, PhaseTotals, ScenarioPhase},
+    virtual_users::workers::GeneratorUsage,
 };
 
 /// Time limit of a response.

@@ -19,10 +19,10 @@ use tokio::{
 use crate::{
     args::{LedgerArgs, LoadArgs, Thresholds},
     monitor::ServerMonitor,
+    phase::{PhaseTotals, ScenarioPhase},
     procfs::{CpuTime, ProcfsError},
     progress::Progress,
     report::{GeneratorReport, Report, messages::MessageReport},
-    virtual_users::workers::{PhaseTotals, ScenarioPhase},
 };
 
 /// Time limit for all members to join.

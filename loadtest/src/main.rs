@@ -15,6 +15,7 @@ use crate::{
 mod args;
 mod websocket;
 mod timestamp;
+mod phase;
 mod procfs;
 mod signals;
 mod report;

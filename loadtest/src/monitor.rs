@@ -13,9 +13,9 @@ use tokio::time::Instant;
 
 use crate::{
     args::MonitorArgs,
+    phase::{PhaseTotals, ScenarioPhase},
     procfs::{self, CpuTime, ProcessUsage, ProcfsError},
     report::servers::{GaugeSeries, ServerReport, ServerSample, gauges},
-    virtual_users::workers::{PhaseTotals, ScenarioPhase},
 };
 
 /// Interval between samples.

@@ -6,9 +6,7 @@ use tokio::time::Instant;
 
 use super::{ScenarioError, ScenarioOutput, ScenarioRun, run_scenario};
 use crate::{
-    args::ConnectArgs,
-    report::Report,
-    virtual_users::{RoomAssignment, workers::ScenarioPhase},
+    args::ConnectArgs, phase::ScenarioPhase, report::Report, virtual_users::RoomAssignment,
 };
 
 /// Runs `loadtest connect`.

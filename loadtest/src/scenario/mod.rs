@@ -16,6 +16,7 @@ use loadtest::checker::timeline;
 use crate::{
     args::{CommonArgs, OpenArgs, ProcessArgs},
     monitor::ServerMonitor,
+    phase::{PhaseTotals, ScenarioPhase},
     procfs::{self, ProcfsError},
     report::{
         GeneratorReport, Report, StepResult, connections::ConnectionReport, messages::MessageReport,
@@ -24,7 +25,7 @@ use crate::{
     virtual_users::{
         ConnectPlan, RoomAssignment, VirtualUsers,
         share::WorkerShare,
-        workers::{self, GeneratorUsage, PhaseSync, PhaseTotals, ScenarioPhase, WorkerReport},
+        workers::{self, GeneratorUsage, PhaseSync, WorkerReport},
     },
 };
 

@@ -9,9 +9,10 @@ use tokio::time::Instant;
 use super::{ScenarioError, ScenarioOutput, ScenarioRun, run_scenario};
 use crate::{
     args::{ProcessArgs, StormArgs},
+    phase::ScenarioPhase,
     procfs::ProcessUsage,
     report::{Report, StepResult, connections::ConnectionReport},
-    virtual_users::{RoomAssignment, workers::ScenarioPhase},
+    virtual_users::RoomAssignment,
 };
 
 /// Granularity of the measured memory. With huge pages memory grows and shrinks by 2 MiB: one page

@@ -11,8 +11,9 @@ use tokio::time::Instant;
 use super::{ScenarioError, ScenarioOutput, ScenarioRun, run_scenario};
 use crate::{
     args::{ArrivalRate, FanoutArgs, ProcessArgs, RoomsArgs, SlowArgs, TrafficArgs},
+    phase::ScenarioPhase,
     report::{Report, StepResult},
-    virtual_users::{RoomAssignment, workers::ScenarioPhase},
+    virtual_users::RoomAssignment,
 };
 
 /// Time limit for pending messages to be answered, and then to be delivered.
