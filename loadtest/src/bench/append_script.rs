@@ -8,7 +8,10 @@ use std::{
 
 use tokio::time::Instant;
 
-use super::{CONTENT_BYTES, clients::BenchTimes, rows::BenchLoad};
+use super::{
+    clients::BenchTimes,
+    rows::{BenchLoad, CONTENT_BYTES},
+};
 use crate::timestamp::SendTimestamp;
 
 /// The text of the gateway's script.

@@ -19,9 +19,8 @@ use mio::{Events, Interest, Poll, Token, net::TcpStream};
 use tokio::time::Instant;
 
 use super::{
-    CONTENT_BYTES,
     client::{self, ClientError},
-    rows::{BenchLoad, LoadModel},
+    rows::{BenchLoad, CONTENT_BYTES, LoadModel},
 };
 use crate::{
     timestamp::SendTimestamp,

@@ -6,9 +6,9 @@ use hdrhistogram::Histogram;
 use tokio::time::Instant;
 
 use super::{
-    CONTENT_BYTES,
     client::{BlockingClient, ClientError},
     clients::{BenchTimes, histogram},
+    rows::CONTENT_BYTES,
 };
 use crate::timestamp::SendTimestamp;
 

@@ -6,8 +6,6 @@ use std::{collections::BTreeMap, fmt};
 
 use serde::{Serialize, Serializer};
 
-use super::rows::BenchTarget;
-
 /// A measured value. The order is that of the table.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) enum Measure {
@@ -51,6 +49,16 @@ pub(crate) struct Spread {
     pub(crate) median: f64,
     pub(crate) min: f64,
     pub(crate) max: f64,
+}
+
+/// Target of a measure.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(crate) enum BenchTarget {
+    Max(f64),
+    Min(f64),
+    /// Ratio to the baseline of the same round.
+    MaxTimesBaseline(f64),
+    MinTimesBaseline(f64),
 }
 
 impl Measure {

@@ -4,17 +4,17 @@
 //! gateway is measured beside another build only, so that many short rounds show the cost of a
 //! change.
 
-use std::{fs, io, time::Duration};
+use std::{fs, time::Duration};
 
 use clap::Parser as _;
 use hdrhistogram::Histogram;
 
 use crate::{
     args::{BenchArgs, Cli, LoadCommand},
-    procfs::ProcfsError,
-    scenario::{ScenarioError, connect},
+    scenario::connect,
 };
 
+mod error;
 mod rows;
 mod measure;
 mod client;
@@ -25,49 +25,18 @@ mod servers;
 mod machine;
 mod table;
 
-use client::ClientError;
 use clients::{BenchClients, BenchTimes};
+use error::BenchError;
 use machine::Machine;
 use measure::{Measure, RoundSample};
 use rows::{BenchLoad, BenchRow, LoadModel, ROWS, Workload};
 use servers::{BenchEnvironment, BenchServers, Candidate, ServerCpu};
 use table::{Rounds, Table, TableRow};
 
-/// Size of every message's content: a timestamp and padding.
-const CONTENT_BYTES: usize = 128;
 /// Descriptors that servers and load need; servers inherit the limit.
 const DESCRIPTORS: u64 = 20_000;
 /// If messages are sent later than this, the latency is that of the load generator.
 const LATENESS_MAX: Duration = Duration::from_millis(1);
-
-/// Why there is no measurement.
-#[derive(Debug, thiserror::Error)]
-pub(crate) enum BenchError {
-    /// A server cannot be started.
-    #[error("{program}: {source}")]
-    Start { program: String, source: io::Error },
-    /// A server does not become ready.
-    #[error("{program} is not ready: {log}")]
-    NotReady { program: String, log: String },
-    /// No directory for logs is available.
-    #[error("cannot create a directory for logs: {0}")]
-    Scratch(#[source] io::Error),
-    /// A connection of the load failed.
-    #[error(transparent)]
-    Client(#[from] ClientError),
-    /// Redis did not answer as expected.
-    #[error("Redis: {0}")]
-    Redis(#[from] io::Error),
-    /// The usage of a process cannot be read.
-    #[error(transparent)]
-    Cost(#[from] ProcfsError),
-    /// Connections cannot be opened.
-    #[error(transparent)]
-    Connect(#[from] ScenarioError),
-    /// The result cannot be written.
-    #[error("{path}: {source}")]
-    Json { path: String, source: io::Error },
-}
 
 /// Measures the requested rows.
 pub(crate) async fn run(args: BenchArgs) -> Result<Table, BenchError> {

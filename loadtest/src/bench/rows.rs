@@ -2,8 +2,14 @@
 //!
 //! Pure. A new row is one more entry of [`ROWS`].
 
-use super::{measure::Measure, servers::Candidate};
+use super::{
+    measure::{BenchTarget, Measure},
+    servers::Candidate,
+};
 use crate::args::RowName;
+
+/// Size of every message's content: a timestamp and padding.
+pub(crate) const CONTENT_BYTES: usize = 128;
 
 /// A row.
 #[derive(Debug)]
@@ -53,16 +59,6 @@ pub(crate) enum LoadModel {
     ClosedLoop { senders: usize, in_flight: usize },
     /// So many messages a second, of all members in turn, whatever became of earlier ones.
     OpenLoop(u32),
-}
-
-/// Target of a measure.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub(crate) enum BenchTarget {
-    Max(f64),
-    Min(f64),
-    /// Ratio to the baseline of the same round.
-    MaxTimesBaseline(f64),
-    MinTimesBaseline(f64),
 }
 
 /// All rows, in the order of the table.

@@ -16,7 +16,7 @@ use serde::Serialize;
 use tempfile::TempDir;
 use tokio::time::Instant;
 
-use super::BenchError;
+use super::error::BenchError;
 use crate::procfs::{CpuTime, free_address};
 
 /// CPU of the servers. The load runs on the other.

@@ -11,8 +11,8 @@ use serde::Serialize;
 
 use super::{
     machine::Machine,
-    measure::{Measure, RoundSample, Spread},
-    rows::{BenchRow, BenchTarget},
+    measure::{BenchTarget, Measure, RoundSample, Spread},
+    rows::BenchRow,
     servers::{Candidate, GATEWAY_OPTIONS},
 };
 
