@@ -12,22 +12,18 @@ use std::{
     time::Duration,
 };
 
-use tokio::{
-    task::JoinError,
-    time::{Instant, sleep},
-};
+use tokio::time::{Instant, sleep};
 
 use self::{
     attacker::{Attacker, AttackerStats},
     catalogue::{Attack, CATALOGUE, Scale},
+    error::AbuseError,
     legitimate::{ClientsSize, LegitimateClients},
-    slow_link::LinkError,
     testbed::{AbuseNode, NodeOptions},
     verdict::{AttackMeasurement, AttackThresholds, AttackVerdict, NodeUsage},
 };
 use crate::{
     args::AbuseArgs,
-    chaos::cluster::ClusterError,
     report::{GeneratorReport, Report, StepResult, attacks::AttackRow},
     scenario::{ScenarioError, ending_early},
     virtual_users::workers::GeneratorUsage,
@@ -35,6 +31,7 @@ use crate::{
 
 mod attacker;
 mod catalogue;
+mod error;
 mod legitimate;
 mod profile;
 mod slow_link;
@@ -57,29 +54,6 @@ const LEAD_TIME: Duration = Duration::from_millis(300);
 const CONNECTIONS_MAX: u64 = 15_000;
 /// Descriptors of this process, and of the gateway, that are not the attacker's.
 const SPARE_DESCRIPTORS: u64 = 2_500;
-
-/// Why there is no result.
-#[derive(Debug, thiserror::Error)]
-pub(crate) enum AbuseError {
-    /// An attack is not in the catalogue.
-    #[error("{0}")]
-    Unknown(String),
-    /// The gateways or their Redis failed.
-    #[error(transparent)]
-    Cluster(#[from] ClusterError),
-    /// The legitimate clients failed.
-    #[error(transparent)]
-    Legitimate(#[from] ScenarioError),
-    /// This machine cannot set up a slow link.
-    #[error(transparent)]
-    Link(#[from] LinkError),
-    /// The attacker's sockets failed.
-    #[error("attacker: {0}")]
-    Attacker(#[from] io::Error),
-    /// The attacker's thread panicked.
-    #[error("the attacker panicked")]
-    Panic(#[from] JoinError),
-}
 
 /// Lists the catalogue.
 pub(crate) fn list() -> String {

@@ -23,7 +23,7 @@ use serde_json::{Value, json};
 use tokio::time::Instant;
 
 use super::{
-    AbuseError,
+    error::{AbuseError, LinkError},
     testbed::{API_KEY, AbuseNode, NodeOptions},
 };
 use crate::{
@@ -53,21 +53,6 @@ const LOOPBACK_MAX: Duration = Duration::from_secs(10);
 const POLL_INTERVAL: Duration = Duration::from_millis(200);
 const ROOM: &str = "slow-link";
 const USER: &str = "slow-link-client";
-
-/// Why the slow link cannot run on this machine.
-#[derive(Debug, thiserror::Error)]
-pub(crate) enum LinkError {
-    /// A command of iproute2 failed or does not exist.
-    #[error(
-        "a network namespace with `tbf` needs root, CAP_NET_ADMIN and iproute2: {command}: {output}"
-    )]
-    Command {
-        /// The command.
-        command: String,
-        /// Its error.
-        output: String,
-    },
-}
 
 /// A network namespace behind a slow link, until it is dropped.
 struct ShapedLink {
