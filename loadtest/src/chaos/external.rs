@@ -7,7 +7,7 @@ use tokio::{net::lookup_host, time::sleep};
 
 use super::{
     cluster::{ClusterError, send_command, signal},
-    plan::{FaultKind, PlannedFault},
+    plan::{CLIENT_DELAY, FaultKind, PlannedFault},
 };
 use crate::args::{ExternalArgs, ServerUrl};
 
@@ -70,7 +70,7 @@ impl ExternalCluster {
         match fault.kind {
             FaultKind::ClientCut => clients(Mode::Cut).await,
             FaultKind::ClientBlackHole => clients(Mode::BlackHole).await,
-            FaultKind::ClientDelay => clients(Mode::Delay(super::CLIENT_DELAY)).await,
+            FaultKind::ClientDelay => clients(Mode::Delay(CLIENT_DELAY)).await,
             FaultKind::GatewayStop => {
                 let pid = self.gateways[fault.node % self.gateways.len()];
                 signal(pid, "STOP").await;

@@ -9,7 +9,7 @@ use tokio::time::{Instant, sleep, sleep_until};
 use self::{
     cluster::{ClusterError, ClusterPrograms, LocalCluster},
     external::ExternalCluster,
-    plan::{FaultKind, PlannedFault},
+    plan::{CLIENT_DELAY, FaultKind, PlannedFault},
 };
 use crate::{
     args::{ChaosArgs, LoadArgs},
@@ -21,9 +21,6 @@ use crate::{
 pub(crate) mod cluster;
 mod external;
 mod plan;
-
-/// Delay of the bytes of clients in `ClientDelay`.
-const CLIENT_DELAY: Duration = Duration::from_millis(200);
 
 /// Why a run has no result.
 #[derive(Debug, thiserror::Error)]

@@ -17,6 +17,9 @@ const PAUSE_MS: std::ops::Range<u64> = 300..1_200;
 /// their own (docs/faults.md).
 const DURATION_MS: std::ops::Range<u64> = 200..2_000;
 
+/// Delay of the bytes of clients in `ClientDelay`.
+pub(crate) const CLIENT_DELAY: Duration = Duration::from_millis(200);
+
 /// Kinds of faults.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
 #[serde(rename_all = "snake_case")]
