@@ -197,10 +197,10 @@ impl ConnectOptions {
             match placement {
                 TokenLocation::Query => {}
                 TokenLocation::Header => {
-                    fixed.push((header::AUTHORIZATION, format!("Bearer {token}")))
+                    fixed.push((header::AUTHORIZATION, format!("Bearer {token}")));
                 }
                 TokenLocation::Cookie(name) => {
-                    fixed.push((header::COOKIE, format!("{name}={token}")))
+                    fixed.push((header::COOKIE, format!("{name}={token}")));
                 }
                 TokenLocation::Subprotocol => subprotocols.push(format!("bearer.{token}")),
             }

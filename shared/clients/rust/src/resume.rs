@@ -7,7 +7,7 @@
 //!
 //! Pure: no I/O, `now` is an argument. `client::state` keeps one of each per room.
 //!
-//! Invariant: within an epoch the cursor never goes down, unless the server announced a
+//! Invariant: within an epoch the cursor never goes down, unless the server signalled a
 //! discontinuity (`joined` with `recovered:false`, `reset`).
 
 use std::{
@@ -185,7 +185,7 @@ impl LogTracker {
         let expected = Position::new(cursor.epoch.clone(), cursor.seq + 1);
         let is_next = expected == *position;
         *cursor = position.clone();
-        if self.recovery_end.is_some_and(|goal| goal <= position.seq) {
+        if self.recovery_end.is_some_and(|end| end <= position.seq) {
             self.recovery_end = None;
         }
         if is_next { CursorStep::Next } else { CursorStep::SkippedTo { expected: Some(expected) } }

@@ -117,7 +117,7 @@ impl ProtocolState {
             ServerFrame::Ack(ack) => self.on_ack(*ack, now),
             ServerFrame::Left(left) => {
                 self.take_request(left.reference.as_ref());
-                self.on_left(&left.room, reason_in(&text).and_then(|loose| loose.reason));
+                self.on_left(&left.room, reason_in(&text).and_then(|field| field.reason));
             }
             ServerFrame::History(history) => {
                 let messages = history.messages.into_iter().filter_map(into_message).collect();
@@ -152,7 +152,7 @@ impl ProtocolState {
                 .out
                 .push_back(EncodedFrame::Text(frames::encode_text(&frames::OutgoingPong {}))),
             ServerFrame::RoomClosed(closed) => {
-                self.on_left(&closed.room, reason_in(&text).and_then(|loose| loose.reason));
+                self.on_left(&closed.room, reason_in(&text).and_then(|field| field.reason));
             }
             ServerFrame::Direct(direct) => self.on_direct(direct, None),
             ServerFrame::Notification(notification) => self.on_notification(notification),
@@ -196,7 +196,7 @@ impl ProtocolState {
     fn on_notification(&mut self, notification: Box<NotificationFrame>) {
         let position = Position::new(notification.epoch.clone(), notification.seq);
         // No user has this id, because ids with a leading `_` belong to the server.
-        let from = "_api".parse().expect("an id");
+        let from = "_api".parse().expect("a valid user id");
         if self.inbox.accept(&position, &from, notification.id) {
             if notification.require_ack {
                 self.inbox.await_seen(&position);
@@ -296,13 +296,13 @@ impl ProtocolState {
             route: connected.route.clone(),
         });
         self.connected = Some(connected);
-        let away: Vec<RoomId> = self
+        let to_join: Vec<RoomId> = self
             .rooms
             .iter()
             .filter(|(_, room)| room.state == RoomState::AwaitingConnection)
             .map(|(name, _)| name.clone())
             .collect();
-        for name in away {
+        for name in to_join {
             if self.url_room.as_ref() == Some(&name) {
                 if let Some(room) = self.rooms.get_mut(&name) {
                     room.state = RoomState::Joining;
@@ -448,7 +448,7 @@ impl ProtocolState {
             Some(PendingRequest::Join(name)) => self.on_join_rejected(&name, error_frame, again),
             Some(PendingRequest::Leave(name)) => self.on_leave_rejected(&name, error_frame, again),
             Some(PendingRequest::Send(name, id)) => {
-                self.on_send_rejected(&name, id, error_frame, again, now)
+                self.on_send_rejected(&name, id, error_frame, again, now);
             }
             Some(PendingRequest::History(reply)) => {
                 let _ = reply.send(Err(HistoryError::Rejected(error_frame)));

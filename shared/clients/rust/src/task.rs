@@ -238,13 +238,13 @@ impl ClientTask {
         match received {
             ReceivedMessage::Frame(frame, text) => self.state.on_frame(frame, text, now),
             ReceivedMessage::Binary(message, payload) => {
-                self.state.on_message(message, Some(payload), now)
+                self.state.on_message(message, Some(payload), now);
             }
             ReceivedMessage::BinaryDirect(direct, payload) => {
                 self.state.on_direct(direct, Some(payload));
             }
             ReceivedMessage::Text(text) => {
-                self.state.events.push_back(ClientEvent::InvalidMessage(text))
+                self.state.events.push_back(ClientEvent::InvalidMessage(text));
             }
             ReceivedMessage::Bytes(bytes) => {
                 let text = String::from_utf8_lossy(&bytes).into_owned();
