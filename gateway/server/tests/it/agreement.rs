@@ -32,7 +32,7 @@ async fn next_status(connection: &mut ClientConnection) -> StatusFrame {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn clients_hear_when_the_bus_is_away_and_when_nothing_is_missing_any_more() {
+async fn clients_receive_status_when_the_bus_goes_down_and_up() {
     let mut redis = Redis::start_durable().await;
     let (one, two) = (Gateway::start_on(&redis, &[]).await, Gateway::start_on(&redis, &[]).await);
     let lobby = room("lobby");
@@ -52,7 +52,7 @@ async fn clients_hear_when_the_bus_is_away_and_when_nothing_is_missing_any_more(
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_new_redis_waits_for_those_who_may_remember_something() {
+async fn the_first_node_on_an_empty_redis_waits_for_other_nodes() {
     let redis = Redis::start_new(false).await;
     let begun = Instant::now();
     let gateway = Gateway::start_on(&redis, &[]).await;
@@ -72,7 +72,7 @@ async fn a_new_redis_waits_for_those_who_may_remember_something() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_redis_that_is_flushed_while_nobody_speaks_is_agreed_on_again() {
+async fn idle_nodes_agree_again_after_redis_is_flushed() {
     let redis = Redis::start().await;
     let (one, two) = (Gateway::start_on(&redis, &[]).await, Gateway::start_on(&redis, &[]).await);
     let (lobby, other) = (room("lobby"), room("other"));
@@ -89,7 +89,7 @@ async fn a_redis_that_is_flushed_while_nobody_speaks_is_agreed_on_again() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_node_starts_on_a_full_redis_and_its_clients_are_served() {
+async fn a_node_starts_and_serves_clients_on_a_full_redis() {
     let redis = Redis::start().await;
     let one = Gateway::start_on(&redis, &[]).await;
     let lobby = room("lobby");
@@ -120,7 +120,7 @@ async fn resume(gateway: &Gateway, room: &RoomId, since: &Position) -> JoinedFra
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_planned_stop_and_start_of_everything_is_no_break() {
+async fn a_planned_restart_of_the_whole_cluster_keeps_the_epoch() {
     let mut redis = Redis::start_durable().await;
     let options = [SHORT_LEASE_OPTION];
     let (one, two) =

@@ -67,7 +67,7 @@ async fn notification(connection: &mut ClientConnection) -> NotificationFrame {
 }
 
 #[tokio::test]
-async fn who_has_no_key_is_told_so() {
+async fn requests_without_a_valid_key_are_rejected() {
     World::each(&OPTIONS, async |world| {
         let address = world.nodes[0].address;
         for key in [None, Some("wrong"), Some("")] {
@@ -92,7 +92,7 @@ async fn who_has_no_key_is_told_so() {
 }
 
 #[tokio::test]
-async fn the_application_sends_to_a_room_as_itself_or_as_somebody() {
+async fn the_application_publishes_as_itself_or_as_a_user() {
     World::each(&OPTIONS, async |world| {
         let mut ann = world.connect(0, "ann").await;
         ann.join(&room("r")).await.unwrap();
@@ -124,7 +124,7 @@ async fn the_application_sends_to_a_room_as_itself_or_as_somebody() {
 }
 
 #[tokio::test]
-async fn a_batch_has_a_fate_for_each_message_in_its_order() {
+async fn a_batch_returns_one_result_per_message_in_order() {
     World::each(&OPTIONS, async |world| {
         let mut ann = world.connect(2, "ann").await;
         ann.join(&room("r")).await.unwrap();
@@ -147,7 +147,7 @@ async fn a_batch_has_a_fate_for_each_message_in_its_order() {
 }
 
 #[tokio::test]
-async fn rooms_are_made_listed_looked_into_and_deleted() {
+async fn rooms_are_created_listed_read_and_deleted() {
     World::each(&OPTIONS, async |world| {
         let made = json!({"name": "The Room", "owner": "ann", "password": "open", "max_members": 3,
             "public": false, "meta": {"a": 1}});
@@ -204,7 +204,7 @@ async fn rooms_are_made_listed_looked_into_and_deleted() {
 }
 
 #[tokio::test]
-async fn notifications_reach_all_devices_now_or_later_and_once() {
+async fn notifications_reach_every_device_exactly_once() {
     World::each(&OPTIONS, async |world| {
         let mut ann = Device::open(world, 0, "ann", |_| {}).await;
         let mut phone = Device::open(world, 1, "ann", |_| {}).await;
@@ -270,7 +270,7 @@ async fn a_broadcast_reaches_every_connection_once() {
 }
 
 #[tokio::test]
-async fn a_member_is_removed_on_every_device_and_may_join_again() {
+async fn a_removed_member_leaves_on_every_device_and_may_rejoin() {
     World::each(&OPTIONS, async |world| {
         let mut devices = [world.connect(0, "ann").await, world.connect(1, "ann").await];
         let mut bob = world.connect(2, "bob").await;
@@ -300,7 +300,7 @@ async fn a_member_is_removed_on_every_device_and_may_join_again() {
 }
 
 #[tokio::test]
-async fn a_user_is_disconnected_everywhere_and_the_session_is_gone_unless_kept() {
+async fn disconnect_closes_all_connections_and_drops_sessions() {
     World::each(&OPTIONS, async |world| {
         for keep in [true, false] {
             let mut ann = Device::open(world, 0, "ann", |_| {}).await;
@@ -358,7 +358,7 @@ async fn sessions_are_listed_and_revoked_one_or_all_but_one() {
 }
 
 #[tokio::test]
-async fn a_user_is_shown_with_rooms_and_how_the_connections_are() {
+async fn user_info_lists_rooms_and_connections() {
     World::each(&OPTIONS, async |world| {
         let mut ann = world.connect(0, "ann").await;
         let phone = world.connect(1, "ann").await;
@@ -395,7 +395,7 @@ async fn a_user_is_shown_with_rooms_and_how_the_connections_are() {
 }
 
 #[tokio::test]
-async fn the_trail_of_a_message_says_where_it_went() {
+async fn a_message_trail_shows_the_fan_out_of_each_node() {
     World::each(&OPTIONS, async |world| {
         let mut ann = world.connect(0, "ann").await;
         let mut bob = world.connect(1, "bob").await;
@@ -423,7 +423,7 @@ async fn the_trail_of_a_message_says_where_it_went() {
 }
 
 #[tokio::test]
-async fn an_inbox_is_emptied_and_its_connections_are_reset() {
+async fn clearing_an_inbox_resets_its_connections() {
     World::each(&OPTIONS, async |world| {
         let mut ann = world.connect(0, "ann").await;
         let mut bob = Device::open(world, 1, "bob", |_| {}).await;
@@ -463,7 +463,7 @@ async fn an_inbox_is_emptied_and_its_connections_are_reset() {
 }
 
 #[tokio::test]
-async fn nodes_are_listed_counted_and_taken_out_of_service() {
+async fn nodes_are_listed_counted_and_drained() {
     World::each(&OPTIONS, async |world| {
         let mut ann = world.connect(0, "ann").await;
         let mut bob = Device::open(world, 1, "bob", |_| {}).await;
@@ -487,7 +487,7 @@ async fn nodes_are_listed_counted_and_taken_out_of_service() {
 
 /// The document as generators want it: operations that can be told apart, one error, a server.
 #[tokio::test]
-async fn the_document_names_its_operations_its_error_and_its_server() {
+async fn the_openapi_document_names_operations_error_and_server() {
     let gateway = crate::harness::Gateway::start(&OPTIONS).await;
     let document = crate::harness::get(gateway.address, "/api/openapi.json").await.body;
     let document: Value = serde_json::from_str(&document).unwrap();
@@ -600,7 +600,7 @@ async fn generated_clients_call_every_operation() {
 /// What is sent is made of the document by a tool that shares no code with this (PyPI: schemathesis):
 /// valid, not quite valid, in sequences. Whatever is answered has to be in the document.
 #[tokio::test]
-async fn nothing_that_the_document_allows_or_forbids_brings_an_answer_that_it_does_not_have() {
+async fn every_response_to_schemathesis_conforms_to_the_document() {
     let gateway = crate::harness::Gateway::start(&OPTIONS).await;
     let tool = tool("schemathesis-4.32.5/bin/schemathesis");
     let folder = tempfile::tempdir().unwrap();

@@ -36,7 +36,7 @@ pub fn token(mut claims: Value, lives_s: i64) -> String {
 }
 
 #[tokio::test]
-async fn a_token_may_stand_in_four_places() {
+async fn a_token_is_accepted_in_four_locations() {
     let gateway = Gateway::start(&JWT).await;
     for placement in [
         TokenLocation::Query,
@@ -55,7 +55,7 @@ async fn a_token_may_stand_in_four_places() {
 }
 
 #[tokio::test]
-async fn a_bad_token_is_told_by_a_close_and_is_not_mended_by_another() {
+async fn a_bad_token_closes_with_1008_despite_a_second_valid_one() {
     let gateway = Gateway::start(&JWT).await;
     let refusal = async |options: ConnectOptions| {
         let mut connection = ClientConnection::open(&options).await.unwrap();
@@ -83,7 +83,7 @@ async fn a_bad_token_is_told_by_a_close_and_is_not_mended_by_another() {
 }
 
 #[tokio::test]
-async fn an_anonymous_user_with_a_bad_id_is_refused() {
+async fn an_anonymous_user_with_an_invalid_id_is_rejected() {
     let gateway = Gateway::start(&[]).await;
     for bad in ["a b", "_api", ""] {
         let options = ConnectOptions::new(gateway.url("/ws")).user(bad);
@@ -93,7 +93,7 @@ async fn an_anonymous_user_with_a_bad_id_is_refused() {
 }
 
 #[tokio::test]
-async fn a_connection_ends_with_its_token() {
+async fn a_connection_closes_when_its_token_expires() {
     let gateway = Gateway::start(&[&JWT[..], &[("auth.leeway", "1s")]].concat()).await;
     let ends = now() + 2;
     let token = token(json!({"sub": "ann"}), 2);
@@ -108,7 +108,7 @@ async fn a_connection_ends_with_its_token() {
 }
 
 #[tokio::test]
-async fn a_header_of_any_bytes_hides_no_token() {
+async fn a_token_is_found_beside_non_ascii_headers() {
     let gateway = Gateway::start(&[&JWT[..], &[("api.keys", "t:0123456789abcdef")]].concat()).await;
     let token = token(json!({"sub": "ann", "name": "\u{202E}nnA".repeat(40)}), 60);
     let status = async |path: &str, header: &str| {
@@ -142,7 +142,7 @@ async fn a_header_of_any_bytes_hides_no_token() {
 }
 
 #[tokio::test]
-async fn cookies_of_a_page_from_anywhere_say_nothing() {
+async fn cookies_are_ignored_from_unlisted_origins() {
     let any = [&JWT[..], &[("server.allowed_origins", "*,https://app.example")]].concat();
     let gateway = Gateway::start(&any).await;
     for (origin, expected) in [
@@ -167,7 +167,7 @@ async fn cookies_of_a_page_from_anywhere_say_nothing() {
 }
 
 #[tokio::test]
-async fn a_token_that_may_only_read_deletes_no_room() {
+async fn a_read_only_token_cannot_delete_rooms() {
     let gateway = Gateway::start(&JWT).await;
     let connect = async |rooms: Value| {
         let token = token(json!({"sub": "ann", "rooms": rooms}), 60);
@@ -190,7 +190,7 @@ async fn a_token_that_may_only_read_deletes_no_room() {
 }
 
 #[tokio::test]
-async fn a_token_opens_the_rooms_it_names() {
+async fn a_token_grants_only_the_rooms_it_names() {
     let gateway = Gateway::start(&JWT).await;
     let claims = json!({"sub": "ann", "rooms": {"team:*": "rw", "news": "r"}});
     let options =
@@ -211,7 +211,7 @@ async fn a_token_opens_the_rooms_it_names() {
 }
 
 #[tokio::test]
-async fn another_token_holds_at_once_and_a_bad_one_changes_nothing() {
+async fn refresh_applies_at_once_and_a_bad_token_changes_nothing() {
     let gateway = Gateway::start(&JWT).await;
     let first = token(json!({"sub": "ann", "rooms": {"a": "rw", "b": "rw"}}), 3);
     let options = ConnectOptions::new(gateway.url("/ws")).token(first, TokenLocation::Query);

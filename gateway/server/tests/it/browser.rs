@@ -148,7 +148,7 @@ async fn a_message_typed_in_one_page_appears_in_another() {
 
 /// A browser that does not keep to the compression it agreed on is closed with 1007.
 #[tokio::test]
-async fn the_page_comes_back_without_compression_once() {
+async fn the_page_reconnects_without_compression_once() {
     let gateway = Gateway::start(&[]).await;
     let driver = Chromedriver::start().await;
     let browser = browser(&driver).await;
@@ -182,14 +182,14 @@ async fn the_page_comes_back_without_compression_once() {
 }
 
 #[tokio::test]
-async fn also_when_the_pages_are_on_different_nodes() {
+async fn a_message_typed_in_one_page_appears_on_another_node() {
     let redis = Redis::start().await;
     let (one, two) = (Gateway::start_on(&redis, &[]).await, Gateway::start_on(&redis, &[]).await);
     check(&format!("http://{}/", one.address), &format!("http://{}/chat", two.address)).await;
 }
 
 #[tokio::test]
-async fn people_typing_read_marks_and_managed_rooms_show_on_another_node() {
+async fn presence_typing_read_marks_and_rooms_show_on_another_node() {
     let redis = Redis::start().await;
     let (one, two) = (Gateway::start_on(&redis, &[]).await, Gateway::start_on(&redis, &[]).await);
     let driver = Chromedriver::start().await;

@@ -167,7 +167,7 @@ impl Fixture {
 }
 
 #[tokio::test]
-async fn entries_are_numbered_and_heard_in_the_order_of_the_calls() {
+async fn entries_are_numbered_and_received_in_call_order() {
     each(retention(), async |fixture| {
         let lobby = room("lobby");
         within(fixture.bus.subscribe(lobby.clone())).await.unwrap();
@@ -213,7 +213,7 @@ async fn an_id_has_one_position_per_user_and_room() {
 }
 
 #[tokio::test]
-async fn an_id_is_known_for_the_window_and_forgotten_some_time_after() {
+async fn ids_are_deduplicated_for_the_window_and_then_forgotten() {
     let window = Duration::from_secs(1);
     each(Retention { dedup_window: window, ..retention() }, async |fixture| {
         let lobby = room("lobby");
@@ -230,7 +230,7 @@ async fn an_id_is_known_for_the_window_and_forgotten_some_time_after() {
 }
 
 #[tokio::test]
-async fn a_log_is_read_in_parts() {
+async fn a_log_is_read_in_pages() {
     each(retention(), async |fixture| {
         let lobby = room("lobby");
         for _ in 0..100 {
@@ -257,7 +257,7 @@ async fn a_log_is_read_in_parts() {
 }
 
 #[tokio::test]
-async fn a_read_is_cut_where_it_is_too_much_but_gives_one_entry() {
+async fn a_read_stops_at_its_byte_limit_but_returns_one_entry() {
     each(retention(), async |fixture| {
         let lobby = room("lobby");
         for bytes in [READ_BYTES_MAX / 2, READ_BYTES_MAX / 3, READ_BYTES_MAX, 10] {
@@ -286,7 +286,7 @@ async fn a_room_has_its_epoch_before_its_first_entry() {
 }
 
 #[tokio::test]
-async fn only_rooms_that_are_followed_are_heard() {
+async fn entries_arrive_only_from_subscribed_rooms() {
     each(retention(), async |fixture| {
         let (lobby, other) = (room("lobby"), room("other"));
         within(fixture.bus.subscribe(lobby.clone())).await.unwrap();
@@ -304,7 +304,7 @@ async fn only_rooms_that_are_followed_are_heard() {
 }
 
 #[tokio::test]
-async fn retention_keeps_what_it_says_and_no_more() {
+async fn retention_keeps_its_minimum_and_no_more() {
     let short = Retention { entries_min: 50, window: Duration::ZERO, ..retention() };
     each(short, async |fixture| {
         let lobby = room("lobby");
@@ -342,7 +342,7 @@ async fn retention_keeps_what_it_says_and_no_more() {
 }
 
 #[tokio::test]
-async fn logs_in_memory_have_a_common_bound_and_the_oldest_go_first() {
+async fn the_memory_bus_evicts_the_oldest_logs_at_its_byte_limit() {
     let fixture = memory(Retention { memory_bytes_max: 1 << 20, ..retention() });
     let rooms: Vec<RoomId> = (0..200).map(|i| room(&format!("r{i}"))).collect();
     within(fixture.bus.subscribe(rooms[0].clone())).await.unwrap();
@@ -366,7 +366,7 @@ async fn logs_in_memory_have_a_common_bound_and_the_oldest_go_first() {
 const MANY: usize = 12_000;
 
 #[tokio::test(flavor = "multi_thread")]
-async fn the_many_users_of_a_node_that_has_ended_leave() {
+async fn many_users_of_a_stopped_node_leave() {
     let server = Redis::start().await;
     let (stays, ends) =
         (RedisRegistry::start(&server, "stays").await, RedisRegistry::start(&server, "ends").await);
@@ -421,7 +421,7 @@ impl RedisRegistry {
 }
 
 #[tokio::test]
-async fn a_node_with_another_number_of_partitions_does_not_start() {
+async fn a_node_with_a_different_partition_count_does_not_start() {
     let server = Redis::start().await;
     let first = redis(&server, retention()).await;
     let tasks = Tasks::default();
@@ -446,7 +446,7 @@ async fn a_node_with_another_number_of_partitions_does_not_start() {
 }
 
 #[tokio::test]
-async fn appends_wait_for_redis_and_are_then_one_entry_each() {
+async fn appends_wait_for_redis_and_become_one_entry_each() {
     let mut server = Redis::start_durable().await;
     let fixture = redis(&server, retention()).await;
     let lobby = room("lobby");
@@ -463,7 +463,7 @@ async fn appends_wait_for_redis_and_are_then_one_entry_each() {
 }
 
 #[tokio::test]
-async fn an_append_that_cannot_be_sent_in_time_is_unavailable() {
+async fn an_append_past_its_deadline_is_unavailable() {
     let mut server = Redis::start().await;
     let fixture = redis(&server, retention()).await;
     server.kill().await;
@@ -477,7 +477,7 @@ async fn an_append_that_cannot_be_sent_in_time_is_unavailable() {
 }
 
 #[tokio::test]
-async fn a_redis_that_evicts_is_not_ready() {
+async fn an_evicting_redis_makes_the_node_unready() {
     let server = Redis::start().await;
     server.command("CONFIG SET maxmemory-policy allkeys-lru").await;
     let fixture = redis(&server, retention()).await;

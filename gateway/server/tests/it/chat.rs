@@ -96,7 +96,7 @@ async fn the_same_id_twice_is_one_entry() {
 }
 
 #[tokio::test]
-async fn without_echo_the_ack_stands_in_the_place_of_the_copy() {
+async fn without_echo_the_ack_takes_the_place_of_the_copy() {
     let gateway = Gateway::start(&[]).await;
     let lobby = room("lobby");
     let mut ann = gateway.connect("ann").await;
@@ -133,7 +133,7 @@ async fn without_echo_the_ack_stands_in_the_place_of_the_copy() {
 }
 
 #[tokio::test]
-async fn a_copy_that_will_not_come_does_not_keep_its_ack() {
+async fn an_inline_ack_is_sent_even_after_its_room_was_left() {
     let gateway = Gateway::start(&[]).await;
     let mut ann = gateway.connect("ann").await;
     ann.join(&room("r")).await.unwrap();
@@ -155,7 +155,7 @@ async fn a_copy_that_will_not_come_does_not_keep_its_ack() {
 }
 
 #[tokio::test]
-async fn a_client_goes_on_where_it_was() {
+async fn a_client_resumes_from_its_position() {
     let gateway = Gateway::start(&[]).await;
     let lobby = room("lobby");
     let mut ann = gateway.connect("ann").await;
@@ -186,7 +186,7 @@ fn seq_of(entry: &HistoryEntry) -> u64 {
 }
 
 #[tokio::test]
-async fn what_cannot_be_continued_is_announced_with_its_reason() {
+async fn a_failed_resume_states_its_reason() {
     let gateway = Gateway::start(&[
         ("history.max_entries", "300"),
         ("history.window", "0s"),
@@ -230,7 +230,7 @@ async fn what_cannot_be_continued_is_announced_with_its_reason() {
 }
 
 #[tokio::test]
-async fn history_goes_both_ways_and_says_whether_there_is_more() {
+async fn history_pages_both_ways_and_reports_more() {
     let gateway = Gateway::start(&[]).await;
     let lobby = room("lobby");
     let mut ann = gateway.connect("ann").await;
@@ -265,7 +265,7 @@ async fn history_goes_both_ways_and_says_whether_there_is_more() {
 }
 
 #[tokio::test]
-async fn a_binary_message_stays_one_and_is_base64_in_history() {
+async fn a_binary_message_stays_binary_and_is_base64_in_history() {
     let gateway = Gateway::start(&[]).await;
     let lobby = room("lobby");
     let mut ann = gateway.connect("ann").await;
@@ -289,7 +289,7 @@ async fn a_binary_message_stays_one_and_is_base64_in_history() {
 }
 
 #[tokio::test]
-async fn bad_input_gets_an_error_and_the_connection_lives() {
+async fn bad_input_gets_an_error_and_keeps_the_connection() {
     let gateway = Gateway::start(&[]).await;
     let mut ann = gateway.connect("ann").await;
     for (text, code, answers) in [
@@ -313,7 +313,7 @@ async fn bad_input_gets_an_error_and_the_connection_lives() {
 }
 
 #[tokio::test]
-async fn a_room_may_stand_in_the_path() {
+async fn a_room_in_the_url_path_is_joined_on_connect() {
     let gateway = Gateway::start(&[]).await;
     let mut ann = gateway.connect("ann").await;
     let lobby = room("lobby");
@@ -341,7 +341,7 @@ async fn a_room_may_stand_in_the_path() {
 }
 
 #[tokio::test]
-async fn a_room_called_like_an_inbox_is_a_room() {
+async fn a_room_named_like_an_inbox_is_a_room() {
     let gateway = Gateway::start(&[]).await;
     let mut ann = gateway.connect("ann").await;
     let odd = room("u:bob");
@@ -350,7 +350,7 @@ async fn a_room_called_like_an_inbox_is_a_room() {
 }
 
 #[tokio::test]
-async fn ping_is_answered_and_the_heartbeat_finds_the_dead() {
+async fn pings_are_answered_and_silent_peers_closed_with_4002() {
     let gateway =
         Gateway::start(&[("heartbeat.interval", "200ms"), ("heartbeat.idle_timeout", "2s")]).await;
     let mut ann = gateway.connect("ann").await;
@@ -377,7 +377,7 @@ async fn ping_is_answered_and_the_heartbeat_finds_the_dead() {
 }
 
 #[tokio::test]
-async fn a_slow_reader_misses_nothing_and_delays_nobody() {
+async fn a_slow_consumer_misses_nothing_and_delays_no_other() {
     let gateway = Gateway::start(&[
         ("limits.outbox_bytes_max", "64KiB"),
         ("limits.messages_per_second", "0"),
@@ -408,7 +408,7 @@ async fn a_slow_reader_misses_nothing_and_delays_nobody() {
 }
 
 #[tokio::test]
-async fn leaving_ends_the_feed() {
+async fn leaving_a_room_stops_delivery() {
     let gateway = Gateway::start(&[]).await;
     let lobby = room("lobby");
     let mut ann = gateway.connect("ann").await;
@@ -426,7 +426,7 @@ async fn leaving_ends_the_feed() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn who_joins_a_busy_room_sees_no_hole_between_history_and_live() {
+async fn joining_a_busy_room_leaves_no_gap_before_live_messages() {
     let gateway = Gateway::start(&[("limits.messages_per_second", "0")]).await;
     let lobby = room("lobby");
     let mut ann = gateway.connect("ann").await;
@@ -460,7 +460,7 @@ async fn who_joins_a_busy_room_sees_no_hole_between_history_and_live() {
 }
 
 #[tokio::test]
-async fn an_id_may_be_used_in_two_rooms_and_again_before_its_answer() {
+async fn an_id_may_repeat_across_rooms_and_before_its_ack() {
     let gateway = Gateway::start(&[]).await;
     let mut ann = gateway.connect("ann").await;
     for name in ["a", "b"] {
@@ -494,7 +494,7 @@ async fn an_id_may_be_used_in_two_rooms_and_again_before_its_answer() {
 }
 
 #[tokio::test]
-async fn an_ack_out_of_its_place_moves_no_cursor() {
+async fn an_ack_out_of_place_moves_no_cursor() {
     let gateway = Gateway::start(&[("limits.messages_per_second", "0")]).await;
     let lobby = room("lobby");
     let mut ann = gateway.connect("ann").await;

@@ -119,7 +119,7 @@ impl Witness {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn every_member_on_every_node_gets_every_message_once_and_in_order() {
+async fn members_on_all_nodes_get_each_message_once_in_order() {
     let redis = Redis::start().await;
     let mut gateways = vec![];
     for id in ["n1", "n2", "n3"] {
@@ -198,7 +198,7 @@ async fn an_id_sent_through_two_nodes_at_once_is_one_entry() {
 }
 
 #[tokio::test]
-async fn a_client_goes_on_at_another_node() {
+async fn a_client_resumes_on_another_node() {
     let redis = Redis::start().await;
     let (one, two) = (Gateway::start_on(&redis, &[]).await, Gateway::start_on(&redis, &[]).await);
     let lobby = room("lobby");
@@ -223,7 +223,7 @@ async fn a_client_goes_on_at_another_node() {
 }
 
 #[tokio::test]
-async fn the_cluster_page_warns_of_anonymous_mode() {
+async fn the_chat_page_of_a_cluster_warns_of_anonymous_mode() {
     let redis = Redis::start().await;
     let cluster = Gateway::start_on(&redis, &[]).await;
     let alone = Gateway::start(&[]).await;

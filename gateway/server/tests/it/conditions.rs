@@ -62,7 +62,7 @@ async fn refused(connection: &mut ClientConnection, lobby: &RoomId) -> Option<Er
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_policy_that_evicts_is_found_where_config_is_forbidden() {
+async fn an_evicting_policy_is_detected_without_config_permission() {
     let (redis, url) = as_user().await;
     redis.command("CONFIG SET maxmemory-policy volatile-lru").await;
     let gateway = Gateway::start(&cluster(&url)).await;
@@ -74,7 +74,7 @@ async fn a_policy_that_evicts_is_found_where_config_is_forbidden() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_permission_that_is_taken_away_is_named_and_comes_back() {
+async fn a_revoked_permission_is_named_and_recovers_when_granted() {
     let (redis, url) = as_user().await;
     let gateway = Gateway::start(&cluster(&url)).await;
     let lobby = room("lobby");
@@ -98,7 +98,7 @@ async fn a_permission_that_is_taken_away_is_named_and_comes_back() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_user_without_channels_is_named_and_attempts_are_rare() {
+async fn a_missing_channel_permission_is_named_and_retried_rarely() {
     let (redis, url) = as_user().await;
     redis.command("ACL SETUSER gw resetchannels").await;
     let config = ConfigSources {
@@ -189,14 +189,14 @@ async fn start_error(extra: &[(&str, &str)]) -> StartError {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_redis_before_7_is_no_redis_to_start_on() {
+async fn a_gateway_does_not_start_on_redis_before_7() {
     let url = pretend("6.2.14").await;
     let error = start_error(&cluster(&url)).await.to_string();
     assert!(error.contains("6.2.14") && error.contains("7.0"), "{error}");
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_second_gateway_with_one_id_does_not_start() {
+async fn a_second_gateway_with_the_same_id_does_not_start() {
     let redis = Redis::start().await;
     let url = redis.url();
     let with_id = [&cluster(&url)[..], &[("node.id", "gw-1")]].concat();
@@ -217,7 +217,7 @@ async fn a_second_gateway_with_one_id_does_not_start() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn of_two_gateways_that_start_with_one_id_one_at_most_stays() {
+async fn at_most_one_of_two_gateways_with_the_same_id_stays() {
     let redis = Redis::start().await;
     let url = redis.url();
     let flags = [

@@ -189,7 +189,7 @@ fn a_rolling_update_replaces_each_gateway_once() {
 }
 
 #[test]
-fn a_rolling_update_goes_on_after_any_failure() {
+fn a_rolling_update_resumes_after_any_failure() {
     for failure in
         ["build", "ps", "inspect", "up", "up late", "unhealthy", "stop", "stop late", "rm"]
     {
@@ -206,7 +206,7 @@ fn a_rolling_update_goes_on_after_any_failure() {
 }
 
 #[test]
-fn what_was_left_by_a_machine_that_went_down_is_cleared_away() {
+fn a_rolling_update_removes_leftovers_of_a_machine_crash() {
     let docker = Docker::with_gateways(3);
     docker.set("containers/c1", "a exited none");
     docker.set("containers/c2", "a running unhealthy");

@@ -147,7 +147,7 @@ fn history_of(frame: ServerFrame) -> (Vec<String>, bool) {
 }
 
 #[tokio::test]
-async fn a_direct_reaches_every_device_of_both_and_nobody_else() {
+async fn a_direct_reaches_all_devices_of_both_users_only() {
     World::each(&[], async |world| {
         let mut ann = Device::new(world, 0, "ann").await;
         let mut anns_phone = Device::new(world, 1, "ann").await;
@@ -178,7 +178,7 @@ async fn a_direct_reaches_every_device_of_both_and_nobody_else() {
 }
 
 #[tokio::test]
-async fn a_repeated_direct_is_one_and_one_without_echo_makes_no_hole() {
+async fn a_repeated_direct_is_one_entry_and_no_echo_leaves_no_gap() {
     World::each(&[], async |world| {
         let mut ann = Device::new(world, 0, "ann").await;
         let mut bob = Device::new(world, 1, "bob").await;
@@ -232,7 +232,7 @@ async fn a_binary_direct_stays_binary_and_is_base64_in_history() {
 }
 
 #[tokio::test]
-async fn what_came_while_away_comes_from_the_acknowledged_position() {
+async fn directs_sent_while_away_arrive_from_the_acked_position() {
     World::each(&[], async |world| {
         let mut ann = Device::new(world, 0, "ann").await;
         for text in ["one", "two", "three"] {
@@ -266,7 +266,7 @@ async fn what_came_while_away_comes_from_the_acknowledged_position() {
 }
 
 #[tokio::test]
-async fn a_device_that_says_what_it_has_misses_nothing_that_another_acknowledged() {
+async fn a_given_inbox_position_overrides_acks_of_other_devices() {
     World::each(&[], async |world| {
         let mut ann = Device::new(world, 0, "ann").await;
         let mut bob = Device::new(world, 1, "bob").await;
@@ -298,7 +298,7 @@ async fn a_device_that_says_what_it_has_misses_nothing_that_another_acknowledged
 }
 
 #[tokio::test]
-async fn an_inbox_keeps_so_many_entries_and_tells_what_has_expired() {
+async fn an_inbox_is_bounded_and_reports_expired_entries() {
     let few = [
         ("inbox.max_entries", "100"),
         ("history.window", "1ms"),
@@ -332,7 +332,7 @@ async fn an_inbox_keeps_so_many_entries_and_tells_what_has_expired() {
 }
 
 #[tokio::test]
-async fn history_with_a_user_has_what_both_have_said_and_nothing_else() {
+async fn history_with_a_user_has_only_directs_of_the_two() {
     World::each(&[("limits.messages_per_second", "0")], async |world| {
         let mut ann = Device::new(world, 0, "ann").await;
         let mut bob = Device::new(world, 1, "bob").await;
@@ -398,7 +398,7 @@ async fn history_with_a_user_reads_an_inbox_once() {
 }
 
 #[tokio::test]
-async fn what_is_read_for_a_connection_has_a_rate() {
+async fn log_reads_of_a_connection_are_rate_limited() {
     let limits = [("limits.read_bytes_per_second", "4KiB"), ("publish.timeout", "900ms")];
     let gateway = Gateway::start(&limits).await;
     let mut ann = gateway.connect("ann").await;
@@ -421,7 +421,7 @@ async fn what_is_read_for_a_connection_has_a_rate() {
 }
 
 #[tokio::test]
-async fn who_watches_is_told_now_and_on_change() {
+async fn watch_reports_status_at_once_and_on_change() {
     World::each(&[("presence.grace", "0s")], async |world| {
         let begun = Instant::now();
         let bob = Device::new(world, 1, "bob").await;
@@ -456,7 +456,7 @@ async fn who_watches_is_told_now_and_on_change() {
 }
 
 #[tokio::test]
-async fn who_is_connected_is_seen_to_be_by_whoever_asks() {
+async fn a_connected_user_is_online_on_every_node() {
     World::each(&[("presence.grace", "0s")], async |world| {
         let mut ann = Device::new(world, 0, "ann").await;
         for round in 0..10 {
@@ -474,7 +474,7 @@ async fn who_is_connected_is_seen_to_be_by_whoever_asks() {
 }
 
 #[tokio::test]
-async fn a_partner_who_leaves_is_told_of_unasked() {
+async fn peers_of_directs_are_watched_automatically() {
     World::each(&[("presence.grace", "0s")], async |world| {
         let mut ann = Device::new(world, 0, "ann").await;
         let mut bob = Device::new(world, 1, "bob").await;
@@ -499,7 +499,7 @@ async fn a_partner_who_leaves_is_told_of_unasked() {
 }
 
 #[tokio::test]
-async fn watches_have_a_limit_and_a_bound_on_one_frame() {
+async fn watches_above_the_limit_are_rejected_as_a_whole() {
     World::each(&[("limits.watches_per_connection", "3")], async |world| {
         let mut ann = Device::new(world, 0, "ann").await;
         ann.watch(&["a", "b", "b"]).await;
@@ -513,7 +513,7 @@ async fn watches_have_a_limit_and_a_bound_on_one_frame() {
 }
 
 #[tokio::test]
-async fn a_session_is_resumed_on_any_node_with_its_user_and_data() {
+async fn a_session_resumes_on_any_node_with_its_user_and_data() {
     World::each(&[], async |world| {
         let mut ann = Device::open(world, 0, "ann", |to| to.name = Some("Ann Lee".into())).await;
         assert!(!ann.connected.resumed && ann.connected.session.len() <= 512);
@@ -544,7 +544,7 @@ async fn a_session_is_resumed_on_any_node_with_its_user_and_data() {
 }
 
 #[tokio::test]
-async fn the_name_of_a_session_is_kept_however_often_it_is_resumed() {
+async fn a_session_keeps_its_display_name_across_resumes() {
     World::each(&[], async |world| {
         let ann = Device::open(world, 0, "ann", |to| to.name = Some("Ann Lee".into())).await;
         let token = ann.connected.session.clone();
@@ -563,7 +563,7 @@ async fn the_name_of_a_session_is_kept_however_often_it_is_resumed() {
 }
 
 #[tokio::test]
-async fn of_two_that_present_a_session_at_once_one_stays() {
+async fn one_of_two_concurrent_resumes_of_a_session_stays() {
     World::each(&[], async |world| {
         for _ in 0..10 {
             let ann = Device::new(world, 0, "ann").await;
@@ -597,7 +597,7 @@ async fn of_two_that_present_a_session_at_once_one_stays() {
 }
 
 #[tokio::test]
-async fn a_user_has_so_many_sessions_and_those_in_use_go_last() {
+async fn sessions_per_user_are_limited_and_unused_ones_go_first() {
     World::each(&[("limits.handshakes_per_minute_per_ip", "0")], async |world| {
         let in_use = Device::new(world, 0, "ann").await;
         let token = in_use.connected.session.clone();
@@ -612,7 +612,7 @@ async fn a_user_has_so_many_sessions_and_those_in_use_go_last() {
 }
 
 #[tokio::test]
-async fn a_session_is_kept_while_it_is_in_use_and_for_its_time_after() {
+async fn a_session_lives_while_in_use_and_for_its_ttl_after() {
     World::each(&[("sessions.ttl", "2s")], async |world| {
         let mut ann = Device::new(world, 0, "ann").await;
         let token = ann.connected.session.clone();
@@ -639,7 +639,7 @@ async fn a_session_is_kept_while_it_is_in_use_and_for_its_time_after() {
 }
 
 #[tokio::test]
-async fn a_session_token_that_does_not_count_makes_a_new_session() {
+async fn an_invalid_session_token_creates_a_new_session() {
     World::each(&[], async |world| {
         let ann = Device::new(world, 0, "ann").await;
         let token = ann.connected.session.clone();
@@ -663,7 +663,7 @@ async fn a_session_token_that_does_not_count_makes_a_new_session() {
 }
 
 #[tokio::test]
-async fn a_session_has_one_connection_the_newest() {
+async fn a_session_keeps_only_its_newest_connection() {
     World::each(&[], async |world| {
         let mut first = Device::new(world, 0, "ann").await;
         let mut other = Device::new(world, 0, "ann").await;
@@ -679,7 +679,7 @@ async fn a_session_has_one_connection_the_newest() {
 }
 
 #[tokio::test]
-async fn frames_of_the_inbox_that_are_not_right_are_refused_and_the_connection_lives_on() {
+async fn invalid_inbox_frames_are_rejected_and_keep_the_connection() {
     World::each(&[], async |world| {
         let mut ann = Device::new(world, 0, "ann").await;
         let bad = json!({"type": "direct", "to": "_api", "content": 1});

@@ -12,7 +12,7 @@ fn document(name: &str) -> String {
 }
 
 #[test]
-fn the_options_are_those_of_the_code() {
+fn documented_options_match_the_code() {
     assert!(
         document("configuration.md").contains(&Config::describe()),
         "docs/configuration.md has another table than `gateway --options` prints"
@@ -20,7 +20,7 @@ fn the_options_are_those_of_the_code() {
 }
 
 #[test]
-fn the_metrics_are_those_of_the_code() {
+fn documented_metrics_match_the_code() {
     let mut table = String::from("| metric | kind | what |\n| --- | --- | --- |\n");
     for (name, kind, help) in Metrics::new().describe() {
         table.push_str(&format!("| `{name}` | {kind} | {help} |\n"));
@@ -43,7 +43,7 @@ fn sources(folder: &std::path::Path) -> String {
 }
 
 #[test]
-fn the_ledger_of_durable_state_names_what_is_there() {
+fn the_durable_state_ledger_names_existing_code() {
     let (limits, options) = (document("limits.md"), Config::describe());
     let metrics = Metrics::new().describe();
     let sources = sources(&root().join("gateway"));
@@ -74,7 +74,7 @@ fn the_ledger_of_durable_state_names_what_is_there() {
 }
 
 #[test]
-fn every_code_is_documented() {
+fn every_error_and_close_code_is_documented() {
     let protocol = document("protocol.md");
     for code in ErrorCode::ALL {
         assert!(protocol.contains(&format!("`{}`", code.as_str())), "{}", code.as_str());
@@ -102,7 +102,7 @@ fn anchor(heading: &str) -> String {
 }
 
 #[test]
-fn every_link_of_a_page_leads_to_a_file_and_a_heading() {
+fn every_link_resolves_to_a_file_and_a_heading() {
     for (path, text) in pages() {
         for (at, _) in text.match_indices("](") {
             let link = text[at + 2..].split(')').next().unwrap();
@@ -126,7 +126,7 @@ fn every_link_of_a_page_leads_to_a_file_and_a_heading() {
 }
 
 #[test]
-fn every_test_that_faults_and_decisions_name_exists() {
+fn every_test_named_in_faults_and_adrs_exists() {
     let folders = ["gateway", "shared", "loadtest"];
     let sources: String = folders.iter().map(|folder| sources(&root().join(folder))).collect();
     let names_tests = |path: &std::path::Path| {

@@ -42,7 +42,7 @@ async fn inbox_of(world: &World, user: &str) -> (u64, u64, u64) {
 }
 
 #[tokio::test]
-async fn a_user_who_was_never_connected_has_a_small_inbox() {
+async fn a_user_who_never_connected_has_a_small_inbox() {
     let options = [
         ("inbox.unseen_max_entries", "3"),
         ("inbox.unseen_max_bytes", "2000"),
@@ -89,7 +89,7 @@ async fn a_user_who_was_never_connected_has_a_small_inbox() {
 }
 
 #[tokio::test]
-async fn a_direct_that_is_refused_leaves_nothing_in_redis() {
+async fn a_rejected_direct_leaves_nothing_in_redis() {
     let redis = Redis::start().await;
     let options = [("limits.new_inboxes_per_hour", "1"), ("inbox.unseen_max_bytes", "2000")];
     let node = Gateway::start_on(&redis, &options).await;
@@ -107,7 +107,7 @@ async fn a_direct_that_is_refused_leaves_nothing_in_redis() {
 }
 
 #[tokio::test]
-async fn quotas_of_a_user_are_answered_by_name() {
+async fn exceeded_user_quotas_return_their_error_code() {
     let options = [
         ("limits.new_rooms_per_minute", "1"),
         ("limits.durable_bytes_per_minute", "20000"),
@@ -420,7 +420,7 @@ async fn publishes_are_acknowledged_while_a_full_redis_is_flooded() {
 /// Others find by its incarnations that a process has ended, and forget with them what it has told: one that
 /// is killed soon after its start leaves nothing either.
 #[tokio::test]
-async fn a_node_is_registered_before_it_tells_its_seats() {
+async fn a_node_registers_before_it_writes_presence_entries() {
     let redis = Redis::start().await;
     let _node = Gateway::start_on(&redis, &[]).await;
     let count = async |key| redis.command(&format!("HLEN {key}")).await.unwrap();
@@ -429,7 +429,7 @@ async fn a_node_is_registered_before_it_tells_its_seats() {
 }
 
 #[tokio::test]
-async fn a_full_redis_takes_what_makes_room_for_itself() {
+async fn a_full_redis_accepts_writes_that_free_memory() {
     let redis = Redis::start().await;
     let node = Gateway::start_on(&redis, &[]).await;
     let lobby = room("lobby");
@@ -502,7 +502,7 @@ async fn leaves(act: impl AsyncFn(&mut ClientConnection, usize)) -> (u64, u64) {
 }
 
 #[tokio::test]
-async fn what_goes_to_nobody_leaves_little_and_not_for_long() {
+async fn unread_state_of_a_client_is_small_and_expires() {
     let (bytes, lifetime) = leaves(async |ann, number| {
         direct(ann, &format!("n-{number}"), "").await.unwrap();
     })

@@ -7,7 +7,7 @@ use crate::{
 };
 
 #[tokio::test(flavor = "multi_thread")]
-async fn floods_of_frames_that_carry_nothing_end_with_rate_limited() {
+async fn floods_of_useless_frames_close_with_rate_limited() {
     let gateway = Gateway::start(&[]).await;
     let ping = frame(FIN | PING, b"");
     let empty = frame(CONTINUATION, b"");
@@ -52,7 +52,7 @@ async fn floods_of_frames_that_carry_nothing_end_with_rate_limited() {
 }
 
 #[tokio::test]
-async fn a_close_reaches_a_client_that_is_still_sending() {
+async fn a_close_frame_reaches_a_client_that_is_still_sending() {
     let gateway = Gateway::start(&[]).await;
     let nginx = Nginx::start(&[gateway.address]).await;
     let big = text(&"x".repeat(4 << 20));

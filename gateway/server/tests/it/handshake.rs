@@ -27,7 +27,7 @@ async fn handshake(address: SocketAddr, start: &str, headers: &[&str]) -> Http {
 }
 
 #[tokio::test]
-async fn a_client_that_leaves_while_it_is_let_in_is_let_go_at_once() {
+async fn a_client_that_leaves_during_setup_frees_its_task_at_once() {
     let redis = Redis::start().await;
     let gateway = Gateway::start_on(&redis, &[("publish.timeout", "60s")]).await;
     let _ann = gateway.connect("ann").await;
@@ -61,7 +61,7 @@ async fn a_client_that_leaves_while_it_is_let_in_is_let_go_at_once() {
 }
 
 #[tokio::test]
-async fn a_handshake_is_answered_as_rfc_6455_says() {
+async fn a_handshake_is_answered_as_rfc_6455_requires() {
     let gateway = Gateway::start(&[]).await;
     let ok = handshake(gateway.address, "GET /ws HTTP/1.1", &[]).await;
     assert_eq!(ok.status, 101, "{ok:?}");
@@ -161,7 +161,7 @@ async fn the_subprotocol_is_chat_v1_or_none() {
 }
 
 #[tokio::test]
-async fn compression_is_left_out_where_the_client_asks_for_that() {
+async fn compression_is_off_when_the_client_opts_out() {
     let gateway = Gateway::start(&[]).await;
     for path in ["/ws", "/ws/rooms/r", "/ws/echo"] {
         for (query, agreed) in [("", true), ("?deflate=off", false), ("?deflate=on", true)] {
@@ -175,7 +175,7 @@ async fn compression_is_left_out_where_the_client_asks_for_that() {
 }
 
 #[tokio::test]
-async fn health_ready_and_metrics_are_where_they_belong() {
+async fn health_ready_and_metrics_are_on_their_listeners() {
     let gateway = Gateway::start(&[("node.id", "n1")]).await;
     let health = get(gateway.address, "/health").await;
     assert_eq!((health.status, health.body.as_str()), (200, r#"{"node":"n1","status":"ok"}"#));
@@ -193,7 +193,7 @@ async fn health_ready_and_metrics_are_where_they_belong() {
 }
 
 #[tokio::test]
-async fn a_header_that_is_too_large_is_refused_and_the_node_lives() {
+async fn an_oversized_header_is_rejected_with_431() {
     let gateway = Gateway::start(&[]).await;
     let long = format!("X-Long: {}", "x".repeat(100_000));
     let answer = handshake(gateway.address, "GET /ws HTTP/1.1", &[&long]).await;
@@ -202,7 +202,7 @@ async fn a_header_that_is_too_large_is_refused_and_the_node_lives() {
 }
 
 #[tokio::test]
-async fn echo_says_back_what_it_hears() {
+async fn echo_returns_each_message() {
     use skein_client::connection::ReceivedMessage;
     let gateway = Gateway::start(&[]).await;
     let mut echo =
@@ -228,7 +228,7 @@ async fn echo_says_back_what_it_hears() {
 }
 
 #[tokio::test]
-async fn silent_connections_of_one_address_do_not_keep_others_out() {
+async fn silent_connections_of_one_address_do_not_block_others() {
     let gateway =
         Gateway::start(&[("limits.connections_max", "20"), ("limits.connections_per_ip", "10")])
             .await;

@@ -32,7 +32,7 @@ async fn ended(mut socket: TcpStream) -> Duration {
 }
 
 #[tokio::test]
-async fn a_header_has_to_come_within_10_s_however_it_is_sent() {
+async fn a_header_must_arrive_within_10_s() {
     let gateway = Gateway::start(&[]).await;
     let silent = ended(TcpStream::connect(gateway.address).await.unwrap());
     let mut half = TcpStream::connect(gateway.address).await.unwrap();
@@ -57,7 +57,7 @@ async fn a_header_has_to_come_within_10_s_however_it_is_sent() {
 }
 
 #[tokio::test]
-async fn a_header_that_comes_byte_by_byte_in_time_is_a_handshake() {
+async fn a_header_sent_byte_by_byte_is_accepted() {
     let gateway = Gateway::start(&[]).await;
     for end in ["\r\n\r\n", "\n\n"] {
         let mut socket = TcpStream::connect(gateway.address).await.unwrap();
@@ -76,7 +76,7 @@ async fn a_header_that_comes_byte_by_byte_in_time_is_a_handshake() {
 }
 
 #[tokio::test]
-async fn frames_in_one_piece_with_a_large_header_are_read() {
+async fn frames_sent_with_a_large_header_are_read() {
     use crate::soak::wire::{join_frame, message_frame};
     let gateway = Gateway::start(&[]).await;
     let mut request = format!(
@@ -102,7 +102,7 @@ async fn frames_in_one_piece_with_a_large_header_are_read() {
 }
 
 #[tokio::test]
-async fn what_is_no_http_and_what_is_too_much_of_it_is_refused_at_once() {
+async fn invalid_and_oversized_requests_are_rejected_at_once() {
     let gateway = Gateway::start(&[]).await;
     let headers = |count| "X-A: b\r\n".repeat(count);
     let get = |headers: &str| format!("GET /ws HTTP/1.1\r\nHost: x\r\n{headers}\r\n");
@@ -129,7 +129,7 @@ async fn what_is_no_http_and_what_is_too_much_of_it_is_refused_at_once() {
 }
 
 #[tokio::test]
-async fn a_body_that_never_comes_is_not_waited_for() {
+async fn a_missing_request_body_is_not_waited_for() {
     let gateway = Gateway::start(&[]).await;
     for length in ["Content-Length: 1000000", "Transfer-Encoding: chunked"] {
         let mut socket = TcpStream::connect(gateway.address).await.unwrap();
@@ -140,7 +140,7 @@ async fn a_body_that_never_comes_is_not_waited_for() {
 }
 
 #[tokio::test]
-async fn who_asks_and_does_not_read_is_dropped() {
+async fn a_peer_that_reads_no_responses_is_dropped() {
     let gateway = Gateway::start(&[]).await;
     let socket = TcpStream::connect(gateway.address).await.unwrap();
     socket.writable().await.unwrap();
@@ -153,7 +153,7 @@ async fn who_asks_and_does_not_read_is_dropped() {
 }
 
 #[tokio::test]
-async fn silent_connections_of_many_addresses_do_not_keep_others_out() {
+async fn silent_connections_of_many_addresses_do_not_block_others() {
     // 520 places in all, 110 for one address.
     let gateway =
         Gateway::start(&[("limits.connections_max", "20"), ("limits.connections_per_ip", "10")])
@@ -185,7 +185,7 @@ async fn silent_connections_of_many_addresses_do_not_keep_others_out() {
 }
 
 #[tokio::test]
-async fn without_descriptors_it_serves_those_it_has_and_takes_others_later() {
+async fn a_node_out_of_descriptors_serves_and_later_accepts_again() {
     let limits = [("limits.connections_max", "1000")];
     let node = Node::start_within(100, &limits).await;
     let lobby = room("lobby");

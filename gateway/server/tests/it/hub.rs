@@ -454,7 +454,7 @@ fn faults(seed: u64) -> impl FnMut() -> Fault + Send + 'static {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_bad_link_costs_nobody_an_entry() {
+async fn a_faulty_link_loses_no_entry() {
     for seed in 0..40 {
         let world = World::start(retention(), 10_000, faults(seed));
         let mut random = StdRng::seed_from_u64(seed);
@@ -491,7 +491,7 @@ async fn a_bad_link_costs_nobody_an_entry() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_mailbox_that_overflows_is_made_good_from_the_log() {
+async fn a_mailbox_overflow_is_repaired_from_the_log() {
     let world = World::start(retention(), 8, || Fault::None);
     let lobby = room("r");
     let mut member = Member::join(&world, &lobby, JoinStart::Newest(0), 1 << 20).await;
@@ -503,7 +503,7 @@ async fn a_mailbox_that_overflows_is_made_good_from_the_log() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn who_is_behind_retention_is_told_and_goes_on_from_there() {
+async fn a_member_behind_retention_is_reset_and_continues() {
     let short = Retention { bytes_max: 5_000, ..retention() };
     let world = World::start(short, 10_000, || Fault::None);
     let lobby = room("r");
@@ -516,7 +516,7 @@ async fn who_is_behind_retention_is_told_and_goes_on_from_there() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_member_that_reads_nothing_costs_no_reads() {
+async fn a_member_that_reads_nothing_causes_no_log_reads() {
     let world = World::start(retention(), 10_000, || Fault::None);
     let lobby = room("r");
     let mut slow = Member::join(&world, &lobby, JoinStart::Newest(0), 600).await;
@@ -540,7 +540,7 @@ async fn a_member_that_reads_nothing_costs_no_reads() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_gap_is_filled_as_soon_as_something_comes_behind_it() {
+async fn a_gap_is_filled_when_the_next_entry_arrives() {
     let mut count = 0;
     let world = World::start(retention(), 10_000, move || {
         count += 1;
@@ -559,7 +559,7 @@ async fn a_gap_is_filled_as_soon_as_something_comes_behind_it() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn what_was_lost_at_the_end_is_found_by_comparing_heads() {
+async fn entries_lost_at_the_end_are_found_by_comparing_heads() {
     // Nothing arrives, and nobody says that anything was lost.
     let world = World::start(retention(), 10_000, || Fault::Drop);
     let lobby = room("r");
@@ -577,7 +577,7 @@ async fn what_was_lost_at_the_end_is_found_by_comparing_heads() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn an_epoch_that_continues_the_log_skips_nothing_live_or_on_return() {
+async fn a_continuing_epoch_skips_nothing_live_or_on_resume() {
     let (world, log) = fragile_world();
     let lobby = room("r");
     let mut member = Member::join(&world, &lobby, JoinStart::Newest(0), 1 << 20).await;
@@ -605,7 +605,7 @@ async fn an_epoch_that_continues_the_log_skips_nothing_live_or_on_return() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn what_the_log_has_lost_is_appended_again() {
+async fn messages_that_the_log_lost_are_appended_again() {
     let (world, log) = fragile_world();
     let lobby = room("r");
     let mut member = Member::join(&world, &lobby, JoinStart::Newest(0), 1 << 20).await;
@@ -622,7 +622,7 @@ async fn what_the_log_has_lost_is_appended_again() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn what_was_deleted_stays_deleted() {
+async fn a_deleted_log_stays_deleted() {
     let deaf = Arc::new(AtomicBool::new(false));
     let is_deaf = deaf.clone();
     let fault = move || if is_deaf.load(Ordering::Relaxed) { Fault::Drop } else { Fault::None };
@@ -652,7 +652,7 @@ async fn what_was_deleted_stays_deleted() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_node_without_standing_passes_nothing_on_and_makes_it_good() {
+async fn a_suspended_node_delivers_everything_once_it_has_a_lease() {
     let world = World::start(retention(), 10_000, || Fault::None);
     let lobby = room("r");
     let mut member = Member::join(&world, &lobby, JoinStart::Newest(0), 1 << 20).await;
@@ -681,7 +681,7 @@ async fn a_node_without_standing_passes_nothing_on_and_makes_it_good() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn all_is_whole_when_every_log_was_compared() {
+async fn shards_are_synced_once_every_log_is_compared() {
     let deaf = Arc::new(AtomicBool::new(false));
     let is_deaf = deaf.clone();
     let fault = move || if is_deaf.load(Ordering::Relaxed) { Fault::Drop } else { Fault::None };
@@ -704,7 +704,7 @@ async fn all_is_whole_when_every_log_was_compared() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn readers_that_are_behind_share_what_is_read_for_them() {
+async fn members_that_are_behind_share_log_reads() {
     let world = World::start(retention(), 10_000, || Fault::None);
     let lobby = room("r");
     let mut members = vec![];
@@ -728,7 +728,7 @@ async fn readers_that_are_behind_share_what_is_read_for_them() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_node_can_tell_what_it_holds() {
+async fn a_replica_snapshot_has_entries_and_recent_ids() {
     let world = World::start(retention(), 10_000, || Fault::None);
     let lobby = room("r");
     let mut member = Member::join(&world, &lobby, JoinStart::Newest(0), 1 << 20).await;
@@ -747,7 +747,7 @@ async fn a_node_can_tell_what_it_holds() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_read_from_before_a_snapshot_delivers_nothing() {
+async fn a_log_read_from_before_a_snapshot_delivers_nothing() {
     let (world, log) = fragile_world();
     let lobby = room("r");
     let mut member = Member::join(&world, &lobby, JoinStart::Newest(0), 1 << 20).await;
@@ -774,7 +774,7 @@ async fn a_read_from_before_a_snapshot_delivers_nothing() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_join_whose_connection_has_left_reads_nothing() {
+async fn a_join_of_a_closed_connection_reads_no_log() {
     let world = World::start(retention(), 10_000, || Fault::None);
     let outbox = Outbox::to_owner(1 << 20, world.metrics.clone());
     let gone = Arc::new(ConnectionHandle::new(ConnectionId::random(), outbox));
@@ -788,7 +788,7 @@ async fn a_join_whose_connection_has_left_reads_nothing() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_room_that_empties_again_and_again_does_not_keep_others_followed() {
+async fn a_repeatedly_emptied_room_does_not_keep_others_subscribed() {
     let world = World::start(retention(), 10_000, || Fault::None);
     let (busy, quiet) = (room("busy"), room("quiet"));
     let ann = Member::join(&world, &busy, JoinStart::Newest(0), 1 << 20).await.handle;

@@ -128,7 +128,7 @@ async fn panics(node: &Node) -> String {
 }
 
 #[tokio::test]
-async fn a_panic_of_a_connection_closes_that_connection_only() {
+async fn a_panic_in_a_connection_closes_only_that_connection() {
     let node = Node::start_with_fault(PANIC, &[("limits.connections_per_user", "1")]).await;
     let lobby = room("lobby");
     let (mut ann, mut bob) =
@@ -162,7 +162,7 @@ async fn a_panic_of_a_connection_closes_that_connection_only() {
 }
 
 #[tokio::test]
-async fn a_panic_of_a_shard_ends_the_process() {
+async fn a_panic_in_a_shard_ends_the_process() {
     let node = Node::start_with_fault(PANIC, &[]).await;
     let lobby = room("lobby");
     let mut ann = member(&node, "ann", &lobby).await;

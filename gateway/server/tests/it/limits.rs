@@ -26,7 +26,7 @@ async fn http_refusal(url: &str) -> (u16, bool) {
 }
 
 #[tokio::test]
-async fn messages_above_the_rate_are_not_taken_and_told_when_to_come() {
+async fn messages_above_the_rate_are_rejected_with_retry_after() {
     let gateway = Gateway::start(&[("limits.messages_per_second", "1")]).await;
     let lobby = room("lobby");
     let mut ann = gateway.connect("ann").await;
@@ -56,7 +56,7 @@ async fn messages_above_the_rate_are_not_taken_and_told_when_to_come() {
 }
 
 #[tokio::test]
-async fn other_frames_have_a_rate_as_well() {
+async fn other_frames_are_rate_limited() {
     let gateway = Gateway::start(&[("limits.frames_per_second", "2")]).await;
     let mut ann = gateway.connect("ann").await;
     for _ in 0..10 {
@@ -125,7 +125,7 @@ async fn rooms_per_connection_are_limited() {
 }
 
 #[tokio::test]
-async fn rooms_of_a_node_are_limited_and_empty_ones_make_place() {
+async fn rooms_of_a_node_are_limited_and_empty_ones_evicted() {
     let limits = [("hub.rooms_max", "2"), ("hub.empty_rooms_max", "1"), ("hub.shards", "1")];
     let gateway = Gateway::start(&limits).await;
     let mut ann = gateway.connect("ann").await;
@@ -146,7 +146,7 @@ async fn rooms_of_a_node_are_limited_and_empty_ones_make_place() {
 }
 
 #[tokio::test]
-async fn names_of_a_watch_cost_frames_and_leave_nothing_behind() {
+async fn users_of_a_watch_count_as_frames_and_leak_nothing() {
     let redis = Redis::start().await;
     let limits = [("hub.watched_users_max", "150"), ("hub.shards", "1")];
     let gateway = Gateway::start_on(&redis, &limits).await;
@@ -189,7 +189,7 @@ async fn names_of_a_watch_cost_frames_and_leave_nothing_behind() {
 }
 
 #[tokio::test]
-async fn plain_requests_and_refused_calls_of_an_address_have_a_rate() {
+async fn http_requests_and_key_failures_of_an_address_are_limited() {
     let gateway = Gateway::start(&[
         ("api.keys", "test:a key of sixteen and more"),
         ("limits.http_requests_per_second_per_ip", "1"),

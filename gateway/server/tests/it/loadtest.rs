@@ -35,7 +35,7 @@ async fn well(arguments: &[&str]) -> Value {
 }
 
 #[tokio::test]
-async fn it_opens_holds_and_reports_connections() {
+async fn connections_are_opened_held_and_reported() {
     let gateway = Gateway::start(&[]).await;
     let url = gateway.url("/ws");
     let size = ["-n", "200", "--rooms", "5", "--ramp", "1000/s", "--hold", "200ms"];
@@ -44,7 +44,7 @@ async fn it_opens_holds_and_reports_connections() {
 }
 
 #[tokio::test]
-async fn it_says_so_when_connections_are_refused() {
+async fn rejected_connections_are_reported() {
     let gateway = Gateway::start(&[("limits.connections_max", "5")]).await;
     let url = gateway.url("/ws");
     let report = reported(&["connect", "--url", &url, "-n", "10", "--hold", "0s"]).await;
@@ -54,7 +54,7 @@ async fn it_says_so_when_connections_are_refused() {
 
 /// Those that count what they send and what arrives, in one process or in several.
 #[tokio::test]
-async fn each_scenario_counts_what_it_sends_and_what_arrives() {
+async fn each_scenario_counts_sent_and_received_messages() {
     let gateway = Gateway::start(&[]).await;
     let (url, page) = (gateway.url("/ws"), format!("http://{}/metrics", gateway.admin));
     let talk = ["--url", &url, "--ramp", "1000/s", "--rate", "100/s", "--duration", "1s"];
@@ -76,7 +76,7 @@ async fn each_scenario_counts_what_it_sends_and_what_arrives() {
 }
 
 #[tokio::test]
-async fn a_storm_passes_and_all_are_back() {
+async fn all_clients_return_after_a_storm() {
     let gateway = Gateway::start(&[]).await;
     let url = gateway.url("/ws");
     let size = ["-n", "100", "--rounds", "2", "--pause", "50ms", "--ramp", "1000/s"];
@@ -85,7 +85,7 @@ async fn a_storm_passes_and_all_are_back() {
 }
 
 #[tokio::test]
-async fn a_sweep_ends_where_the_bound_is_met_or_the_tool_is_at_its_end() {
+async fn a_sweep_ends_at_the_threshold_or_the_generators_limit() {
     let gateway = Gateway::start(&[]).await;
     let url = gateway.url("/ws");
     let size = ["--rooms", "5", "--members", "4", "--step", "200ms", "--ramp", "1000/s"];
@@ -97,7 +97,7 @@ async fn a_sweep_ends_where_the_bound_is_met_or_the_tool_is_at_its_end() {
 }
 
 #[tokio::test]
-async fn people_chat() {
+async fn chat_users_send_and_receive_acks() {
     let gateway = Gateway::start(&[]).await;
     let url = gateway.url("/ws");
     let users = ["--users", "20", "--think", "100ms", "--duration", "2s"];
@@ -106,7 +106,7 @@ async fn people_chat() {
 }
 
 #[tokio::test]
-async fn two_reports_are_laid_beside_each_other_and_one_becomes_a_page() {
+async fn reports_are_compared_and_rendered_as_html() {
     let gateway = Gateway::start(&[]).await;
     let (url, scratch) = (gateway.url("/ws"), tempfile::tempdir().unwrap());
     let page = scratch.path().join("page.html");
@@ -125,7 +125,7 @@ async fn two_reports_are_laid_beside_each_other_and_one_becomes_a_page() {
 
 /// One row of each kind.
 #[tokio::test]
-async fn it_measures_every_kind_of_row() {
+async fn bench_measures_every_kind_of_row() {
     let json = tempfile::NamedTempFile::new().unwrap();
     let programs = loadtest().parent().unwrap().to_owned();
     let output = Command::new(loadtest())
@@ -160,7 +160,7 @@ async fn it_measures_every_kind_of_row() {
 }
 
 #[tokio::test]
-async fn it_accounts_for_every_message() {
+async fn ledger_accounts_for_every_message() {
     let gateway = Gateway::start(&[]).await;
     let url = gateway.url("/ws");
     let load = ["--rooms", "3", "--members", "4", "--rate", "100/s", "--duration", "2s"];
@@ -171,7 +171,7 @@ async fn it_accounts_for_every_message() {
 }
 
 #[tokio::test]
-async fn it_breaks_a_cluster_of_its_own_and_accounts_for_every_message() {
+async fn chaos_on_a_local_cluster_accounts_for_every_message() {
     let render = concat!(env!("CARGO_MANIFEST_DIR"), "/../../nginx/render.sh");
     let report = well(&[
         "chaos",
@@ -191,7 +191,7 @@ async fn it_breaks_a_cluster_of_its_own_and_accounts_for_every_message() {
 }
 
 #[tokio::test]
-async fn it_breaks_what_it_can_of_a_cluster_that_is_there() {
+async fn chaos_injects_faults_into_an_external_cluster() {
     let redis = Redis::start().await;
     let nodes = [Node::start(&redis, None, &[]).await, Node::start(&redis, None, &[]).await];
     let urls = [0, 1].map(|node: usize| format!("ws://{}/ws", nodes[node].address));
@@ -221,7 +221,7 @@ async fn it_breaks_what_it_can_of_a_cluster_that_is_there() {
 /// A share of the catalogue, so short and lenient that it says only that attacks are made, legitimate
 /// clients are measured and answered, and everything is back: `make abuse` judges times.
 #[tokio::test]
-async fn attacks_are_made_and_honest_clients_answered() {
+async fn legitimate_clients_are_served_during_attacks() {
     let gateway = env!("CARGO_BIN_EXE_gateway");
     let attacks = ["abuse", "echo-pings", "partial-frames"];
     let short = ["--seconds", "1", "--clients", "20", "--rate", "40/s", "--gateway", gateway];
@@ -246,7 +246,7 @@ async fn attacks_are_made_and_honest_clients_answered() {
 }
 
 #[tokio::test]
-async fn the_catalogue_of_attacks_is_listed_and_nothing_else_is_attacked() {
+async fn attacks_are_listed_and_unknown_ones_rejected() {
     let output = Command::new(loadtest()).args(["abuse", "--list"]).output();
     let said = String::from_utf8(within(output).await.unwrap().stdout).unwrap();
     for attack in ["echo-pings", "history-gone", "watch-churn", "large-directs", "slow-link"] {

@@ -59,7 +59,7 @@ async fn join_with(
 }
 
 #[tokio::test]
-async fn a_room_is_created_told_about_and_listed_everywhere() {
+async fn a_created_room_is_described_and_listed_on_every_node() {
     World::each(&[], async |world| {
         let mut ann = world.connect(0, "ann").await;
         let mut bob = world.connect(1, "bob").await;
@@ -108,7 +108,7 @@ async fn a_room_with_members_or_a_log_cannot_be_created() {
 }
 
 #[tokio::test]
-async fn passwords_are_guessed_slowly_and_known_ones_pass() {
+async fn password_guesses_are_limited_and_known_ones_pass() {
     let gateway = Gateway::start(&[("limits.password_failures_per_minute_per_ip", "3")]).await;
     let mut ann = gateway.connect("ann").await;
     let create = json!({"type": "create_room", "room": "vault", "password": "sesame"});
@@ -149,7 +149,7 @@ async fn passwords_are_guessed_slowly_and_known_ones_pass() {
 }
 
 #[tokio::test]
-async fn a_protected_room_is_joined_with_its_password_only() {
+async fn a_protected_room_is_joined_only_with_its_password() {
     World::each(&[], async |world| {
         let mut ann = world.connect(0, "ann").await;
         let create = json!({"type": "create_room", "room": "vault", "password": "sesame"});
@@ -186,7 +186,7 @@ async fn a_protected_room_is_joined_with_its_password_only() {
 }
 
 #[tokio::test]
-async fn no_more_join_than_may_whichever_node_they_come_to() {
+async fn the_member_limit_of_a_room_holds_across_nodes() {
     World::each(&[("presence.grace", "0s")], async |world| {
         let mut ann = world.connect(0, "ann").await;
         info(&mut ann, json!({"type": "create_room", "room": "small", "max_members": 5})).await;
@@ -225,7 +225,7 @@ async fn no_more_join_than_may_whichever_node_they_come_to() {
 }
 
 #[tokio::test]
-async fn who_is_refused_was_never_there() {
+async fn a_rejected_join_leaves_no_presence() {
     World::each(&[], async |world| {
         let mut ann = world.connect(0, "ann").await;
         info(&mut ann, json!({"type": "create_room", "room": "one", "max_members": 1})).await;
@@ -263,7 +263,7 @@ async fn who_is_refused_was_never_there() {
 }
 
 #[tokio::test]
-async fn who_joins_behind_a_deletion_is_in_the_new_room_or_in_none() {
+async fn a_join_after_a_deletion_enters_the_new_room_or_none() {
     World::each(&[], async |world| {
         for round in 0..20 {
             let name = format!("again{round}");
@@ -286,7 +286,7 @@ async fn who_joins_behind_a_deletion_is_in_the_new_room_or_in_none() {
 }
 
 #[tokio::test]
-async fn a_deleted_room_is_closed_for_all_and_begins_anew() {
+async fn a_deleted_room_closes_for_all_and_restarts_empty() {
     World::each(&[], async |world| {
         let vault = room("vault");
         let mut ann = world.connect(0, "ann").await;
@@ -332,7 +332,7 @@ async fn a_deleted_room_is_closed_for_all_and_begins_anew() {
 }
 
 #[tokio::test]
-async fn an_empty_room_leaves_the_lists_and_a_managed_one_later() {
+async fn empty_rooms_leave_the_listing_and_managed_ones_later() {
     let options = [("presence.grace", "0s"), ("rooms.empty_ttl", "1s")];
     World::each(&options, async |world| {
         let mut ann = world.connect(0, "ann").await;
@@ -356,7 +356,7 @@ async fn an_empty_room_leaves_the_lists_and_a_managed_one_later() {
 }
 
 #[tokio::test]
-async fn where_rooms_are_not_made_by_joining_an_unknown_one_is_not_found() {
+async fn joining_an_unknown_room_fails_without_create_on_join() {
     World::each(&[("rooms.create_on_join", "false")], async |world| {
         let mut ann = world.connect(0, "ann").await;
         assert_eq!(join_with(&mut ann, "lobby", "").await, Some(ErrorCode::NotFound));
@@ -368,7 +368,7 @@ async fn where_rooms_are_not_made_by_joining_an_unknown_one_is_not_found() {
 }
 
 #[tokio::test]
-async fn a_room_without_a_log_passes_on_and_keeps_nothing() {
+async fn an_ephemeral_room_delivers_and_keeps_nothing() {
     World::each(&[("rooms.ephemeral", "live:*,cursors")], async |world| {
         let live = room("live:1");
         let mut ann = world.connect(0, "ann").await;
@@ -427,7 +427,7 @@ async fn a_room_without_a_log_passes_on_and_keeps_nothing() {
 }
 
 #[tokio::test]
-async fn kinds_answers_and_meta_reach_everybody_as_they_were_sent() {
+async fn kind_reply_to_and_meta_arrive_unchanged() {
     World::each(&[], async |world| {
         let lobby = room("lobby");
         let mut ann = world.connect(0, "ann").await;

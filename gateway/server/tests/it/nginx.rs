@@ -80,7 +80,7 @@ fn with_query(route: &str) -> impl Fn(&mut ConnectOptions) {
 }
 
 #[tokio::test]
-async fn new_clients_are_spread_and_returning_ones_come_back() {
+async fn new_clients_are_spread_and_returning_ones_are_sticky() {
     let cluster = Cluster::start().await;
     let clients = cluster.connect_new(30).await;
     let even: HashMap<_, _> = [("n0", 10), ("n1", 10), ("n2", 10)].into();
@@ -103,7 +103,7 @@ async fn new_clients_are_spread_and_returning_ones_come_back() {
 }
 
 #[tokio::test]
-async fn clients_of_a_killed_node_are_elsewhere_within_3_s_and_an_empty_node_gets_the_new_ones() {
+async fn a_killed_nodes_clients_move_in_3_s_and_new_ones_fill_it() {
     let mut cluster = Cluster::start().await;
     let clients = cluster.connect_new(30).await;
     let lost: Vec<&Client> = clients.iter().filter(|client| client.node == "n1").collect();
@@ -137,7 +137,7 @@ async fn clients_of_a_killed_node_are_elsewhere_within_3_s_and_an_empty_node_get
 }
 
 #[tokio::test]
-async fn a_node_that_stops_is_passed_over() {
+async fn a_draining_node_is_passed_over() {
     let cluster = Cluster::start().await;
     let clients = cluster.connect_new(3).await;
     let client = clients.iter().find(|client| client.node == "n2").unwrap();
@@ -156,7 +156,7 @@ async fn a_node_that_stops_is_passed_over() {
 }
 
 #[tokio::test]
-async fn browsers_with_event_streams_are_told_to_come_back_when_no_node_is_there() {
+async fn event_streams_get_a_retry_time_when_no_node_is_up() {
     let nowhere = SocketAddr::from(([127, 0, 0, 1], free_port()));
     let nginx = Nginx::start(&[nowhere]).await;
     let mut stream = Stream::open(nginx.address, "rooms=a", None).await;
@@ -166,7 +166,7 @@ async fn browsers_with_event_streams_are_told_to_come_back_when_no_node_is_there
 }
 
 #[tokio::test]
-async fn pages_come_through_and_the_admin_side_does_not() {
+async fn pages_are_proxied_and_admin_paths_are_not() {
     let cluster = Cluster::start().await;
     let nginx = cluster.nginx.address;
     for path in ["/", "/chat", "/health", "/ready"] {

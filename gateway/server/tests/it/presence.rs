@@ -154,7 +154,7 @@ async fn join(
 }
 
 #[tokio::test]
-async fn who_comes_and_goes_is_told_once_for_all_devices_of_a_user() {
+async fn joins_and_leaves_are_reported_once_per_user() {
     World::each(&[("presence.grace", "0s")], async |world| {
         let mut ann = world.connect(0, "ann").await;
         assert_eq!(join(&mut ann, "lobby").await.members, 1);
@@ -177,7 +177,7 @@ async fn who_comes_and_goes_is_told_once_for_all_devices_of_a_user() {
 }
 
 #[tokio::test]
-async fn who_goes_on_at_another_node_is_who_they_were() {
+async fn presence_outlives_the_first_device_of_a_user() {
     World::each(&[("presence.grace", "0s")], async |world| {
         let mut phone = world.connect(0, "bob").await;
         join(&mut phone, "lobby").await;
@@ -201,7 +201,7 @@ async fn who_goes_on_at_another_node_is_who_they_were() {
 }
 
 #[tokio::test]
-async fn who_loads_a_page_again_does_not_leave() {
+async fn a_page_reload_is_no_leave() {
     World::each(&[("presence.grace", "400ms")], async |world| {
         let mut ann = world.connect(0, "ann").await;
         join(&mut ann, "lobby").await;
@@ -224,7 +224,7 @@ async fn who_loads_a_page_again_does_not_leave() {
 }
 
 #[tokio::test]
-async fn who_has_joined_is_in_the_listing_of_every_node() {
+async fn a_joined_user_is_in_the_presence_of_every_node() {
     World::each(&[], async |world| {
         let mut watchers = Vec::new();
         for node in 0..3 {
@@ -252,7 +252,7 @@ async fn who_has_joined_is_in_the_listing_of_every_node() {
 }
 
 #[tokio::test]
-async fn a_listing_tells_connections_times_and_marks() {
+async fn presence_lists_connections_times_and_read_marks() {
     World::each(&[], async |world| {
         let lobby = room("lobby");
         let mut ann = world.connect(0, "ann").await;
@@ -274,7 +274,7 @@ async fn a_listing_tells_connections_times_and_marks() {
 }
 
 #[tokio::test]
-async fn a_listing_comes_in_pages() {
+async fn presence_is_paged() {
     World::each(&[], async |world| {
         let mut connections = Vec::new();
         for number in 0..25 {
@@ -302,7 +302,7 @@ async fn a_listing_comes_in_pages() {
 }
 
 #[tokio::test]
-async fn in_a_large_room_changes_come_gathered() {
+async fn a_large_room_gets_presence_diffs() {
     let options = [("presence.event_members_max", "3"), ("presence.grace", "0s")];
     World::each(&options, async |world| {
         let mut ann = world.connect(0, "ann").await;
@@ -357,7 +357,7 @@ async fn in_a_large_room_changes_come_gathered() {
 }
 
 #[tokio::test]
-async fn in_a_very_large_room_only_the_count_is_told() {
+async fn a_very_large_room_gets_only_the_count() {
     let options = [
         ("presence.event_members_max", "2"),
         ("presence.diff_members_max", "5"),
@@ -390,7 +390,7 @@ async fn in_a_very_large_room_only_the_count_is_told() {
 }
 
 #[tokio::test]
-async fn who_is_connected_to_the_cluster_is_known_or_only_how_many() {
+async fn online_users_of_the_cluster_are_listed_or_only_counted() {
     World::each(&[("presence.grace", "0s")], async |world| {
         let mut ann = world.connect(0, "ann").await;
         let bob = world.connect(1, "bob").await;
@@ -411,7 +411,7 @@ async fn who_is_connected_to_the_cluster_is_known_or_only_how_many() {
 }
 
 #[tokio::test]
-async fn what_wants_a_room_joined_is_refused_elsewhere() {
+async fn room_frames_are_rejected_before_the_join() {
     World::each(&[], async |world| {
         let mut ann = world.connect(0, "ann").await;
         for frame in [
@@ -440,7 +440,7 @@ async fn next_typing(connection: &mut ClientConnection) -> (String, bool) {
 }
 
 #[tokio::test]
-async fn typing_reaches_the_others_and_ends_by_itself() {
+async fn typing_reaches_other_members_and_expires() {
     World::each(&[], async |world| {
         let mut ann = world.connect(0, "ann").await;
         let mut phone = world.connect(1, "bob").await;
@@ -477,7 +477,7 @@ async fn typing_reaches_the_others_and_ends_by_itself() {
 }
 
 #[tokio::test]
-async fn a_mark_only_goes_up_and_stays() {
+async fn a_read_mark_only_rises_and_persists() {
     World::each(&[], async |world| {
         let lobby = room("lobby");
         let mut ann = world.connect(0, "ann").await;
@@ -512,7 +512,7 @@ async fn a_mark_only_goes_up_and_stays() {
 }
 
 #[tokio::test]
-async fn a_joined_room_that_is_joined_again_answers_what_is_there() {
+async fn joining_a_joined_room_again_returns_its_state() {
     World::each(&[], async |world| {
         let lobby = room("lobby");
         let mut ann = world.connect(0, "ann").await;
@@ -531,7 +531,7 @@ async fn a_joined_room_that_is_joined_again_answers_what_is_there() {
 
 /// Which of two users are in rooms of the same name as an inbox or a place of the server's own.
 #[tokio::test]
-async fn no_name_of_a_room_reaches_what_is_the_servers() {
+async fn room_names_cannot_reach_internal_keys() {
     World::each(&[], async |world| {
         let mut ann = world.connect(0, "ann").await;
         for name in ["u:bob", "rooms", "online", "users", "incarnations"] {
@@ -544,7 +544,7 @@ async fn no_name_of_a_room_reaches_what_is_the_servers() {
 
 /// A node with 1,000 users in 50 rooms gets SIGKILL.
 #[tokio::test(flavor = "multi_thread")]
-async fn the_members_of_a_killed_node_leave_once_everywhere() {
+async fn members_of_a_killed_node_leave_once_everywhere() {
     let redis = Redis::start().await;
     let options = [
         ("presence.event_members_max", "1000"),

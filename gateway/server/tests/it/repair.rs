@@ -85,7 +85,7 @@ async fn relay(near: TcpStream, far: TcpStream, deaf: Arc<AtomicBool>) {
 }
 
 #[tokio::test]
-async fn a_link_that_stands_and_passes_nothing_on_is_noticed() {
+async fn a_silent_pubsub_link_is_detected_and_replaced() {
     let redis = Redis::start().await;
     let wire = Wire::to(&redis).await;
     let url = wire.url();
@@ -113,7 +113,7 @@ async fn a_link_that_stands_and_passes_nothing_on_is_noticed() {
 const ROOMS: usize = 1000;
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_thousand_rooms_are_repaired_when_the_link_is_back() {
+async fn a_thousand_rooms_are_repaired_after_a_link_outage() {
     let redis = Redis::start().await;
     let (metrics, tasks) = (Arc::new(Metrics::new()), Tasks::default());
     let (mailboxes, letters) = Mailboxes::new(2, MAILBOX_LEN, metrics.clone());

@@ -68,7 +68,7 @@ impl Stream {
 }
 
 #[tokio::test]
-async fn a_stream_has_the_frames_of_its_rooms_and_the_inbox_and_goes_on_where_it_was() {
+async fn a_stream_resumes_its_rooms_and_inbox() {
     World::each(&[], async |world| {
         let mut ann = world.connect(0, "ann").await;
         for name in ["a", "b"] {
@@ -126,7 +126,7 @@ async fn a_stream_has_the_frames_of_its_rooms_and_the_inbox_and_goes_on_where_it
 }
 
 #[tokio::test]
-async fn what_another_device_acknowledged_is_not_missed_by_a_stream_that_comes_back() {
+async fn a_resumed_stream_ignores_acks_of_other_devices() {
     World::each(&[], async |world| {
         let address = |node: usize| world.nodes[node % world.nodes.len()].address;
         let mut ann = world.connect(0, "ann").await;
@@ -149,7 +149,7 @@ async fn what_another_device_acknowledged_is_not_missed_by_a_stream_that_comes_b
 }
 
 #[tokio::test]
-async fn clients_that_leave_while_a_stream_opens_leave_nothing() {
+async fn clients_that_leave_while_a_stream_opens_leak_nothing() {
     let gateway = Gateway::start(&[("presence.grace", "0s")]).await;
     let rooms = (0..20).map(|n| format!("r{n}")).collect::<Vec<_>>().join(",");
     for _ in 0..50 {
@@ -167,7 +167,7 @@ async fn clients_that_leave_while_a_stream_opens_leave_nothing() {
 }
 
 #[tokio::test]
-async fn what_is_not_allowed_is_refused_in_http() {
+async fn permanent_rejections_are_http_statuses() {
     let limits = [("limits.connections_per_user", "1"), ("rooms.create_on_join", "false")];
     let gateway = Gateway::start(&[&crate::auth::JWT[..], &limits].concat()).await;
     let token = crate::auth::token(json!({"sub": "ann", "rooms": {"a*": "r"}}), 60);
@@ -200,7 +200,7 @@ fn assert_come_back(answer: &Http, code: &str) {
 }
 
 #[tokio::test]
-async fn refusals_that_pass_are_streams_that_end() {
+async fn temporary_rejections_are_streams_with_a_retry_time() {
     let full = Gateway::start(&[("limits.connections_max", "1")]).await;
     let mut ann = full.connect("ann").await;
     ann.request(&json!({"type": "ping"})).await.unwrap();
@@ -216,7 +216,7 @@ async fn refusals_that_pass_are_streams_that_end() {
 }
 
 #[tokio::test]
-async fn a_stream_of_a_node_that_stops_says_when_to_come_back() {
+async fn a_stream_of_a_draining_node_gets_a_retry_time() {
     let gateway = Gateway::start(&[("drain.delay", "0s")]).await;
     let mut stream = Stream::open(gateway.address, "rooms=a", None).await;
     stream.frame_of("joined").await;
@@ -237,7 +237,7 @@ async fn a_stream_of_a_node_that_stops_says_when_to_come_back() {
 }
 
 #[tokio::test]
-async fn pages_of_allowed_origins_may_read_every_answer() {
+async fn pages_of_allowed_origins_may_read_every_response() {
     let origins = [("server.allowed_origins", "https://app.example")];
     let listed = Gateway::start(&[&crate::auth::JWT[..], &origins].concat()).await;
     let any = [("server.allowed_origins", "*")];
@@ -300,7 +300,7 @@ async fn pages_of_allowed_origins_may_read_every_answer() {
 
 /// The history of 20 rooms is 5 MiB, of which a stream that is not read holds what an outbox may.
 #[tokio::test]
-async fn a_stream_that_is_not_read_holds_no_more_than_an_outbox() {
+async fn an_unread_stream_holds_at_most_one_outbox() {
     const KEY: &str = "a key of the application";
     const OUTBOX: u64 = 64 * 1024;
     let options =
@@ -351,7 +351,7 @@ async fn a_stream_that_is_not_read_holds_no_more_than_an_outbox() {
 }
 
 #[tokio::test]
-async fn a_stream_whose_client_takes_nothing_is_cut_off() {
+async fn a_stalled_stream_is_closed() {
     let gateway = Gateway::start(&[("heartbeat.write_timeout", "200ms")]).await;
     let mut ann = gateway.connect("ann").await;
     ann.join(&room("a")).await.unwrap();
@@ -371,7 +371,7 @@ async fn a_stream_whose_client_takes_nothing_is_cut_off() {
 }
 
 #[tokio::test]
-async fn what_can_be_known_of_rooms_that_wait_is_told_in_http() {
+async fn errors_of_rooms_not_yet_joined_are_http_statuses() {
     let options = [("limits.outbox_bytes_max", "1KiB"), ("rooms.create_on_join", "false")];
     let gateway = Gateway::start(&options).await;
     let mut ann = gateway.connect("ann").await;

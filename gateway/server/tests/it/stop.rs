@@ -20,7 +20,7 @@ use crate::harness::{
 };
 
 #[tokio::test]
-async fn sigterm_sends_clients_elsewhere_and_ends_with_0() {
+async fn sigterm_sends_clients_elsewhere_and_exits_with_0() {
     let redis = Redis::start().await;
     let node = Node::start(&redis, None, &[("drain.delay", "2s")]).await;
     let lobby = room("lobby");
@@ -50,7 +50,7 @@ async fn sigterm_sends_clients_elsewhere_and_ends_with_0() {
 }
 
 #[tokio::test]
-async fn a_message_that_was_sent_before_the_stop_is_answered() {
+async fn messages_sent_before_sigterm_are_acknowledged() {
     let redis = Redis::start().await;
     let node = Node::start(&redis, None, &[]).await;
     let lobby = room("lobby");
@@ -73,7 +73,7 @@ async fn a_message_that_was_sent_before_the_stop_is_answered() {
 }
 
 #[tokio::test]
-async fn a_second_signal_ends_at_once() {
+async fn a_second_signal_ends_the_process_at_once() {
     let redis = Redis::start().await;
     let node = Node::start(&redis, None, &[("drain.delay", "10m")]).await;
     let mut ann = connect(node.address, "ann").await;
@@ -85,7 +85,7 @@ async fn a_second_signal_ends_at_once() {
 }
 
 #[tokio::test]
-async fn a_redis_that_hangs_does_not_keep_a_node_from_stopping() {
+async fn a_hung_redis_does_not_block_shutdown() {
     let redis = Redis::start().await;
     let node = Node::start(&redis, None, &[]).await;
     let mut ann = connect(node.address, "ann").await;
@@ -194,7 +194,7 @@ async fn sent_away(mut client: ClientConnection, since: Instant) -> (Duration, R
 }
 
 #[tokio::test]
-async fn clients_leave_no_faster_than_other_nodes_take_them() {
+async fn clients_drain_no_faster_than_other_nodes_accept() {
     // 10 a second: half of what a node accepts.
     let gateway = Gateway::start(&[("limits.accepts_per_second", "20")]).await;
     let client = async |i| gateway.connect(&format!("u{i}")).await;
@@ -211,7 +211,7 @@ async fn clients_leave_no_faster_than_other_nodes_take_them() {
 }
 
 #[tokio::test]
-async fn every_signal_that_ends_a_process_stops_it_in_order() {
+async fn every_terminating_signal_drains_the_node() {
     let stop = async |signal: &str| {
         let node = Node::start_alone(&[]).await;
         let mut clients = Vec::new();
@@ -253,7 +253,7 @@ async fn a_node_under_nohup_outlives_its_terminal() {
 }
 
 #[tokio::test]
-async fn the_health_check_asks_the_admin_listener_where_it_is() {
+async fn the_health_check_uses_the_configured_admin_listener() {
     let node = Node::start_alone(&[("admin.listen", "127.0.0.2:0")]).await;
     let check = async |admin: SocketAddr| {
         let mut command = tokio::process::Command::new(gateway_binary());

@@ -71,7 +71,7 @@ fn uses(text: &str) -> Vec<String> {
 }
 
 #[test]
-fn a_module_of_the_core_uses_only_the_layers_below_it() {
+fn core_modules_use_only_lower_layers() {
     let layers = layers();
     let place = |name: &str| layers.iter().position(|layer| layer == name);
     for (file, text) in sources("gateway/core/src") {
@@ -89,7 +89,7 @@ fn a_module_of_the_core_uses_only_the_layers_below_it() {
 }
 
 #[test]
-fn the_pure_parts_do_no_io_and_do_not_ask_for_the_time() {
+fn pure_modules_use_neither_io_nor_a_clock() {
     let pure = |file: &str| {
         file.starts_with("gateway/core/src/delivery/")
             || file.starts_with("gateway/core/src/limits/")
@@ -113,7 +113,7 @@ fn the_pure_parts_do_no_io_and_do_not_ask_for_the_time() {
 }
 
 #[test]
-fn the_path_of_a_message_is_where_the_map_says() {
+fn the_architecture_page_names_the_files_of_the_message_path() {
     let map = fs::read_to_string(root().join("ARCHITECTURE.md")).unwrap();
     assert!(map.lines().count() <= 180, "ARCHITECTURE.md has more than 180 lines");
     for file in [
@@ -130,7 +130,7 @@ fn the_path_of_a_message_is_where_the_map_says() {
 }
 
 #[test]
-fn every_file_says_what_it_is_for() {
+fn every_file_has_a_module_doc() {
     for (file, text) in all() {
         let of_tests = file.ends_with("/tests.rs");
         assert!(of_tests || text.starts_with("//! "), "{file} does not open with //!");
@@ -138,7 +138,7 @@ fn every_file_says_what_it_is_for() {
 }
 
 #[test]
-fn nothing_is_left_unfinished_and_no_test_is_switched_off() {
+fn no_code_is_marked_unfinished_and_no_test_ignored() {
     // Put together here, so that this file does not find itself.
     let banned =
         [["TO", "DO"], ["FIX", "ME"], ["#[ign", "ore"], ["should_", "panic"]].map(|p| p.concat());
@@ -166,7 +166,7 @@ fn no_test_sleeps_to_wait() {
 }
 
 #[test]
-fn the_top_level_is_what_was_agreed() {
+fn the_top_level_has_only_agreed_names() {
     let agreed = [
         ".ci",
         ".config",

@@ -40,7 +40,7 @@ fn port_of(info: String) -> RedisResult<u16> {
 }
 
 #[tokio::test]
-async fn tls_is_checked_by_both_sides_and_users_log_in() {
+async fn tls_verifies_both_sides_and_users_log_in() {
     let server = Encrypted::start().await;
     let files = |ca: bool, own: bool| TlsFiles {
         ca: ca.then(|| server.ca.clone()),
@@ -71,7 +71,7 @@ async fn tls_is_checked_by_both_sides_and_users_log_in() {
 }
 
 #[tokio::test]
-async fn messages_pass_through_tls_for_a_user_with_few_permissions() {
+async fn messages_pass_over_tls_with_minimal_permissions() {
     let server = Encrypted::start().await;
     let path = |path: &std::path::Path| path.to_str().unwrap().to_owned();
     let (url, ca) = (server.url(), path(&server.ca));
@@ -100,7 +100,7 @@ async fn messages_pass_through_tls_for_a_user_with_few_permissions() {
 }
 
 #[tokio::test]
-async fn files_that_are_not_there_or_no_certificates_are_told_at_the_start() {
+async fn missing_and_invalid_tls_files_fail_at_the_start() {
     let path = tempfile::NamedTempFile::new().unwrap().path().to_owned();
     let files = TlsFiles { ca: Some(path.clone()), identity: None };
     let Err(error) = topology::open("rediss://127.0.0.1", &files) else { panic!("accepted") };
@@ -118,7 +118,7 @@ async fn files_that_are_not_there_or_no_certificates_are_told_at_the_start() {
 }
 
 #[tokio::test]
-async fn the_primary_is_the_one_that_sentinels_name() {
+async fn the_primary_is_the_one_that_sentinels_report() {
     let mut watched = Watched::start().await;
     let (first, second) = (watched.servers[0].port, watched.servers[1].port);
     let dial = open(&watched.url(0), &TlsFiles::default());
@@ -144,7 +144,7 @@ async fn the_primary_is_the_one_that_sentinels_name() {
 }
 
 #[tokio::test]
-async fn sentinels_tell_of_each_other_and_one_that_is_frozen_holds_nobody_up() {
+async fn sentinels_are_discovered_and_a_frozen_one_delays_nothing() {
     let mut watched = Watched::start().await;
     let (first, second) = (watched.servers[0].port, watched.servers[1].port);
     // One is configured, and learns of the others before it dies.
@@ -161,7 +161,7 @@ async fn sentinels_tell_of_each_other_and_one_that_is_frozen_holds_nobody_up() {
 }
 
 #[tokio::test]
-async fn a_name_that_sentinels_do_not_know_is_told() {
+async fn a_primary_name_unknown_to_sentinels_is_reported() {
     let watched = Watched::start().await;
     let url = watched.url(0).replace("/main?", "/mian?");
     let dial = open(&url, &TlsFiles::default());
@@ -195,7 +195,7 @@ async fn served_after_agreement(gateway: &Gateway, agreed: usize) {
 }
 
 #[tokio::test]
-async fn sends_wait_while_a_primary_has_too_few_replicas() {
+async fn publishes_wait_while_a_primary_has_too_few_replicas() {
     let watched = Watched::start().await;
     let [node, _] = two_nodes(&watched.url(0)).await;
     let lobby = room("lobby");
@@ -273,7 +273,7 @@ async fn all_ready(nodes: &[Gateway]) {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn nothing_is_lost_when_a_primary_of_a_redis_cluster_fails_over() {
+async fn nothing_is_lost_when_a_redis_cluster_primary_fails_over() {
     let mut cluster = Clustered::start().await;
     let nodes = two_nodes(&cluster.url()).await;
     let talk = Talk::start_in(&nodes.each_ref().map(|node| node.address), many_rooms()).await;
@@ -349,7 +349,7 @@ async fn nothing_is_lost_when_slots_of_a_redis_cluster_migrate() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_primary_of_a_redis_cluster_that_is_flushed_is_agreed_on_again() {
+async fn nodes_agree_again_on_a_flushed_redis_cluster_primary() {
     let cluster = Clustered::start().await;
     let [node, _] = two_nodes(&cluster.url()).await;
     let leases = cluster.owner_of(slot_of_partition(0)).await;

@@ -258,7 +258,7 @@ fn room_cases() -> Vec<Case> {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn junk_in_a_room_concerns_that_room_only_and_it_recovers() {
+async fn invalid_values_in_a_room_affect_only_it_and_are_repaired() {
     let world = World::start().await;
     let other = room("other");
     let (mut eve, mut fay) = (world.a.connect("eve").await, world.b.connect("fay").await);
@@ -329,7 +329,7 @@ const OF_THE_CLUSTER: [(&str, &str, &[&str]); 22] = [
 ];
 
 #[tokio::test(flavor = "multi_thread")]
-async fn junk_in_what_the_cluster_shares_is_repaired() {
+async fn invalid_values_in_shared_keys_are_repaired() {
     let world = World::start().await;
     let other = room("other");
     let (mut eve, mut fay) = (world.a.connect("eve").await, world.b.connect("fay").await);
@@ -372,7 +372,7 @@ async fn junk_in_what_the_cluster_shares_is_repaired() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn sessions_and_data_that_are_none_are_as_if_they_were_not_there() {
+async fn invalid_sessions_and_session_data_are_ignored() {
     let world = World::start().await;
     let inbox = RoomId::inbox_of(&"ann".parse().unwrap());
     let base = format!("gw:{{{}}}:u:ann", partition_of(&inbox, 256));

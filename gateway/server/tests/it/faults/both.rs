@@ -15,7 +15,7 @@ use super::{
 use crate::harness::{Gateway, Node, Redis, connect, get, next_message, room, say, until, within};
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_gateway_and_the_data_of_redis_are_lost_together() {
+async fn a_gateway_and_redis_data_are_lost_together() {
     let mut redis = Redis::start().await;
     let mut nodes = start_nodes_with_lease(&redis, 3).await;
     let clients = TestClients::connect(&addresses(&nodes)).await.unwrap();
@@ -45,7 +45,7 @@ async fn a_gateway_and_the_data_of_redis_are_lost_together() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn what_was_acknowledged_and_heard_by_nobody_outlives_the_data_of_redis() {
+async fn acked_but_undelivered_messages_survive_loss_of_redis_data() {
     let mut redis = Redis::start().await;
     let (mut proxies, mut nodes) = (vec![], vec![]);
     for _ in 0..2 {
@@ -110,7 +110,7 @@ async fn parted_from_an_empty_redis() -> Parted {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_new_node_on_an_empty_redis_waits_for_those_who_remember() {
+async fn a_new_node_on_an_empty_redis_waits_for_nodes_with_entries() {
     let Parted { redis, proxies, nodes, clients } = parted_from_an_empty_redis().await;
     let epoch = clients.checker.lock().cursor(0).unwrap().epoch.clone();
     let starting = tokio::spawn(async move {
@@ -138,7 +138,7 @@ async fn a_new_node_on_an_empty_redis_waits_for_those_who_remember() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn those_who_remember_but_come_too_late_are_told() {
+async fn nodes_with_entries_that_return_late_signal_a_discontinuity() {
     let Parted { redis, proxies, nodes, clients } = parted_from_an_empty_redis().await;
     let new = Node::start(&redis, None, &UNLIMITED).await;
     let lobby = room("lobby");
@@ -154,7 +154,7 @@ async fn those_who_remember_but_come_too_late_are_told() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_new_cluster_on_an_empty_redis_waits_for_those_who_may_remember() {
+async fn a_new_cluster_on_an_empty_redis_opens_after_3_to_8_s() {
     let redis = Redis::start().await;
     redis.command("FLUSHALL").await;
     let begun = Instant::now();
@@ -174,7 +174,7 @@ async fn a_new_cluster_on_an_empty_redis_waits_for_those_who_may_remember() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_clock_that_is_set_back_keeps_no_server_closed() {
+async fn a_clock_set_back_does_not_block_the_barrier() {
     let redis = Redis::start().await;
     redis.command("FLUSHALL").await;
     // It has started when the server is open, 3 s later.

@@ -116,6 +116,6 @@ async fn a_room_deleted_while_a_node_was_cut_off_stays_deleted() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_room_deleted_stays_deleted_when_redis_restarts_before_all_know() {
+async fn a_deletion_outlives_a_redis_restart_before_all_nodes_know() {
     delete_while_cut_off(Redis::start_durable().await, true).await;
 }

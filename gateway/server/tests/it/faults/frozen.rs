@@ -44,18 +44,18 @@ async fn freeze_for(time: Duration, start: impl AsyncFn(&Redis, usize) -> Vec<No
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn clients_of_a_node_that_freezes_shortly_continue_elsewhere() {
+async fn clients_of_a_briefly_frozen_node_continue_elsewhere() {
     freeze_for(Duration::from_secs(4), start_nodes).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_node_that_was_frozen_for_longer_than_its_lease_checks_before_it_delivers() {
+async fn a_node_frozen_past_its_lease_checks_before_it_delivers() {
     let time = length(lease() + Duration::from_secs(2), Duration::from_secs(30));
     freeze_for(time, start_nodes_with_lease).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_node_whose_lease_is_over_passes_nothing_on_until_it_has_asked() {
+async fn a_node_without_a_lease_delivers_nothing_until_it_renews() {
     let redis = Redis::start().await;
     let proxy = Proxy::to(redis.address()).await.unwrap();
     let url = proxy.redis_url();

@@ -95,7 +95,7 @@ fn check(frames: Vec<ObservedFrame>, expected: &[Violation]) -> DeliveryReport {
 }
 
 #[test]
-fn what_is_right_is_not_held_against_anybody() {
+fn correct_traces_have_no_violation() {
     check(vec![], &[]);
     check(
         vec![ObservedFrame::Message(message("e", 3, 3)), ObservedFrame::Ack(ack("e", 3, 3))],
@@ -125,7 +125,7 @@ fn a_first_page_may_begin_in_a_former_epoch() {
 }
 
 #[test]
-fn each_wrong_is_seen() {
+fn each_violation_is_detected() {
     let then = |seq, number| ObservedFrame::Message(message("e", seq, number));
     check(vec![then(2, 2)], &[Violation::Duplicated]);
     check(vec![then(3, 2)], &[Violation::Duplicated, Violation::Disagreement]);
@@ -157,7 +157,7 @@ fn each_wrong_is_seen() {
 }
 
 #[test]
-fn what_a_break_did_not_jump_over_is_lost_all_the_same() {
+fn entries_outside_a_discontinuity_count_as_lost() {
     let break_then_ack = |position: AckFrame| {
         vec![ObservedFrame::Reset(reset("f", 7)), ObservedFrame::Ack(position)]
     };

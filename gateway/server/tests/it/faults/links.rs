@@ -41,38 +41,38 @@ async fn fail(mode: Mode, time: Duration, what: &str) {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_link_that_is_a_black_hole() {
+async fn a_black_holed_redis_link_loses_nothing() {
     fail(Mode::BlackHole, Duration::from_secs(4), "black hole").await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_link_that_is_a_black_hole_for_longer_than_a_lease() {
+async fn a_redis_link_black_holed_past_its_lease_loses_nothing() {
     let time = length(lease() + Duration::from_secs(1), Duration::from_secs(20));
     fail(Mode::BlackHole, time, "black hole").await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_link_that_is_cut() {
+async fn a_cut_redis_link_loses_nothing() {
     fail(Mode::Cut, Duration::from_secs(3), "cut").await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_link_on_which_requests_do_not_pass() {
+async fn held_redis_requests_lose_nothing() {
     fail(Mode::HoldRequests, Duration::from_secs(4), "one-way cut towards Redis").await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_link_on_which_answers_do_not_pass() {
+async fn held_redis_responses_lose_nothing() {
     fail(Mode::HoldResponses, Duration::from_secs(4), "one-way cut from Redis").await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_link_on_which_answers_are_lost() {
+async fn dropped_redis_responses_lose_nothing() {
     fail(Mode::DropResponses, Duration::from_secs(4), "answers of Redis lost").await;
 }
 
 #[tokio::test]
-async fn what_was_said_while_a_node_was_deaf_comes_when_it_hears_again() {
+async fn messages_missed_without_pubsub_arrive_after_resubscribing() {
     let redis = Redis::start().await;
     let (one, two) = (Gateway::start_on(&redis, &[]).await, Gateway::start_on(&redis, &[]).await);
     let lobby = room("lobby");

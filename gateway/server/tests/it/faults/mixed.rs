@@ -177,11 +177,11 @@ async fn mix(redis: Redis, faults: usize, salt: u64, what: &str) {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn nothing_is_lost_in_silence_with_a_redis_that_keeps_its_file() {
+async fn mixed_faults_with_a_durable_redis_lose_nothing_unsignalled() {
     mix(Redis::start_durable().await, length(8, 60), 1, "Redis with its file").await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn nothing_is_lost_in_silence_with_a_redis_that_forgets() {
+async fn mixed_faults_with_a_volatile_redis_lose_nothing_unsignalled() {
     mix(Redis::start().await, length(8, 60), 2, "Redis empty after a restart").await;
 }

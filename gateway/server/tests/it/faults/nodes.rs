@@ -11,7 +11,7 @@ use super::{
 use crate::harness::{Node, Redis, until};
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_node_that_is_killed_takes_nothing_with_it() {
+async fn a_killed_node_loses_nothing() {
     let redis = Redis::start().await;
     let mut nodes = start_nodes(&redis, 3).await;
     let clients = TestClients::connect(&addresses(&nodes)).await.unwrap();
@@ -39,7 +39,7 @@ async fn a_node_that_is_killed_takes_nothing_with_it() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_node_that_is_told_to_go_sends_its_clients_on() {
+async fn a_terminated_node_sends_its_clients_elsewhere() {
     let redis = Redis::start().await;
     let mut nodes = start_nodes(&redis, 3).await;
     let clients = TestClients::connect(&addresses(&nodes)).await.unwrap();
@@ -68,7 +68,7 @@ async fn a_node_that_is_told_to_go_sends_its_clients_on() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_node_that_is_killed_and_started_at_once_does_not_wait_for_its_own_lease() {
+async fn a_node_restarted_after_a_kill_waits_for_no_lease_of_its_own() {
     let redis = Redis::start().await;
     let other = Node::start(&redis, None, &[("node.id", "gw-2")]).await;
     let named = [("node.id", "gw-1")];
@@ -85,7 +85,7 @@ async fn a_node_that_is_killed_and_started_at_once_does_not_wait_for_its_own_lea
 
 /// Whether the lease of a run that was killed still counts, though the next run does not wait for it.
 #[tokio::test(flavor = "multi_thread")]
-async fn a_node_that_is_killed_and_started_at_once_is_missed_when_redis_is_emptied() {
+async fn a_killed_run_makes_the_next_recovery_round_incomplete() {
     let mut redis = Redis::start().await;
     let other = Node::start(&redis, None, &[("node.id", "gw-2"), lease_option()]).await;
     let named = [("node.id", "gw-1"), lease_option()];

@@ -25,7 +25,7 @@ use crate::{
 const API: (&str, &str) = ("api.keys", "test:a key of sixteen and more");
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_node_that_was_cut_off_applies_an_order_when_it_is_back_but_not_to_who_came_back() {
+async fn a_cut_off_node_applies_a_late_command_to_old_devices_only() {
     let redis = Redis::start().await;
     let proxy = Proxy::to(redis.address()).await.unwrap();
     let url = proxy.redis_url();
@@ -147,7 +147,7 @@ async fn notify(node: &Node, id: MessageId) {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn directs_and_notifications_come_once_on_each_device_through_a_kill_and_a_restart() {
+async fn inbox_entries_arrive_once_per_device_across_restarts() {
     let mut redis = Redis::start_durable().await;
     let mut nodes = Vec::new();
     for _ in 0..3 {

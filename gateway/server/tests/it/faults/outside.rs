@@ -161,20 +161,20 @@ async fn pause(ms: u64) {
 }
 
 #[tokio::test]
-async fn its_judge_sees_each_wrong() {
+async fn the_independent_checker_detects_each_violation() {
     let output = python().args(["-m", "unittest", "-q"]).output().await.expect(INSTALLED);
     let said = String::from_utf8_lossy(&output.stderr);
     assert!(output.status.success() && said.contains("OK"), "{said}");
 }
 
 #[tokio::test]
-async fn it_refuses_what_it_does_not_understand() {
+async fn the_independent_checker_rejects_an_invalid_url() {
     let output = python().args(["checker.py", "http://127.0.0.1/"]).output().await.unwrap();
     assert_eq!(output.status.code(), Some(2));
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_node_that_is_killed() {
+async fn no_violation_after_a_node_is_killed() {
     let redis = Redis::start().await;
     let mut nodes = start_nodes(&redis, 3).await;
     let mut outside = Outside::at(&nodes, &[]).await;
@@ -210,13 +210,13 @@ async fn kill_redis(mut redis: Redis, kills: u64, what: &str) {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_redis_that_is_killed_and_has_its_file() {
+async fn no_violation_after_redis_restarts_with_its_file() {
     let redis = Redis::start_durable().await;
     kill_redis(redis, length(2, 25), "Redis SIGKILL, restarted with its file").await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_redis_that_comes_back_empty() {
+async fn no_violation_after_redis_restarts_empty() {
     let redis = Redis::start().await;
     kill_redis(redis, length(2, 25), "Redis SIGKILL, restarted empty").await;
 }
@@ -244,18 +244,18 @@ async fn throw_out(commands: &[&str], pace_ms: u64, what: &str) {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_pubsub_link_that_is_cut() {
+async fn no_violation_after_pubsub_links_are_cut() {
     throw_out(&["CLIENT KILL TYPE pubsub"], 250, "CLIENT KILL of pub/sub every 250 ms").await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn all_links_that_are_cut() {
+async fn no_violation_after_all_links_are_cut() {
     let commands = ["CLIENT KILL TYPE normal", "CLIENT KILL TYPE pubsub"];
     throw_out(&commands, 400, "CLIENT KILL of everything every 400 ms").await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_node_that_freezes() {
+async fn no_violation_after_a_node_freezes() {
     let redis = Redis::start().await;
     let nodes = start_nodes(&redis, 3).await;
     // The first member stays with the frozen node; the fourth, which is there too, leaves.
@@ -336,11 +336,11 @@ async fn mix(mut redis: Redis, faults: usize, salt: u64, what: &str) {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn faults_mixed_with_a_redis_that_keeps_its_file() {
+async fn no_violation_after_mixed_faults_with_a_durable_redis() {
     mix(Redis::start_durable().await, length(4, 40), 3, "Redis with its file").await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn faults_mixed_with_a_redis_that_forgets() {
+async fn no_violation_after_mixed_faults_with_a_volatile_redis() {
     mix(Redis::start().await, length(4, 40), 4, "Redis empty after a restart").await;
 }

@@ -154,17 +154,17 @@ async fn through_a_restart(mut redis: Redis) {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_redis_that_comes_back_with_its_file_moves_nobody() {
+async fn a_redis_restart_with_its_file_changes_no_presence() {
     through_a_restart(Redis::start_durable().await).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_redis_that_comes_back_empty_moves_nobody_who_is_there() {
+async fn an_empty_redis_restart_keeps_present_users() {
     through_a_restart(Redis::start().await).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_redis_that_is_flushed_moves_nobody() {
+async fn a_flushed_redis_changes_no_presence() {
     let redis = Redis::start().await;
     let nodes =
         [Gateway::start_on(&redis, &NO_GRACE).await, Gateway::start_on(&redis, &NO_GRACE).await];
@@ -189,7 +189,7 @@ async fn a_redis_that_is_flushed_moves_nobody() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn what_a_cut_link_did_not_tell_is_told_when_it_is_back() {
+async fn presence_changes_during_a_cut_link_arrive_afterwards() {
     let redis = Redis::start().await;
     let proxy = Proxy::to(redis.address()).await.unwrap();
     let url = proxy.redis_url();
@@ -217,7 +217,7 @@ async fn what_a_cut_link_did_not_tell_is_told_when_it_is_back() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn the_users_of_a_frozen_node_leave_and_come_back_with_it() {
+async fn users_of_a_frozen_node_leave_and_return_with_it() {
     let redis = Redis::start().await;
     let options = [NO_GRACE[0], lease_option()];
     let other = Gateway::start_on(&redis, &options).await;
@@ -246,7 +246,7 @@ async fn the_users_of_a_frozen_node_leave_and_come_back_with_it() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn who_goes_elsewhere_when_a_node_stops_does_not_leave() {
+async fn users_who_reconnect_after_a_drain_do_not_leave() {
     let redis = Redis::start().await;
     let (stops, other) =
         (Gateway::start_on(&redis, &[]).await, Gateway::start_on(&redis, &[]).await);

@@ -10,7 +10,7 @@ use super::{
 use crate::harness::{Nginx, Redis, connect, within};
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_reload_of_nginx_is_not_noticed() {
+async fn an_nginx_reload_interrupts_no_client() {
     let redis = Redis::start().await;
     let nodes = start_nodes(&redis, 2).await;
     let nginx = Nginx::start_with_worker(&addresses(&nodes)).await;

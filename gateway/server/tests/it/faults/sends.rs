@@ -57,7 +57,7 @@ fn check_refusal(refusal: &ErrorFrame, id: MessageId, waited: Duration, wait: Du
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_send_without_redis_waits_is_refused_and_repeated_is_one_entry() {
+async fn a_publish_rejected_without_redis_is_one_entry_on_retry() {
     let mut redis = Redis::start_durable().await;
     let node = Node::start(&redis, None, &[]).await;
     let lobby = room("lobby");
@@ -106,7 +106,7 @@ async fn ann_and_bob(
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn an_append_whose_answer_is_lost_is_one_entry_when_the_client_repeats_it() {
+async fn a_client_retry_after_a_lost_response_is_one_entry() {
     let redis = Redis::start().await;
     let (proxy, nodes, mut ann, mut bob) = ann_and_bob(&redis, "2s").await;
     proxy.set(Mode::DropResponses);
@@ -135,7 +135,7 @@ async fn an_append_whose_answer_is_lost_is_one_entry_when_the_client_repeats_it(
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn an_append_whose_answer_is_lost_is_repeated_by_the_gateway() {
+async fn the_gateway_retries_an_append_whose_response_is_lost() {
     let redis = Redis::start().await;
     let (proxy, _nodes, mut ann, mut bob) = ann_and_bob(&redis, "20s").await;
     let lobby = room("lobby");

@@ -46,19 +46,19 @@ async fn kill_redis(mut redis: Redis, kills: u64, what: &str) {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_redis_that_is_killed_and_has_its_file_loses_nothing() {
+async fn a_killed_redis_with_its_file_loses_nothing() {
     let redis = Redis::start_durable().await;
     kill_redis(redis, length(5, 25), "Redis SIGKILL, restarted with its file").await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_redis_that_comes_back_empty_is_given_what_the_nodes_hold() {
+async fn an_empty_redis_is_restored_from_the_nodes() {
     let redis = Redis::start().await;
     kill_redis(redis, length(5, 25), "Redis SIGKILL, restarted empty").await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn who_was_away_for_longer_than_the_rings_go_back_is_told() {
+async fn a_client_away_longer_than_the_rings_is_not_recovered() {
     let mut redis = Redis::start().await;
     let nodes = start_nodes(&redis, 2).await;
     let clients = TestClients::connect(&addresses(&nodes)).await.unwrap();
@@ -102,7 +102,7 @@ async fn freeze_redis(times: &[Duration]) {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_redis_that_stands_still_is_waited_for() {
+async fn a_frozen_redis_is_waited_for() {
     let short = [500, 3_000, 12_000].map(Duration::from_millis);
     freeze_redis(&short).await;
 }
@@ -133,13 +133,13 @@ async fn throw_out(commands: &[&str], pace: Duration, what: &str) {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_pubsub_link_that_is_cut_again_and_again_is_repaired() {
+async fn a_repeatedly_cut_pubsub_link_is_repaired() {
     let pace = Duration::from_millis(250);
     throw_out(&["CLIENT KILL TYPE pubsub"], pace, "CLIENT KILL of pub/sub every 250 ms").await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn all_links_that_are_cut_again_and_again_are_repaired() {
+async fn repeatedly_cut_redis_links_are_repaired() {
     let pace = Duration::from_millis(400);
     let commands = ["CLIENT KILL TYPE normal", "CLIENT KILL TYPE pubsub"];
     throw_out(&commands, pace, "CLIENT KILL of everything every 400 ms").await;

@@ -50,7 +50,7 @@ async fn start(extra: &[(&str, &str)]) -> Trial {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_slow_reader_catches_up_in_place_and_takes_bounded_memory() {
+async fn a_slow_consumer_catches_up_within_bounded_memory() {
     let Trial { redis: _redis, nodes, proxy, clients } = start(&[]).await;
     let before = resident_bytes(&nodes[0]);
     let mut highest = before;
@@ -86,7 +86,7 @@ async fn a_slow_reader_catches_up_in_place_and_takes_bounded_memory() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_reader_that_falls_behind_the_log_is_told() {
+async fn a_consumer_behind_the_trimmed_log_is_reset() {
     let short = [("history.max_entries", "50"), ("history.window", "1s")];
     let Trial { redis: _redis, nodes: _nodes, proxy, clients } = start(&short).await;
     proxy.set(Mode::HoldResponses);
@@ -109,7 +109,7 @@ async fn a_reader_that_falls_behind_the_log_is_told() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_client_that_reads_nothing_is_closed_with_4003_and_misses_nothing() {
+async fn a_stalled_client_is_closed_with_4003_and_misses_nothing() {
     // 30 s in the full trial, as it is by default.
     let stall = if is_full() { "30s" } else { "3s" };
     let Trial { redis: _redis, nodes, proxy, clients } =

@@ -44,13 +44,13 @@ const SMALL_LOGS: [(&str, &str); 8] = [
 ];
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn what_comes_and_goes_leaves_nothing() {
+async fn connection_churn_leaks_nothing() {
     let node = Node::start_alone(&SMALL_LOGS).await;
     churn(node, of(1_000_000, 10_000), 0).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn what_comes_and_goes_leaves_nothing_with_redis_as_the_bus() {
+async fn connection_churn_leaks_nothing_with_redis() {
     let redis = Redis::start().await;
     // Redis keeps sessions, and does not count here; a connection may take longer than a second.
     let options = [&SMALL_LOGS[..], &[("sessions.ttl", "1m")]].concat();

@@ -29,12 +29,12 @@ enum Way {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn who_arrives_is_not_held_up_by_many_who_leave_one_room() {
+async fn mass_leave_of_one_room_delays_no_new_client() {
     mass_leave(1).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn who_arrives_is_not_held_up_by_many_who_leave_many_rooms() {
+async fn mass_leave_of_many_rooms_delays_no_new_client() {
     mass_leave(of(1500, 150)).await;
 }
 

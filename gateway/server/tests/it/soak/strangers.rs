@@ -15,7 +15,7 @@ const STRANGER_MAX_KIB: f64 = 4.0;
 const GREEDY_MAX_KIB: f64 = 128.0;
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn who_sent_no_whole_request_costs_little() {
+async fn unauthenticated_peers_cost_little_memory() {
     let node = Node::start_alone(&[]).await;
     // So many that what the process takes once, some MiB of the allocator, is little of each.
     let count = of(5_000, 3_000);
@@ -41,7 +41,7 @@ async fn who_sent_no_whole_request_costs_little() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn who_asks_without_end_and_reads_nothing_costs_little() {
+async fn peers_that_read_no_responses_cost_little_memory() {
     let node = Node::start_alone(&[]).await;
     let before = Held::by(&node).await;
     let requests = "GET / HTTP/1.1\r\nHost: soak\r\n\r\n".repeat(5_000);
