@@ -74,11 +74,11 @@ impl FanOutBench {
         let bus: Arc<dyn Bus> = Arc::new(memory);
         let options = HubOptions {
             ring_bytes_max: 1 << 28,
-            ids_bytes_max: 1 << 26,
+            dedup_ids_bytes_max: 1 << 26,
             dedup_window: Duration::from_secs(600),
             log_ttl: Duration::from_secs(3600),
             rooms_max: 1 << 20,
-            lingering_rooms_max: 1 << 20,
+            empty_rooms_max: 1 << 20,
             watched_users_max: 1 << 20,
         };
         let people = (&bus, &presence, &Default::default());

@@ -593,7 +593,7 @@ impl StoreWorker {
                 // Above the watermark, only existing read marks are moved.
                 command.arg(match server.memory.pressure().is_high() {
                     true => 0,
-                    false => server.retention.limits.marks_max,
+                    false => server.retention.limits.read_marks_max,
                 });
                 command
             }

@@ -51,8 +51,8 @@ mod aliases;
 pub const DEFAULT_FILE: &str = "gateway.toml";
 /// Shortest key that HS256 allows (RFC 7518, section 3.2).
 const JWT_SECRET_BYTES_MIN: usize = 32;
-/// Bounds of `cluster.lease`: a shorter lease expires in ordinary pauses, and scripts treat the end of
-/// a much longer one as an invalid value.
+/// Bounds of `cluster.lease`: a shorter lease expires in ordinary pauses, and scripts treat the end
+/// of a much longer one as an invalid value.
 const LEASE_MIN: Duration = Duration::from_secs(1);
 const LEASE_MAX: Duration = Duration::from_secs(60);
 /// File descriptors reserved for everything but client connections.
@@ -220,13 +220,13 @@ impl Config {
         let create_on_join = r.take::<bool>("rooms.create_on_join", "true", "Whether a `join` creates a room that does not exist. `false`: such a `join` fails with `not_found`.");
         let empty_ttl = r.take::<DurationOption>("rooms.empty_ttl", "24h", "How long a managed room without members is kept.");
         let managed_max = r.take_within("rooms.managed_per_owner", "100", 0..=1_000_000_usize, "Managed rooms per owner. Above it: `limit_reached`. 0: no limit.");
-        let marks_max = r.take_within("rooms.read_marks_max", "10000", 1..=10_000_000_u32, "Users per room whose read marks are kept. Above it: read marks of further users are dropped.");
+        let read_marks_max = r.take_within("rooms.read_marks_max", "10000", 1..=10_000_000_u32, "Users per room whose read marks are kept. Above it: read marks of further users are dropped.");
         let ephemeral = r.take::<CommaList<RoomPattern>>("rooms.ephemeral", "", "Rooms without a log, by name or prefix, such as `cursors,live:*`: messages are delivered once and not stored. Must be the same on all nodes.");
         let grace = r.take::<DurationOption>("presence.grace", "3s", "How long a user stays present after their last connection has closed, so that reloading a page causes no event. At most 1h.");
-        let individual_max = r.take_within("presence.event_members_max", "100", 0..=10_000_usize, "Members up to which a room gets one event per user who joins or leaves. Above it: `presence_diff`, at most every 250 ms.");
-        let named_max = r.take_within("presence.diff_members_max", "1000", 0..=100_000_usize, "Members up to which `presence_diff` names users. Above it: only `count`, since otherwise every member would receive every name.");
+        let event_members_max = r.take_within("presence.event_members_max", "100", 0..=10_000_usize, "Members up to which a room gets one event per user who joins or leaves. Above it: `presence_diff`, at most every 250 ms.");
+        let diff_members_max = r.take_within("presence.diff_members_max", "1000", 0..=100_000_usize, "Members up to which `presence_diff` names users. Above it: only `count`, since otherwise every member would receive every name.");
         let presence_public = r.take::<bool>("presence.public", "true", "Whether clients may list the users who are connected to the cluster. `false`: only their number.");
-        let publish_wait = r.take::<DurationOption>("publish.timeout", "5s", "How long a publish, `join` or `history` waits for Redis. Above it: `unavailable`.");
+        let publish_timeout = r.take::<DurationOption>("publish.timeout", "5s", "How long a publish, `join` or `history` waits for Redis. Above it: `unavailable`.");
         let dedup_window = r.take::<DurationOption>("dedup.window", "10m", "How long the `id` of a message is remembered: a message repeated within this time is stored once.");
         let entries_min = r.take_within("history.max_entries", "1000", 1..=1_000_000_u32, "Entries kept per room. Entries younger than `history.window` are kept beyond this number.");
         let window = r.take::<DurationOption>("history.window", "2m", "Age up to which entries beyond `history.max_entries` are kept.");
@@ -245,10 +245,10 @@ impl Config {
 
         let shards = r.take_within("hub.shards", "0", 0..=256_usize, "Number of tasks that the rooms of a node are distributed over. 0: one per core.");
         let ring_bytes = r.take::<ByteSize>("hub.ring_bytes_max", "256MiB", "Memory of a node for the newest entries of all rooms. Above it: fewer entries per room are held in memory.");
-        let ids_bytes = r.take::<ByteSize>("hub.dedup_ids_bytes_max", "64MiB", "Memory of a node for message ids within `dedup.window`, which it restores to a Redis that lost them. Above it: the oldest ids are dropped.");
+        let dedup_ids_bytes = r.take::<ByteSize>("hub.dedup_ids_bytes_max", "64MiB", "Memory of a node for message ids within `dedup.window`, which it restores to a Redis that lost them. Above it: the oldest ids are dropped.");
 
         let hub_rooms = r.take_within("hub.rooms_max", "500000", 1..=100_000_000_usize, "Rooms that a node is subscribed to, with members or recently left by the last one. A `join` of a further room: `limit_reached`.");
-        let lingering_rooms = r.take_within("hub.empty_rooms_max", "50000", 0..=100_000_000_usize, "Rooms and inboxes without members that a node stays subscribed to for a while. Above it: the node unsubscribes from those that have been empty longest.");
+        let empty_rooms = r.take_within("hub.empty_rooms_max", "50000", 0..=100_000_000_usize, "Rooms and inboxes without members that a node stays subscribed to for a while. Above it: the node unsubscribes from those that have been empty longest.");
         let watched_users = r.take_within("hub.watched_users_max", "200000", 1..=100_000_000_usize, "Users whose status a node observes for its connections. A `watch` of a further user: `limit_reached`.");
 
         let interval = r.take::<DurationOption>("heartbeat.interval", "25s", "Time between pings to a connection. Must be less than `heartbeat.idle_timeout`.");
@@ -274,7 +274,7 @@ impl Config {
         let new_inboxes = r.take_within("limits.new_inboxes_per_hour", "100", 0..=10_000_000_u32, "Users who never connected that a user may send direct messages to; an address eight times as many. Above it: `rate_limited`. 0: no limit.");
         let new_rooms = r.take_within("limits.new_rooms_per_minute", "600", 0..=10_000_000_u32, "Rooms that a user may create by joining them, with bursts of five times as many; an address eight times as many. Above it: `rate_limited`. 0: no limit.");
         let requests = r.take_within("limits.http_requests_per_second_per_ip", "200", 0..=1_000_000_u32, "Plain HTTP requests per address (pages, probes, rejected handshakes), with bursts of five times as many; server API calls with a valid key do not count. Above it: HTTP 429, and the connection is closed. 0: no limit.");
-        let api_refusals = r.take_within("limits.api_key_failures_per_second_per_ip", "10", 0..=1_000_000_u32, "Server API calls without a valid key per address, with bursts of five times as many. Above it: HTTP 429, and the connection is closed. 0: no limit.");
+        let api_key_failures = r.take_within("limits.api_key_failures_per_second_per_ip", "10", 0..=1_000_000_u32, "Server API calls without a valid key per address, with bursts of five times as many. Above it: HTTP 429, and the connection is closed. 0: no limit.");
         let password_ip = r.take_within("limits.password_failures_per_minute_per_ip", "30", 0..=1_000_000_u32, "Wrong room passwords per address, from users with recent failures; the other users of the address have a budget of their own, of the same size. Above it: `rate_limited`. 0: no limit.");
         let password_room = r.take_within("limits.password_failures_per_minute_per_room", "60", 0..=1_000_000_u32, "Wrong passwords per room from all addresses, in two budgets like those per address. Above it: `rate_limited`. 0: no limit.");
         let read_bytes = r.take::<ByteSize>("limits.read_bytes_per_second", "4MiB", "Bytes that a connection may read from logs and lists (`history`, `presence`, `rooms`, joins), with bursts of eight times as many; a user twice as many. Above it: reads wait, then get `rate_limited`. 0: no limit.");
@@ -310,7 +310,7 @@ impl Config {
         if !jwt && redis_url.0.is_some() && !allow_anonymous {
             r.error("auth.mode", "is `anonymous`, so that any client of the cluster can impersonate any user: set `jwt`, or auth.allow_anonymous = true if the cluster is open on purpose".into());
         }
-        for (key, span) in [("publish.timeout", &publish_wait), ("dedup.window", &dedup_window), ("history.ttl", &ttl), ("heartbeat.interval", &interval), ("heartbeat.idle_timeout", &idle_timeout), ("heartbeat.write_timeout", &write_timeout), ("rooms.empty_ttl", &empty_ttl), ("inbox.ttl", &inbox_ttl), ("sessions.ttl", &session_ttl), ("inbox.unseen_ttl", &unseen_ttl)] {
+        for (key, span) in [("publish.timeout", &publish_timeout), ("dedup.window", &dedup_window), ("history.ttl", &ttl), ("heartbeat.interval", &interval), ("heartbeat.idle_timeout", &idle_timeout), ("heartbeat.write_timeout", &write_timeout), ("rooms.empty_ttl", &empty_ttl), ("inbox.ttl", &inbox_ttl), ("sessions.ttl", &session_ttl), ("inbox.unseen_ttl", &unseen_ttl)] {
             if span.0 < Duration::from_millis(1) || span.0 > Duration::from_secs(10 * 365 * 86_400) {
                 r.error(key, "must be 1ms to 10 years".into());
             }
@@ -323,7 +323,7 @@ impl Config {
                 r.error(key, "must be at most 1h".into());
             }
         }
-        for (key, bytes) in [("limits.message_bytes_max", &message_bytes), ("limits.outbox_bytes_max", &outbox_bytes), ("history.max_bytes", &bytes_max), ("history.memory_bytes_max", &memory_bytes), ("hub.ring_bytes_max", &ring_bytes), ("hub.dedup_ids_bytes_max", &ids_bytes), ("inbox.max_bytes", &inbox_bytes), ("inbox.unseen_max_bytes", &unseen_bytes), ("sessions.data_max_bytes", &session_data)] {
+        for (key, bytes) in [("limits.message_bytes_max", &message_bytes), ("limits.outbox_bytes_max", &outbox_bytes), ("history.max_bytes", &bytes_max), ("history.memory_bytes_max", &memory_bytes), ("hub.ring_bytes_max", &ring_bytes), ("hub.dedup_ids_bytes_max", &dedup_ids_bytes), ("inbox.max_bytes", &inbox_bytes), ("inbox.unseen_max_bytes", &unseen_bytes), ("sessions.data_max_bytes", &session_data)] {
             if bytes.0 < 128 || bytes.0 > 1 << 40 {
                 r.error(key, "must be 128 bytes to 1 TiB".into());
             }
@@ -334,15 +334,15 @@ impl Config {
         if listen.port() != 0 && listen.port() == admin_listen.port() && (listen.ip() == admin_listen.ip() || listen.ip().is_unspecified() || admin_listen.ip().is_unspecified()) {
             r.error("admin.listen", format!("`{admin_listen}` conflicts with server.listen (`{listen}`): use another port"));
         }
-        // Contradictions between two options, each an error only where the first one is set: a default
-        // does not count. The option that must be smaller, the other one, and the reason.
+        // Contradictions between two options, each an error only where the first one is set: a
+        // default does not count. The option that must be smaller, the other one, and the reason.
         for (is_contradiction, key, other, why) in [
             (interval.0 >= idle_timeout.0, "heartbeat.interval", "heartbeat.idle_timeout", "must be less, or every idle client is closed before its first ping"),
             (bytes_max.0 < message_bytes.0, "history.max_bytes", "limits.message_bytes_max", "must be at least as large, or a log cannot hold one message"),
             (redis_url.0.is_none() && memory_bytes.0 < bytes_max.0, "history.memory_bytes_max", "history.max_bytes", "must be at least as large: it bounds all logs together"),
             (deflate && deflate_bytes.0 > message_bytes.0, "transport.deflate_bytes_min", "limits.message_bytes_max", "must not be larger, or nothing is compressed: use transport.deflate = false for that"),
             (window.0 > ttl.0, "history.window", "history.ttl", "must not be longer: nothing is kept for longer than that"),
-            (individual_max > named_max, "presence.event_members_max", "presence.diff_members_max", "must not be larger: single events name their users"),
+            (event_members_max > diff_members_max, "presence.event_members_max", "presence.diff_members_max", "must not be larger: single events name their users"),
         ] {
             if is_contradiction && (key == "heartbeat.interval" || r.is_given(key)) {
                 let of = |key: &str| r.described.iter().find(|option| option.key == key).map_or("", |option| option.value.as_str()).to_owned();
@@ -372,7 +372,7 @@ impl Config {
             warnings.push("ANONYMOUS MODE in a cluster: any client can read every room and impersonate any user; set auth.mode = jwt".into());
         }
         let unseen = UnseenInboxLimits { entries_max: unseen_entries, bytes_max: unseen_bytes.0 as u64, ttl: unseen_ttl.0 };
-        let bounds = StorageLimits { unseen, marks_max, session_data_max: session_data.0 as u64, memory_max: memory_max.0 as u64, watermark_percent: watermark };
+        let bounds = StorageLimits { unseen, read_marks_max, session_data_max: session_data.0 as u64, memory_max: memory_max.0 as u64, watermark_percent: watermark };
         let retention = Retention { entries_min, window: window.0, bytes_max: bytes_max.0 as u64, memory_bytes_max: memory_bytes.0 as u64, ttl: ttl.0, dedup_window: dedup_window.0, inboxes: LogRetention { entries_min: inbox_entries, ttl: inbox_ttl.0, bytes_max: inbox_bytes.0 as u64 }, limits: bounds };
         let sessions = SessionOptions { ttl: session_ttl.0 };
         let node = node.0.unwrap_or_else(default_node_id);
@@ -393,8 +393,8 @@ impl Config {
             registry: RoomStoreOptions { empty_ttl: empty_ttl.0 },
             sessions,
             rooms: RoomRules { ephemeral: ephemeral.0.into_iter().map(|RoomPattern(text)| text).collect(), create_on_join },
-            passwords: PasswordLimits { failures_per_ip: Rate::new(password_ip, 60 * second, password_ip), failures_per_room: Rate::new(password_room, 60 * second, password_room), wait_max: publish_wait.0 / 2 },
-            presence: PresenceOptions { grace: grace.0, individual_max, named_max, public: presence_public },
+            passwords: PasswordLimits { failures_per_ip: Rate::new(password_ip, 60 * second, password_ip), failures_per_room: Rate::new(password_room, 60 * second, password_room), wait_max: publish_timeout.0 / 2 },
+            presence: PresenceOptions { grace: grace.0, event_members_max, diff_members_max, public: presence_public },
             auth: if jwt { Auth::jwt(JwtOptions { secret, leeway: leeway.0, audience: audience.0, issuer: issuer.0 }) } else { Auth::Anonymous },
             http: HttpOptions {
                 auth_cookie: auth_cookie.0,
@@ -414,7 +414,7 @@ impl Config {
                     handshakes_per_ip: Rate::new(handshakes, 60 * second, handshakes),
                     accepts: Rate::new(accepts, second, accepts),
                     requests_per_ip: Rate::new(requests, second, requests.saturating_mul(5)),
-                    api_key_failures_per_ip: Rate::new(api_refusals, second, api_refusals.saturating_mul(5)),
+                    api_key_failures_per_ip: Rate::new(api_key_failures, second, api_key_failures.saturating_mul(5)),
                     message_bytes_max: message_bytes.0,
                     outbox_bytes_max: outbox_bytes.0,
                 },
@@ -424,12 +424,12 @@ impl Config {
                 rooms_max,
                 watches_max,
                 managed_max,
-                wait_max: publish_wait.0,
+                wait_max: publish_timeout.0,
                 read_bytes_per_second: read_bytes.0,
             },
             quotas: QuotaOptions { bytes_per_minute: kept_bytes.0 as u32, new_inboxes_per_hour: new_inboxes, new_rooms_per_minute: new_rooms },
             shards: if shards == 0 { std::thread::available_parallelism().map_or(1, usize::from) } else { shards },
-            hub: HubOptions { ring_bytes_max: ring_bytes.0, ids_bytes_max: ids_bytes.0, dedup_window: dedup_window.0, log_ttl: ttl.0, rooms_max: hub_rooms, lingering_rooms_max: lingering_rooms, watched_users_max: watched_users },
+            hub: HubOptions { ring_bytes_max: ring_bytes.0, dedup_ids_bytes_max: dedup_ids_bytes.0, dedup_window: dedup_window.0, log_ttl: ttl.0, rooms_max: hub_rooms, empty_rooms_max: empty_rooms, watched_users_max: watched_users },
             drain_delay: drain_delay.0,
             warnings,
         }
@@ -606,8 +606,8 @@ fn nearest<'a>(key: &str, known: &[&'a str]) -> Option<&'a str> {
     known.iter().copied().find(|known| same(known))
 }
 
-/// Clients that a stopping node disconnects per second: half of `accepts`, the rate at which another
-/// node accepts them, since that node gets other clients as well, and they arrive unevenly.
+/// Clients that a stopping node disconnects per second: half of `accepts`, the rate at which
+/// another node accepts them, since that node gets other clients as well, and they arrive unevenly.
 fn per_second_away(accepts: u32) -> u32 {
     const WITHOUT_LIMIT: u32 = 5000;
     let accepts = if accepts == 0 { WITHOUT_LIMIT } else { accepts };

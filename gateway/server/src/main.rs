@@ -24,11 +24,11 @@ use tokio::{
 #[global_allocator]
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
-/// The Skein gateway. Without arguments it runs a single node on 127.0.0.1:8080 that keeps its logs in
-/// memory.
+/// The Skein gateway. Without arguments it runs a single node on 127.0.0.1:8080 that keeps its logs
+/// in memory.
 ///
-/// Options come from the defaults, then the file, then the environment (GATEWAY__SECTION__KEY), then
-/// --set; later sources replace earlier ones. `--options` lists all options.
+/// Options come from the defaults, then the file, then the environment (GATEWAY__SECTION__KEY),
+/// then --set; later sources replace earlier ones. `--options` lists all options.
 #[derive(Parser)]
 #[command(version)]
 struct Arguments {
@@ -57,8 +57,8 @@ const EXIT_USAGE: u8 = 64;
 const EXIT_FAILED: u8 = 70;
 /// Time for blocked threads to end at the shutdown of the runtime.
 const SHUTDOWN_TIMEOUT: Duration = Duration::from_secs(1);
-/// Task polls after which a busy thread polls its sockets again (tokio: 61): output gathers meanwhile for
-/// one write per socket (docs/adr/0011).
+/// Task polls after which a busy thread polls its sockets again (tokio: 61): output gathers
+/// meanwhile for one write per socket (docs/adr/0011).
 const EVENT_INTERVAL: u32 = 1024;
 
 fn main() -> ExitCode {

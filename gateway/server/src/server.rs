@@ -71,8 +71,8 @@ pub enum StartError {
 }
 
 impl Server {
-    /// Starts a gateway: connects to the bus, then listens for clients. The admin listener answers before
-    /// that, so that a node that waits for Redis can be told from a dead one.
+    /// Starts a gateway: connects to the bus, then listens for clients. The admin listener answers
+    /// before that, so that a node that waits for Redis can be told from a dead one.
     ///
     /// # Errors
     ///
@@ -198,16 +198,16 @@ impl Server {
         async move { tasks.failed().await }
     }
 
-    /// Disconnects the clients as far as possible within a second, after a part has failed. Other parts
-    /// are not ended in order, since they may depend on the failed one.
+    /// Disconnects the clients as far as possible within a second, after a part has failed. Other
+    /// parts are not ended in order, since they may depend on the failed one.
     pub async fn abandon(self) {
         self.node.start_draining();
         self.tasks.leave(ABANDON_TIMEOUT).await;
     }
 
-    /// Stops in order: `/ready` returns 503 for `drain.delay`, then clients are disconnected in batches
-    /// with their queued frames, `reconnect` and 1012, and the other tasks end, the listeners last.
-    /// Returns whether everything ended in time.
+    /// Stops in order: `/ready` returns 503 for `drain.delay`, then clients are disconnected in
+    /// batches with their queued frames, `reconnect` and 1012, and the other tasks end, the
+    /// listeners last. Returns whether everything ended in time.
     pub async fn stop(self) -> bool {
         self.node.start_draining();
         tokio::time::sleep(self.drain_delay).await;
@@ -231,7 +231,8 @@ impl Stores {
     }
 }
 
-/// Drains the node once a control command requests it: rejects new clients and disconnects the others.
+/// Drains the node once a control command requests it: rejects new clients and disconnects the
+/// others.
 async fn drain_on_command(node: Arc<Node>, delay: Duration) {
     let stopped = node.tasks.stopped().clone();
     // Both arms are cancel-safe.

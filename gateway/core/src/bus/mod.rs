@@ -244,7 +244,7 @@ pub struct StorageLimits {
     /// Inboxes of unseen users.
     pub unseen: UnseenInboxLimits,
     /// The most read marks of a room, one per user.
-    pub marks_max: u32,
+    pub read_marks_max: u32,
     /// The most bytes of the data of all sessions of a user.
     pub session_data_max: u64,
     /// The memory that Redis may use where it has no `maxmemory`, bytes; 0 if not known.
@@ -270,7 +270,7 @@ impl Default for StorageLimits {
         let day = Duration::from_secs(24 * 60 * 60);
         Self {
             unseen: UnseenInboxLimits { entries_max: 20, bytes_max: 64 << 10, ttl: day },
-            marks_max: 10_000,
+            read_marks_max: 10_000,
             session_data_max: 128 << 10,
             memory_max: 0,
             watermark_percent: 80,

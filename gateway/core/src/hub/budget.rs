@@ -18,7 +18,7 @@ pub(super) struct MemoryBudget {
     ring_bytes: usize,
     ring_bytes_max: usize,
     ids_bytes: usize,
-    ids_bytes_max: usize,
+    dedup_ids_bytes_max: usize,
     dedup_window: Duration,
     /// Every bucket of ids, oldest first.
     buckets: VecDeque<BucketRef>,
@@ -58,7 +58,7 @@ impl MemoryBudget {
             ring_bytes: 0,
             ring_bytes_max: options.ring_bytes_max,
             ids_bytes: 0,
-            ids_bytes_max: options.ids_bytes_max,
+            dedup_ids_bytes_max: options.dedup_ids_bytes_max,
             dedup_window: options.dedup_window,
             buckets: VecDeque::new(),
             metrics,
@@ -101,7 +101,7 @@ impl MemoryBudget {
     pub(super) fn next_to_forget(&mut self, now: Instant) -> Option<BucketRef> {
         let is_expired =
             recent_ids::is_expired(self.buckets.front()?.since, self.dedup_window, now);
-        let too_much = self.ids_bytes > self.ids_bytes_max;
+        let too_much = self.ids_bytes > self.dedup_ids_bytes_max;
         if too_much && !is_expired {
             self.metrics.dedup_id_buckets_dropped.inc();
         }

@@ -79,7 +79,7 @@ pub struct HubOptions {
     /// The most bytes in the rings of all rooms.
     pub ring_bytes_max: usize,
     /// The most bytes of message ids in all dedup windows.
-    pub ids_bytes_max: usize,
+    pub dedup_ids_bytes_max: usize,
     /// The time for which the id of a message is remembered.
     pub dedup_window: Duration,
     /// Retention of an idle room's log.
@@ -88,7 +88,7 @@ pub struct HubOptions {
     /// rejected.
     pub rooms_max: usize,
     /// The most rooms and inboxes without members that a node stays subscribed to.
-    pub lingering_rooms_max: usize,
+    pub empty_rooms_max: usize,
     /// The most users whose status the node watches.
     pub watched_users_max: usize,
 }
@@ -235,9 +235,9 @@ impl Hub {
         let shards = messages.len().max(1);
         let options = HubOptions {
             ring_bytes_max: options.ring_bytes_max / shards,
-            ids_bytes_max: options.ids_bytes_max / shards,
+            dedup_ids_bytes_max: options.dedup_ids_bytes_max / shards,
             rooms_max: options.rooms_max.div_ceil(shards),
-            lingering_rooms_max: options.lingering_rooms_max.div_ceil(shards),
+            empty_rooms_max: options.empty_rooms_max.div_ceil(shards),
             watched_users_max: options.watched_users_max.div_ceil(shards),
             ..options
         };

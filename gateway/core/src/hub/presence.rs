@@ -126,13 +126,13 @@ impl Room {
     fn apply_event(
         &mut self,
         event: EphemeralEvent,
-        individual_max: usize,
+        event_members_max: usize,
         batch: &mut ShardBatch,
     ) -> bool {
         match event {
             EphemeralEvent::Presence(change) => {
                 let (changes, read) = self.presence.roster.apply(change);
-                self.send_roster_changes(changes, individual_max, batch);
+                self.send_roster_changes(changes, event_members_max, batch);
                 self.answer_queries(batch);
                 return read;
             }
@@ -183,7 +183,7 @@ impl Room {
     fn send_roster_changes(
         &mut self,
         changes: Vec<RosterChange>,
-        individual_max: usize,
+        event_members_max: usize,
         batch: &mut ShardBatch,
     ) {
         if changes.is_empty() {
@@ -192,7 +192,7 @@ impl Room {
         let timestamp = skein_protocol::timestamp(SystemTime::now());
         for RosterChange { user, joined, count, version } in changes {
             let largest = if joined { count } else { count + 1 };
-            if largest > individual_max as u64 || !self.presence.pending.is_empty() {
+            if largest > event_members_max as u64 || !self.presence.pending.is_empty() {
                 let opposite = self.presence.pending.remove(&user.id).is_some();
                 if !opposite {
                     self.presence.pending.insert(user.id, joined);
@@ -225,11 +225,11 @@ impl Room {
         }
     }
 
-    fn send_presence_diff(&mut self, named_max: usize, batch: &mut ShardBatch) {
+    fn send_presence_diff(&mut self, diff_members_max: usize, batch: &mut ShardBatch) {
         let pending = std::mem::take(&mut self.presence.pending);
         let count = self.presence.roster.len() as u64;
         self.presence.diffed_at = Some(batch.retention.now);
-        if count > named_max as u64 {
+        if count > diff_members_max as u64 {
             let (joined, left) = (Vec::new(), Vec::new());
             let diff = PresenceDiffFrame { room: self.name.clone(), joined, left, count };
             return self.send_to_members(
@@ -292,12 +292,12 @@ impl Room {
     }
 
     /// Does the work that is due.
-    fn send_due_presence(&mut self, named_max: usize, batch: &mut ShardBatch) {
+    fn send_due_presence(&mut self, diff_members_max: usize, batch: &mut ShardBatch) {
         let now = batch.retention.now;
         let diff_at = self.presence.diffed_at.map_or(now, |at| at + DIFF_EVERY);
         if !self.presence.pending.is_empty() {
             if diff_at <= now {
-                self.send_presence_diff(named_max, batch);
+                self.send_presence_diff(diff_members_max, batch);
                 self.answer_queries(batch);
             } else {
                 self.presence.note_due(diff_at);
@@ -311,11 +311,11 @@ impl Room {
     fn apply_roster(
         &mut self,
         snapshot: PresenceSnapshot,
-        individual_max: usize,
+        event_members_max: usize,
         batch: &mut ShardBatch,
     ) -> bool {
         let (changes, again) = self.presence.roster.apply_snapshot(snapshot);
-        self.send_roster_changes(changes, individual_max, batch);
+        self.send_roster_changes(changes, event_members_max, batch);
         self.answer_queries(batch);
         again
     }
@@ -409,9 +409,9 @@ impl Shard {
         if let EphemeralEvent::Emptied = event {
             return self.read_forward(name);
         }
-        let individual_max = self.presence.options().individual_max;
+        let event_members_max = self.presence.options().event_members_max;
         let Some(room) = self.rooms.get_mut(name) else { return };
-        let read = room.apply_event(event, individual_max, &mut self.batch);
+        let read = room.apply_event(event, event_members_max, &mut self.batch);
         self.note_presence_due(name);
         if read {
             self.read_rosters(vec![name.clone()]);
@@ -432,7 +432,7 @@ impl Shard {
 
     /// Does the due work of all rooms.
     pub(super) fn send_due_presence(&mut self, now: Instant) {
-        let named_max = self.presence.options().named_max;
+        let diff_members_max = self.presence.options().diff_members_max;
         while let Some((due, _)) = self.presence_due.first()
             && *due <= now
         {
@@ -443,7 +443,7 @@ impl Shard {
                 continue;
             }
             room.presence.due = None;
-            room.send_due_presence(named_max, &mut self.batch);
+            room.send_due_presence(diff_members_max, &mut self.batch);
             self.note_presence_due(&name);
         }
     }
@@ -481,13 +481,13 @@ impl Shard {
         rooms: Vec<(RoomId, u64)>,
         snapshots: Vec<PresenceSnapshot>,
     ) {
-        let individual_max = self.presence.options().individual_max;
+        let event_members_max = self.presence.options().event_members_max;
         let mut again = Vec::new();
         for ((name, generation), snapshot) in rooms.into_iter().zip(snapshots) {
             let room = self.rooms.get_mut(&name);
             let Some(room) = room.filter(|room| room.generation == generation) else { continue };
             let is_complete = snapshot.complete;
-            if room.apply_roster(snapshot, individual_max, &mut self.batch) {
+            if room.apply_roster(snapshot, event_members_max, &mut self.batch) {
                 again.push(name.clone());
             }
             self.note_completeness(is_complete);

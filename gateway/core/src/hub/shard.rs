@@ -72,7 +72,7 @@ pub(super) struct Shard {
     pub(super) batch: ShardBatch,
     pub(super) budget: MemoryBudget,
     lingering: Lingering,
-    lingering_rooms_max: usize,
+    empty_rooms_max: usize,
     /// The number of rooms that are not inboxes.
     joined_rooms: usize,
     rooms_max: usize,
@@ -141,7 +141,7 @@ impl Shard {
             batch: ShardBatch::new(retention, (metrics, trails), messages.node_state.clone()),
             budget,
             lingering: Lingering::default(),
-            lingering_rooms_max: options.lingering_rooms_max,
+            empty_rooms_max: options.empty_rooms_max,
             joined_rooms: 0,
             rooms_max: options.rooms_max,
             comparing: ReadState::Idle,
@@ -528,7 +528,7 @@ impl Shard {
             room.idle_since = Some(now);
             self.lingering.insert(room, now);
         }
-        while self.lingering.len() > self.lingering_rooms_max
+        while self.lingering.len() > self.empty_rooms_max
             && let Some(name) = self.lingering.pop_oldest()
         {
             self.drop_if_empty(&name, None);

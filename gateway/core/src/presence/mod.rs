@@ -52,16 +52,21 @@ pub struct PresenceOptions {
     /// The time for which a user stays present after the last connection has gone.
     pub grace: Duration,
     /// The most members of a room up to which each join and leave is sent as its own frame.
-    pub individual_max: usize,
+    pub event_members_max: usize,
     /// The most members up to which `presence_diff` names users; above it, only the count.
-    pub named_max: usize,
+    pub diff_members_max: usize,
     /// Whether clients may list the users connected to the cluster.
     pub public: bool,
 }
 
 impl Default for PresenceOptions {
     fn default() -> Self {
-        Self { grace: Duration::from_secs(3), individual_max: 100, named_max: 1000, public: true }
+        Self {
+            grace: Duration::from_secs(3),
+            event_members_max: 100,
+            diff_members_max: 1000,
+            public: true,
+        }
     }
 }
 

@@ -1,5 +1,5 @@
-//! Former names of metrics, exported beside the present ones where `metrics.legacy_names` is set, so
-//! that dashboards and alerts can move within one release.
+//! Former names of metrics, exported beside the present ones where `metrics.legacy_names` is set,
+//! so that dashboards and alerts can move within one release.
 //!
 //! A metric that was renamed is exported a second time, under its old name, label and label values.
 //! A metric that kept its name and got another label carries both labels on one series: a sum over

@@ -25,8 +25,8 @@ impl LogLimiter {
         Self(Mutex::new(LimiterState { last: None, suppressed: 0 }))
     }
 
-    /// Returns `Some` if a line may be logged now, with the number of lines suppressed since the last
-    /// one.
+    /// Returns `Some` if a line may be logged now, with the number of lines suppressed since the
+    /// last one.
     pub fn should_log(&self) -> Option<u64> {
         let now = Instant::now();
         let state = &mut *self.0.lock();

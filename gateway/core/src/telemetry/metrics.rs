@@ -1,9 +1,9 @@
 //! Metrics of the gateway. The help texts are the documentation; a test compares them with
 //! `docs/metrics.md`.
 //!
-//! The registry belongs to the node, not to the process, so that tests can run several nodes. Labels
-//! are closed enums: the code bounds the cardinality, not the traffic. Children of labelled metrics
-//! are looked up once, since each look-up costs a hash and a lock.
+//! The registry belongs to the node, not to the process, so that tests can run several nodes.
+//! Labels are closed enums: the code bounds the cardinality, not the traffic. Children of labelled
+//! metrics are looked up once, since each look-up costs a hash and a lock.
 
 use std::{collections::HashMap, fmt};
 

@@ -1,5 +1,5 @@
-//! Trails of the most recent messages on this node: the position of each, and the connections it was
-//! delivered to. They explain why a user did not receive a message.
+//! Trails of the most recent messages on this node: the position of each, and the connections it
+//! was delivered to. They explain why a user did not receive a message.
 
 use std::{
     collections::{HashMap, VecDeque},

@@ -1,8 +1,8 @@
 //! Address of a client behind proxies.
 //!
-//! Pure. A client can write anything into `X-Forwarded-For`, so that only the part that trusted proxies
-//! appended counts: the header is read from the right, and the first address that is not a trusted
-//! proxy is the client.
+//! Pure. A client can write anything into `X-Forwarded-For`, so that only the part that trusted
+//! proxies appended counts: the header is read from the right, and the first address that is not a
+//! trusted proxy is the client.
 
 use std::net::{IpAddr, SocketAddr};
 

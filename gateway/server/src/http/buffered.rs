@@ -1,9 +1,9 @@
 //! A TCP connection that buffers the header of its first request, and times out writes.
 //!
 //! hyper allocates 16 KiB of buffers per connection. A client that connects and sends nothing, or
-//! little and slowly, must not cost that much: the header of the first request is collected here, in
-//! as many bytes as arrived, and hyper gets the connection once the header is complete. hyper also
-//! has no timeout for a client that sends requests and does not read the responses.
+//! little and slowly, must not cost that much: the header of the first request is collected here,
+//! in as many bytes as arrived, and hyper gets the connection once the header is complete. hyper
+//! also has no timeout for a client that sends requests and does not read the responses.
 
 use std::{
     future::Future as _,

@@ -28,8 +28,8 @@ pub(super) fn error_response_with_retry(
     response
 }
 
-/// Returns a random delay of 1 to 3 s, so that clients rejected at the same time do not return at the
-/// same time.
+/// Returns a random delay of 1 to 3 s, so that clients rejected at the same time do not return at
+/// the same time.
 pub(super) fn retry_after() -> Duration {
     Duration::from_secs(rand::random_range(1..=3))
 }

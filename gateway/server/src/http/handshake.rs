@@ -239,8 +239,8 @@ pub(super) fn unread_from(inbox: &InboxState) -> Seq {
 
 /// Closes a connection that no longer has its session.
 ///
-/// A command to close the session, or another connection that presented it, may have come before this
-/// connection had joined its inbox, where such events reach it.
+/// A command to close the session, or another connection that presented it, may have come before
+/// this connection had joined its inbox, where such events reach it.
 pub(super) async fn verify_session(node: &Node, handle: &ConnectionHandle) {
     let Some(owner) = handle.owner() else { return };
     let Services { sessions, limits, .. } = &*node.services;
@@ -299,8 +299,8 @@ fn credentials(
     allowed: OriginAccess,
 ) -> Credentials {
     let bearer = || bearer(headers).map(Cow::into_owned);
-    // A browser sends the cookies of its visitor with the request of any page. If any page may connect,
-    // they prove nothing.
+    // A browser sends the cookies of its visitor with the request of any page. If any page may
+    // connect, they prove nothing.
     let cookie = || match allowed {
         OriginAccess::WithoutCredentials => None,
         OriginAccess::NoOrigin | OriginAccess::WithCredentials => {

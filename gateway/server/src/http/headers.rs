@@ -1,9 +1,9 @@
 //! Request headers, read as bytes.
 //!
 //! A header value is bytes, not text (RFC 9110, section 5.5): a byte above ASCII in the cookie of
-//! another application must not hide the cookie next to it. Each function here splits bytes and reads
-//! only the wanted part. `HeaderValue::to_str` fails for the whole value, and is forbidden in this
-//! crate (`clippy.toml`).
+//! another application must not hide the cookie next to it. Each function here splits bytes and
+//! reads only the wanted part. `HeaderValue::to_str` fails for the whole value, and is forbidden in
+//! this crate (`clippy.toml`).
 
 use std::borrow::Cow;
 

@@ -45,8 +45,8 @@ use skein_core::{
 const HEADER_TIMEOUT: Duration = Duration::from_secs(10);
 /// Largest header of a request in bytes. A larger one gets 431.
 const HEADER_BYTES_MAX: usize = 16 * 1024;
-/// Connections accepted before the task yields to all others: each brings a handshake of about 50 µs
-/// with it.
+/// Connections accepted before the task yields to all others: each brings a handshake of about 50
+/// µs with it.
 const ACCEPTS_PER_BATCH: u32 = 16;
 /// Length of the accept queue of the kernel.
 const BACKLOG: u32 = 4096;
@@ -55,8 +55,8 @@ const ACCEPT_RETRY: Duration = Duration::from_millis(100);
 /// Shortest time between two log lines about a failed `accept`.
 const LOG_INTERVAL: Duration = Duration::from_secs(60);
 
-/// Bytes of the body that are read before a request is rejected: a client whose body is not read may
-/// never see the response.
+/// Bytes of the body that are read before a request is rejected: a client whose body is not read
+/// may never see the response.
 const REJECTED_BODY_BYTES_MAX: usize = 1 << 20;
 /// Longest time for reading that body.
 const REJECTED_BODY_TIMEOUT: Duration = Duration::from_secs(1);
@@ -157,7 +157,8 @@ impl HttpListener {
                         tracing::error!(%error, "cannot accept connections: raise the limit of file descriptors \
                              (`ulimit -n`) if it is reached");
                     }
-                    // No connection is evicted: `accept` also fails like this without a client waiting.
+                    // No connection is evicted: `accept` also fails like this without a client
+                    // waiting.
                     tokio::time::sleep(ACCEPT_RETRY).await;
                     continue;
                 }
@@ -230,8 +231,8 @@ impl HttpConnection {
         let Ok(local) = socket.local_addr() else { return };
         // Frames are small and must leave at once.
         let _ = socket.set_nodelay(true);
-        // Unread bytes stay in the outbox, where limits count them and replies overtake them, and not in
-        // the kernel.
+        // Unread bytes stay in the outbox, where limits count them and replies overtake them, and
+        // not in the kernel.
         outbox::limit_unsent_bytes(&socket);
         let info = ConnectInfo { peer: self.peer, local };
         let first = timeout(HEADER_TIMEOUT, BufferedHead::read(socket, HEADER_BYTES_MAX));
@@ -263,11 +264,12 @@ impl HttpConnection {
             let is_pipelined = has_answered.swap(true, Ordering::Relaxed);
             async move {
                 if is_pipelined {
-                    // A client that always has a further request ready delays other tasks by no more
-                    // than one of its requests.
+                    // A client that always has a further request ready delays other tasks by no
+                    // more than one of its requests.
                     tokio::task::yield_now().await;
                 }
-                // A panic is reported to the client; the connection continues with its other requests.
+                // A panic is reported to the client; the connection continues with its other
+                // requests.
                 let answered = catch_panic(answer(router, request, &node, after_drain)).await;
                 let answer = answered.unwrap_or_else(|panic| {
                     node.metrics.panicked(peer, &panic);

@@ -1,8 +1,8 @@
 //! Origins of web pages that may open a WebSocket or an event stream.
 //!
-//! A browser sends the origin of the page with a handshake, and the cookies of its visitor whatever the
-//! page: without this check any page could act as its visitor (RFC 6455, section 10.2). Programs that
-//! are no browsers send no origin and are not checked.
+//! A browser sends the origin of the page with a handshake, and the cookies of its visitor whatever
+//! the page: without this check any page could act as its visitor (RFC 6455, section 10.2).
+//! Programs that are no browsers send no origin and are not checked.
 
 use std::{borrow::Cow, fmt, net::Ipv6Addr};
 
@@ -81,8 +81,8 @@ impl fmt::Display for OriginAdvice {
 }
 
 impl AllowedOrigins {
-    /// Parses a list of origins. `*` allows any, `https://*.example.org` all hosts below a name, `null`
-    /// pages without an origin, such as files and sandboxed frames.
+    /// Parses a list of origins. `*` allows any, `https://*.example.org` all hosts below a name,
+    /// `null` pages without an origin, such as files and sandboxed frames.
     ///
     /// # Errors
     ///
@@ -102,8 +102,9 @@ impl AllowedOrigins {
         Ok(allowed)
     }
 
-    /// Returns the rights of a page with these headers. The gateway's own pages are always allowed: their
-    /// origin has the host and port of `Host`, with http or, behind a proxy that ends TLS, https.
+    /// Returns the rights of a page with these headers. The gateway's own pages are always allowed:
+    /// their origin has the host and port of `Host`, with http or, behind a proxy that ends TLS,
+    /// https.
     ///
     /// # Errors
     ///

@@ -1,9 +1,9 @@
-//! Rate limits per address of requests that need no key and are no handshakes: pages, probes, unknown
-//! paths, and server API calls without a valid key.
+//! Rate limits per address of requests that need no key and are no handshakes: pages, probes,
+//! unknown paths, and server API calls without a valid key.
 //!
 //! Handshakes have their own rates (`permits`); rejected handshakes count here as well. Above its
-//! rate a request waits for a moment and gets 429, and its connection is closed: the cost of a flood
-//! then depends on its connections, which are limited.
+//! rate a request waits for a moment and gets 429, and its connection is closed: the cost of a
+//! flood then depends on its connections, which are limited.
 
 use std::{net::IpAddr, sync::Arc, time::Duration};
 

@@ -1,11 +1,12 @@
 //! Event streams: the frames of a connection for clients that cannot open a WebSocket (HTML Living
 //! Standard, section 9.2).
 //!
-//! A stream is a session like any other, whose outbox is read here: each frame becomes one event. The
-//! id of an event from a log holds the positions in all rooms and the inbox, so that the client can
-//! resume on any node. A slow client continues from the log, like on a WebSocket: the stream is built
-//! in chunks, the next one when the kernel has taken the previous one, and chunks in flight count in
-//! the outbox. Rooms are joined one after the other, each when the outbox has space for its history.
+//! A stream is a session like any other, whose outbox is read here: each frame becomes one event.
+//! The id of an event from a log holds the positions in all rooms and the inbox, so that the client
+//! can resume on any node. A slow client continues from the log, like on a WebSocket: the stream is
+//! built in chunks, the next one when the kernel has taken the previous one, and chunks in flight
+//! count in the outbox. Rooms are joined one after the other, each when the outbox has space for
+//! its history.
 //!
 //! A browser gives up for good on any response but 200 (`EventSource`, section 9.2.3). Temporary
 //! rejections are therefore streams too, which say when to reconnect and end.
@@ -86,8 +87,8 @@ const CURSOR_BYTES_MAX: usize = 8 * 1024;
 const CHUNK_BYTES: usize = 32 * 1024;
 /// Chunks that wait for the connection: one, and the last one of the stream.
 const CHUNKS_MAX: usize = 2;
-/// Header of a proxy that tries the next node after a 503, and tells browsers itself when to reconnect
-/// if no node is left.
+/// Header of a proxy that tries the next node after a 503, and tells browsers itself when to
+/// reconnect if no node is left.
 const FAILOVER: HeaderName = HeaderName::from_static("x-skein-failover");
 /// Longest body of a rejection in bytes.
 const REJECTION_BYTES_MAX: usize = 4 * 1024;
@@ -100,15 +101,16 @@ struct Cursors {
 }
 
 impl Cursors {
-    /// Encodes the positions as an event id: base64url of `[<room>]~<epoch>:<seq>`, separated by commas.
+    /// Encodes the positions as an event id: base64url of `[<room>]~<epoch>:<seq>`, separated by
+    /// commas.
     fn to_id(&self) -> String {
         let inbox = self.inbox.iter().map(|at| format!("~{at}"));
         let rooms = self.rooms.iter().map(|(room, at)| format!("{room}~{at}"));
         URL_SAFE_NO_PAD.encode(inbox.chain(rooms).collect::<Vec<_>>().join(","))
     }
 
-    /// Decodes the valid parts of an event id. An invalid part counts as absent: the client then learns
-    /// where the room begins.
+    /// Decodes the valid parts of an event id. An invalid part counts as absent: the client then
+    /// learns where the room begins.
     fn of_id(id: &[u8]) -> Self {
         let mut cursors = Self::default();
         let text =
@@ -222,8 +224,8 @@ async fn method_not_allowed() -> Response {
 
 const METHODS: HeaderValue = HeaderValue::from_static("GET, OPTIONS");
 
-/// Answers a CORS preflight (Fetch Standard, section 3.3.2). [`finish_response`] adds whether the origin
-/// is allowed.
+/// Answers a CORS preflight (Fetch Standard, section 3.3.2). [`finish_response`] adds whether the
+/// origin is allowed.
 async fn preflight(request: axum::extract::Request) -> Response {
     const HEADERS: HeaderValue = HeaderValue::from_static("Authorization, Last-Event-ID");
     let wanted = request.headers().get(header::ACCESS_CONTROL_REQUEST_HEADERS);
@@ -237,8 +239,8 @@ async fn preflight(request: axum::extract::Request) -> Response {
     response
 }
 
-/// Adds CORS headers for an allowed origin, and forbids caching and changes in transit. Turns a temporary
-/// rejection into a stream.
+/// Adds CORS headers for an allowed origin, and forbids caching and changes in transit. Turns a
+/// temporary rejection into a stream.
 async fn finish_response(
     State(node): State<Arc<Node>>,
     request: axum::extract::Request,
@@ -410,7 +412,8 @@ struct EventStream {
     _user_permit: Permit<skein_protocol::ids::UserId>,
 }
 
-/// A part of a stream. Counts in the outbox until the kernel has taken it or the client has disconnected.
+/// A part of a stream. Counts in the outbox until the kernel has taken it or the client has
+/// disconnected.
 struct StreamChunk {
     text: String,
     handle: Arc<ConnectionHandle>,
@@ -532,8 +535,8 @@ impl EventStream {
         Ok((stream, taken))
     }
 
-    /// Joins rooms while the outbox has space, and checks that the others can be joined, since errors
-    /// can be HTTP responses only now.
+    /// Joins rooms while the outbox has space, and checks that the others can be joined, since
+    /// errors can be HTTP responses only now.
     async fn join_all(&mut self, node: &Node) -> Result<(), RejectedResponse> {
         let refused = |code| rejected(code, "a room could not be joined");
         for room in &self.waiting {
@@ -680,8 +683,8 @@ impl EventStream {
     fn send(&self, text: String) {
         let chunk = StreamChunk { text, handle: self.handle.clone() };
         self.handle.outbox.count_held(chunk.bytes());
-        // The channel has space for one chunk in flight and the last one. If the client has disconnected,
-        // `closed` resolves.
+        // The channel has space for one chunk in flight and the last one. If the client has
+        // disconnected, `closed` resolves.
         let _ = self.chunks.try_send(Bytes::from_owner(chunk));
     }
 

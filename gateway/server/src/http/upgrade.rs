@@ -1,9 +1,10 @@
-//! WebSocket handshakes: checks, the upgrade of the TCP connection, and the first steps of a connection.
+//! WebSocket handshakes: checks, the upgrade of the TCP connection, and the first steps of a
+//! connection.
 //!
-//! Errors of the handshake and of the node are HTTP responses. Errors of the client's identity are a
-//! close frame after the 101, since a browser shows its page nothing of a rejected handshake. nginx
-//! answers a 503 by trying the next node, and counts it against this one. A 503 is therefore only for
-//! conditions of this node: drain, overload, bus down.
+//! Errors of the handshake and of the node are HTTP responses. Errors of the client's identity are
+//! a close frame after the 101, since a browser shows its page nothing of a rejected handshake.
+//! nginx answers a 503 by trying the next node, and counts it against this one. A 503 is therefore
+//! only for conditions of this node: drain, overload, bus down.
 
 use std::{io, sync::Arc};
 
@@ -188,8 +189,8 @@ fn upgrade(
     switching_protocols(&handshake, &route)
 }
 
-/// Removes a connection from the hub after a panic of its task, since its session may not have left its
-/// rooms.
+/// Removes a connection from the hub after a panic of its task, since its session may not have left
+/// its rooms.
 pub(super) fn forget_panicked(node: &Arc<Node>, connection: ConnectionId, panic: &str) {
     node.metrics.panicked(connection, panic);
     let hub = node.services.hub.clone();
@@ -229,8 +230,8 @@ fn switching_protocols(negotiated: &Negotiated, route: &str) -> Response {
     response
 }
 
-/// Returns the name of this node for nginx: `sticky route` computes it from the address it dials, as the
-/// MD5 of `ip:port` in hexadecimal.
+/// Returns the name of this node for nginx: `sticky route` computes it from the address it dials,
+/// as the MD5 of `ip:port` in hexadecimal.
 pub(super) fn sticky_route(info: ConnectInfo) -> String {
     let digest = Md5::digest(info.local.to_string());
     digest.iter().map(|byte| format!("{byte:02x}")).collect()
@@ -245,8 +246,8 @@ fn check_handshake(
     let as_invalid = |response| (HandshakeResult::Invalid, response);
     let accept = accept_key(parts).map_err(as_invalid)?;
     let subprotocol = choose_subprotocol(parts).map_err(as_invalid)?;
-    // Some clients negotiate compression without context takeover and then violate it; they can turn
-    // compression off.
+    // Some clients negotiate compression without context takeover and then violate it; they can
+    // turn compression off.
     let is_wanted = param(params, "deflate") != Some("off");
     let deflate_options = is_wanted && node.options.deflate_bytes_min.is_some();
     let deflate = extensions::negotiate(&parts.headers, deflate_options).map_err(as_invalid)?;
@@ -258,8 +259,8 @@ fn check_handshake(
 ///
 /// # Errors
 ///
-/// An error response if the client offers only others: a browser would fail a handshake that chooses
-/// none, without a reason for the page.
+/// An error response if the client offers only others: a browser would fail a handshake that
+/// chooses none, without a reason for the page.
 fn choose_subprotocol(parts: &Parts) -> Result<bool, Box<Response>> {
     let offered = subprotocols(&parts.headers);
     if offered.is_empty() || offered.iter().any(|offer| offer == SUBPROTOCOL) {
@@ -449,7 +450,8 @@ impl PendingUpgrade {
 /// Bytes that are read from a client before its connection is open.
 const EARLY_BYTES_MAX: usize = 64 * 1024;
 
-/// Runs a step that opens a connection. Returns `None`, and drops the step, if the peer disconnects.
+/// Runs a step that opens a connection. Returns `None`, and drops the step, if the peer
+/// disconnects.
 ///
 /// Input that arrives meanwhile is appended to `early`. Without `early` it stays in the kernel, and
 /// hides a later disconnect.

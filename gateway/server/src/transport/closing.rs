@@ -1,4 +1,5 @@
-//! Closing handshake of a connection, started by the client, by the gateway, or after a protocol error.
+//! Closing handshake of a connection, started by the client, by the gateway, or after a protocol
+//! error.
 
 use std::{io, time::Duration};
 
@@ -12,13 +13,13 @@ use tokio::net::TcpStream;
 use super::{Handler, READ, WebSocketConnection};
 use skein_core::{drain::schedule::DrainBatch, outbox::Close};
 
-/// Timeout of each step of the closing handshake: writing the queued frames, and waiting for the close
-/// frame of the client.
+/// Timeout of each step of the closing handshake: writing the queued frames, and waiting for the
+/// close frame of the client.
 const CLOSE_TIMEOUT: Duration = Duration::from_secs(5);
 /// Time for the client to end the TCP connection after both close frames.
 const LINGER_TIMEOUT: Duration = Duration::from_secs(1);
-/// Time without input after which the connection of a client with a protocol error is ended: its close
-/// frame may be lost among bytes that are no frames.
+/// Time without input after which the connection of a client with a protocol error is ended: its
+/// close frame may be lost among bytes that are no frames.
 const QUIET_TIMEOUT: Duration = Duration::from_millis(300);
 /// Bytes that are read and dropped after the gateway has closed.
 const DROPPED_BYTES_MAX: usize = 64 << 20;
@@ -36,8 +37,8 @@ pub(super) enum CloseInitiator {
 }
 
 impl WebSocketConnection {
-    /// Moves the client to another node: answers its pending frames, then sends `reconnect` and 1012.
-    /// Returns the close code.
+    /// Moves the client to another node: answers its pending frames, then sends `reconnect` and
+    /// 1012. Returns the close code.
     pub(super) async fn close_for_drain(&mut self, batch: &DrainBatch) -> u16 {
         let handle = self.handle.clone();
         let outbox = &handle.outbox;
@@ -64,9 +65,9 @@ impl WebSocketConnection {
         }
     }
 
-    /// Writes the queued frames with the close frame last, waits for the close frame of the client, and
-    /// ends the TCP connection: first the own direction, then all of it when the client has ended the
-    /// other. Returns the close code.
+    /// Writes the queued frames with the close frame last, waits for the close frame of the client,
+    /// and ends the TCP connection: first the own direction, then all of it when the client has
+    /// ended the other. Returns the close code.
     pub(super) async fn close(&mut self, close: Close, ending: CloseInitiator) -> u16 {
         let handle = self.handle.clone();
         let outbox = &handle.outbox;
@@ -81,10 +82,10 @@ impl WebSocketConnection {
         };
         let written = tokio::time::timeout(CLOSE_TIMEOUT, write).await.is_ok();
         if written && ending != CloseInitiator::ByClient {
-            // The client learns of the close only by reading the close frame. A proxy that sees the end
-            // of the connection before the bytes of the client are read drops both directions, and the
-            // close frame with them. So the input is read and dropped first, up to the client's own
-            // close frame.
+            // The client learns of the close only by reading the close frame. A proxy that sees the
+            // end of the connection before the bytes of the client are read drops both directions,
+            // and the close frame with them. So the input is read and dropped first, up to the
+            // client's own close frame.
             let _ =
                 tokio::time::timeout(CLOSE_TIMEOUT, self.skip_to_close_frame(socket, ending)).await;
         }

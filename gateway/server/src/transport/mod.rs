@@ -1,13 +1,13 @@
-//! One WebSocket connection after its upgrade: reads and decodes input, answers pings, keeps its timeouts,
-//! and closes in order.
+//! One WebSocket connection after its upgrade: reads and decodes input, answers pings, keeps its
+//! timeouts, and closes in order.
 //!
-//! One task per connection. It waits until the socket is readable, reads into a buffer of the thread and
-//! handles the input; it writes only bytes that the outbox could not write at once. An idle connection
-//! holds no buffer. Frames are handled in the order sent: while one waits (a join), later ones stay in
-//! `unread`.
+//! One task per connection. It waits until the socket is readable, reads into a buffer of the
+//! thread and handles the input; it writes only bytes that the outbox could not write at once. An
+//! idle connection holds no buffer. Frames are handled in the order sent: while one waits (a join),
+//! later ones stay in `unread`.
 //!
-//! A [`InputBudget`] bounds how much of a connection's input is handled before the task yields, and a
-//! [`Meter`] how much in all: a connection above its rates is not read until they allow it.
+//! A [`InputBudget`] bounds how much of a connection's input is handled before the task yields, and
+//! a [`Meter`] how much in all: a connection above its rates is not read until they allow it.
 
 use std::{
     cell::RefCell,
@@ -190,8 +190,9 @@ impl WebSocketConnection {
 
     /// Serves the connection until it ends. Returns the close code, 1006 without one.
     ///
-    /// Steps that happen once per connection are boxed, so that the task, which lives as long as the
-    /// connection, is no larger than serving needs. The session ends once `ending` has a permit.
+    /// Steps that happen once per connection are boxed, so that the task, which lives as long as
+    /// the connection, is no larger than serving needs. The session ends once `ending` has a
+    /// permit.
     pub async fn run(&mut self, batch: &DrainBatch, ending: &Semaphore) -> u16 {
         let served = catch_panic(self.serve(batch)).await;
         let code = match served.unwrap_or_else(|panic| self.panicked(&panic)) {
@@ -260,8 +261,8 @@ impl WebSocketConnection {
                 }
             }
             if turn.is_over(Duration::ZERO) {
-                // Yielding lets the other tasks of this thread run, and the runtime poll its sockets,
-                // before this task continues.
+                // Yielding lets the other tasks of this thread run, and the runtime poll its
+                // sockets, before this task continues.
                 turn = InputBudget::default();
                 outbox.flush();
                 tokio::task::yield_now().await;
@@ -270,8 +271,8 @@ impl WebSocketConnection {
                 }
             }
             if outbox.take_acked() {
-                // The shard that has the copy yields once itself, to batch. After two yields the ack and
-                // the copy are queued here, and leave in one write (docs/adr/0011).
+                // The shard that has the copy yields once itself, to batch. After two yields the
+                // ack and the copy are queued here, and leave in one write (docs/adr/0011).
                 tokio::task::yield_now().await;
                 tokio::task::yield_now().await;
             }
@@ -491,8 +492,8 @@ impl WebSocketConnection {
     /// Sends a due ping, and closes a connection that is idle, blocked, or whose token has expired.
     fn check_timeouts(&mut self, now: Instant) {
         let outbox = &self.handle.outbox;
-        // TCP acknowledgements of the peer count as input: over a slow link the frames of the client
-        // may arrive late.
+        // TCP acknowledgements of the peer count as input: over a slow link the frames of the
+        // client may arrive late.
         self.last_received =
             outbox.last_progress().map_or(self.last_received, |at| self.last_received.max(at));
         let close =

@@ -1,5 +1,5 @@
-//! One clock for all connections: a timer wheel (Varghese and Lauck, 1987) that wakes a connection at its
-//! next deadline, in place of a timer in each connection.
+//! One clock for all connections: a timer wheel (Varghese and Lauck, 1987) that wakes a connection
+//! at its next deadline, in place of a timer in each connection.
 //!
 //! The wheel is coarse on purpose: heartbeats take seconds, and an entry takes two words.
 
@@ -21,8 +21,8 @@ use skein_core::hub::member::ConnectionHandle;
 const TICK: Duration = Duration::from_millis(100);
 /// Number of ticks in the wheel.
 const SLOTS: usize = 1024;
-/// Range of the wheel, about 100 s. A connection with a later deadline wakes at its end and sets the
-/// timer again.
+/// Range of the wheel, about 100 s. A connection with a later deadline wakes at its end and sets
+/// the timer again.
 const REACH: Duration = TICK.saturating_mul(SLOTS as u32 - 2);
 
 /// Timers of all connections of a node.
@@ -81,8 +81,8 @@ impl TimerWheel {
         (at.saturating_duration_since(self.begun).as_millis() / TICK.as_millis()) as u64
     }
 
-    /// Adds a connection to the slot of the first tick at or after `at`, within the range of the wheel.
-    /// Returns slot and key.
+    /// Adds a connection to the slot of the first tick at or after `at`, within the range of the
+    /// wheel. Returns slot and key.
     fn insert(&self, at: Instant, handle: &Arc<ConnectionHandle>) -> (usize, usize) {
         let wanted = self.ticks_until(at) + 1;
         loop {

@@ -165,11 +165,11 @@ pub fn room(name: &str) -> RoomId {
 pub fn hub_options() -> HubOptions {
     HubOptions {
         ring_bytes_max: 1 << 28,
-        ids_bytes_max: 1 << 26,
+        dedup_ids_bytes_max: 1 << 26,
         dedup_window: Duration::from_secs(600),
         log_ttl: Duration::from_secs(3600),
         rooms_max: 100_000,
-        lingering_rooms_max: 1000,
+        empty_rooms_max: 1000,
         watched_users_max: 1000,
     }
 }

@@ -119,11 +119,11 @@ impl SimNode {
         let bus: Arc<dyn Bus> = redis.clone();
         let keeps = HubOptions {
             ring_bytes_max: shape.ring_bytes_max,
-            ids_bytes_max: 16 << 20,
+            dedup_ids_bytes_max: 16 << 20,
             dedup_window: shape.retention.dedup_window,
             log_ttl: shape.retention.ttl,
             rooms_max: 1000,
-            lingering_rooms_max: 1000,
+            empty_rooms_max: 1000,
             watched_users_max: 1000,
         };
         let presence = PresenceTracker::start(redis.clone(), PresenceOptions::default(), &tasks);

@@ -372,8 +372,8 @@ impl PresenceStore for MemoryBus {
         let seq = seq.min(top);
         if seq > store.read_mark_of(&room, &user, top) {
             let marks = store.read_marks.entry(room.clone()).or_default();
-            let marks_max = self.retention.limits.marks_max as usize;
-            if marks.len() >= marks_max && !marks.contains_key(&user) {
+            let read_marks_max = self.retention.limits.read_marks_max as usize;
+            if marks.len() >= read_marks_max && !marks.contains_key(&user) {
                 self.mailboxes.metrics().storage_rejections.of(StorageLimit::ReadMarks).inc();
                 return;
             }

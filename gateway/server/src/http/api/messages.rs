@@ -259,8 +259,8 @@ pub(super) async fn send(
     Ok((SendResult::status([&sent]), Json(sent)))
 }
 
-/// Send many messages, to one room or several. Each message has its own result, and messages to one room
-/// keep their order.
+/// Send many messages, to one room or several. Each message has its own result, and messages to one
+/// room keep their order.
 #[utoipa::path(
     post, path = "/api/v1/publish", tag = "messages",
     operation_id = "publish_messages",
@@ -324,8 +324,8 @@ pub(super) struct MessageTrail {
     answered: usize,
 }
 
-/// Get the trail of a message: where it was appended, to whom it was delivered, and why a user did not
-/// receive it. Nodes keep trails for 10 minutes, and of at most 4,096 messages.
+/// Get the trail of a message: where it was appended, to whom it was delivered, and why a user did
+/// not receive it. Nodes keep trails for 10 minutes, and of at most 4,096 messages.
 #[utoipa::path(
     get, path = "/api/v1/messages/{id}/trail", tag = "messages",
     operation_id = "message_trail",

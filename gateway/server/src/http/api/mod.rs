@@ -1,7 +1,7 @@
 //! The server API: what the application asks and orders, under `/api/v1`, with an API key.
 //!
-//! Every path is declared beside its handler, and the router and `/api/openapi.json` are made of the
-//! same declarations, so that there is none that the document does not have.
+//! Every path is declared beside its handler, and the router and `/api/openapi.json` are made of
+//! the same declarations, so that there is none that the document does not have.
 
 use std::sync::Arc;
 
@@ -65,8 +65,8 @@ impl ApiKeys {
         bearer(headers).and_then(|key| self.name_of(&key)).ok_or(ApiRejection::WrongKey)
     }
 
-    /// Returns the name of a key. Compares the digests of all keys completely, so that the duration does
-    /// not reveal how much of a key is right.
+    /// Returns the name of a key. Compares the digests of all keys completely, so that the duration
+    /// does not reveal how much of a key is right.
     fn name_of(&self, key: &str) -> Option<&str> {
         let digest: [u8; 20] = Sha1::digest(key).into();
         let mut found = None;

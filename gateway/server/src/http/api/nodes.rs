@@ -72,8 +72,8 @@ pub(super) async fn list(State(node): State<Arc<Node>>) -> Result<Json<NodeList>
     Ok(Json(NodeList { nodes: query_nodes(&node).await? }))
 }
 
-/// Drain a node: its `/ready` returns 503, it rejects new clients, and moves its clients to other nodes. It
-/// serves again after a restart.
+/// Drain a node: its `/ready` returns 503, it rejects new clients, and moves its clients to other
+/// nodes. It serves again after a restart.
 #[utoipa::path(
     post, path = "/api/v1/nodes/{id}/drain", tag = "nodes",
     operation_id = "drain_node",

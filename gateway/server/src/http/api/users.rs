@@ -211,8 +211,8 @@ pub(super) async fn list(
     Ok(Json(UserPage { users, count: page.count, cursor }))
 }
 
-/// Returns a text directly before all ids with `prefix` in their order: ids consist of ASCII characters
-/// below `~`.
+/// Returns a text directly before all ids with `prefix` in their order: ids consist of ASCII
+/// characters below `~`.
 fn cursor_before(prefix: &str) -> String {
     let mut letters = prefix.bytes().collect::<Vec<_>>();
     match letters.pop().filter(|last| last.is_ascii_graphic()) {
@@ -270,8 +270,8 @@ pub(super) async fn info(
     Ok(Json(user))
 }
 
-/// Close all connections of a user on all nodes, and delete the sessions unless they are kept. The user
-/// may connect again.
+/// Close all connections of a user on all nodes, and delete the sessions unless they are kept. The
+/// user may connect again.
 #[utoipa::path(
     post, path = "/api/v1/users/{user}/disconnect", tag = "users",
     operation_id = "disconnect_user",
@@ -367,8 +367,8 @@ pub(super) async fn revoke_one(
     Ok(Json(outcome.into()))
 }
 
-/// Delete all entries of the inbox of a user, read or not. The connections of the user receive `reset` and
-/// continue with new entries.
+/// Delete all entries of the inbox of a user, read or not. The connections of the user receive
+/// `reset` and continue with new entries.
 #[utoipa::path(
     delete, path = "/api/v1/users/{user}/inbox", tag = "users",
     operation_id = "empty_inbox",
