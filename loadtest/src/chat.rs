@@ -6,10 +6,6 @@
 
 use std::{sync::Arc, time::Duration};
 
-use loadtest::{
-    checker::timeline::{self, Timeline},
-    clock::{self, PreciseTimer},
-};
 use parking_lot::Mutex;
 use rand::{RngExt as _, SeedableRng as _, rngs::StdRng};
 use skein_client::{
@@ -18,6 +14,10 @@ use skein_client::{
     options::ConnectOptions,
 };
 use skein_protocol::ids::RoomId;
+use skein_testkit::{
+    clock::{self, PreciseTimer},
+    timeline::{self, Timeline},
+};
 use tokio::{
     sync::mpsc,
     task::JoinSet,

@@ -3,13 +3,15 @@
 use std::{sync::Arc, time::Duration};
 
 use hdrhistogram::Histogram;
-use loadtest::checker::{
-    client::{ClientProfile, SendSchedule},
-    clients::TestClients,
-    report::DeliveryReport,
+use parking_lot::Mutex;
+use skein_testkit::{
+    checker::{
+        client::{ClientProfile, SendSchedule},
+        clients::TestClients,
+        report::DeliveryReport,
+    },
     timeline::{self, Timeline},
 };
-use parking_lot::Mutex;
 use tokio::{
     sync::mpsc,
     task::JoinSet,

@@ -1,7 +1,7 @@
 //! Progress of a run: one line on the terminal, rewritten in place.
 
 use indicatif::{ProgressBar, ProgressStyle};
-use loadtest::checker::timeline::Timeline;
+use skein_testkit::timeline::Timeline;
 use tokio::time::{Duration, Instant, sleep};
 
 use crate::signals;

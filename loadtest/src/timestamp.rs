@@ -12,7 +12,7 @@ const TIME_DIGITS: usize = 16;
 pub(crate) struct SendTimestamp {
     /// Index of the sending connection.
     pub(crate) sender: u32,
-    /// Due time, ns of [`loadtest::clock::monotonic_ns`] or of the bench's clock.
+    /// Due time, ns of [`skein_testkit::clock::monotonic_ns`] or of the bench's clock.
     pub(crate) due_ns: u64,
 }
 

@@ -15,7 +15,7 @@ use std::{
     time::Duration,
 };
 
-use loadtest::checker::timeline;
+use skein_testkit::timeline;
 use tokio::{sync::oneshot, time::Instant};
 
 use super::verdict::LegitimateMetrics;

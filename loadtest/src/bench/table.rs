@@ -269,7 +269,10 @@ mod tests {
         let expected =
             "| server CPU per delivery, µs | 1.50 (1.00–2.00) | 1.55 (1.10–2.00) = 1.050× |\n";
         assert!(row.ends_with(expected), "{row}");
-        assert!(row.starts_with("| **fan-out") && row.contains("in flight each)** | | |\n"), "{row}");
+        assert!(
+            row.starts_with("| **fan-out") && row.contains("in flight each)** | | |\n"),
+            "{row}"
+        );
     }
 
     #[test]

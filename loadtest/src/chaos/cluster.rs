@@ -12,7 +12,7 @@ use std::{
     time::Duration,
 };
 
-use loadtest::proxy::Proxy;
+use skein_testkit::proxy::Proxy;
 use tempfile::TempDir;
 use tokio::{
     io::{AsyncReadExt as _, AsyncWriteExt as _},

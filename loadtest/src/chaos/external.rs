@@ -2,7 +2,7 @@
 
 use std::{io, net::SocketAddr, time::Duration};
 
-use loadtest::proxy::{Mode, Proxy};
+use skein_testkit::proxy::{Mode, Proxy};
 use tokio::{net::lookup_host, time::sleep};
 
 use super::{

@@ -3,7 +3,7 @@
 
 use std::time::Duration;
 
-use loadtest::proxy::Mode;
+use skein_testkit::proxy::Mode;
 use tokio::time::{Instant, sleep, sleep_until};
 
 use self::{

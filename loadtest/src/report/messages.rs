@@ -5,8 +5,8 @@
 use std::time::Duration;
 
 use hdrhistogram::Histogram;
-use loadtest::checker::report::{DeliveryReport, Violation};
 use serde::Serialize;
+use skein_testkit::checker::report::{DeliveryReport, Violation};
 
 use crate::args::Thresholds;
 

@@ -5,8 +5,8 @@
 
 use std::{collections::BTreeSet, fmt, time::Duration};
 
-use loadtest::checker::timeline::Second;
 use serde::{Serialize, Serializer};
+use skein_testkit::timeline::Second;
 
 use self::{
     attacks::AttackRow,

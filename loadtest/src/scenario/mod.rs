@@ -11,7 +11,7 @@ use std::{
     time::Duration,
 };
 
-use loadtest::checker::timeline;
+use skein_testkit::timeline;
 
 use crate::{
     args::{CommonArgs, OpenArgs, ProcessArgs},

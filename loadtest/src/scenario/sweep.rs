@@ -8,7 +8,7 @@ use std::{
     time::Duration,
 };
 
-use loadtest::checker::timeline;
+use skein_testkit::timeline;
 
 use super::{ScenarioError, ScenarioOutput, ScenarioRun, run_scenario, traffic::Traffic};
 use crate::{

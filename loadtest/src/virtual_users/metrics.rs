@@ -1,9 +1,9 @@
 //! Metrics of the messages that virtual users send and receive.
 
 use hdrhistogram::Histogram;
-use loadtest::checker::timeline::{Second, Timeline};
 use memchr::memmem;
 use serde::{Deserialize, Serialize};
+use skein_testkit::timeline::{Second, Timeline};
 use tokio::time::{Duration, Instant};
 
 /// Upper bound of the examples that are kept.

@@ -15,11 +15,11 @@ use std::{
     },
 };
 
-use loadtest::clock::{self, TimerFd};
 use memchr::memmem;
 use mio::{Events, Interest, Poll, Token, unix::SourceFd};
 use skein_client::frames;
 use skein_protocol::ids::RoomId;
+use skein_testkit::clock::{self, TimerFd};
 use tokio::time::{Duration, Instant};
 
 use crate::{

@@ -11,8 +11,8 @@ use std::{
     sync::mpsc,
 };
 
-use loadtest::checker::timeline::{self, Second};
 use serde::{Deserialize, Serialize};
+use skein_testkit::timeline::{self, Second};
 use tokio::{
     io::{AsyncBufReadExt as _, AsyncWriteExt as _, BufReader, Lines},
     process::{Child, ChildStdin, ChildStdout, Command},

@@ -93,7 +93,7 @@ async fn a_node_without_a_lease_delivers_nothing_until_it_renews() {
 async fn freeze_while_redis_restarts(
     mut redis: Redis,
     what: &str,
-) -> loadtest::checker::report::DeliveryReport {
+) -> skein_testkit::checker::report::DeliveryReport {
     let nodes = start_nodes_with_lease(&redis, 3).await;
     let clients = clients_with_one_that_stays(&nodes).await;
     clients.wait_for_acks(200).await.unwrap();

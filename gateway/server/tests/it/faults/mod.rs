@@ -6,11 +6,11 @@
 
 use std::{net::SocketAddr, time::Duration};
 
-use loadtest::{
+use skein_redis::LEASE;
+use skein_testkit::{
     checker::{self, client, clients, report},
     proxy,
 };
-use skein_redis::LEASE;
 
 use crate::harness::{Node, Redis, SHORT_LEASE, SHORT_LEASE_OPTION, get, until};
 

@@ -25,14 +25,11 @@ use skein_protocol::{
 };
 use tokio::time::Instant;
 
-use self::{
-    report::{DeliveryReport, Violation},
-    timeline::Timeline,
-};
+use self::report::{DeliveryReport, Violation};
+use crate::timeline::Timeline;
 
 pub mod client;
 pub mod clients;
-pub mod timeline;
 pub mod report;
 
 /// A signalled loss of continuity.

@@ -14,8 +14,8 @@ use super::{
     DeliveryChecker,
     client::{ClientControl, ClientProfile, SendSchedule, TestClient},
     report::DeliveryReport,
-    timeline::Timeline,
 };
+use crate::timeline::Timeline;
 
 /// All clients of one room. They end when this is dropped.
 #[derive(Debug)]

@@ -300,7 +300,7 @@ impl TestClient {
                 *recovery_end = Some(Position::new(joined.epoch.clone(), joined.seq));
             }
             ReceivedMessage::Frame(ServerFrame::Message(message), _) => {
-                checker.on_message(number, &message, now)
+                checker.on_message(number, &message, now);
             }
             ReceivedMessage::Frame(ServerFrame::Reset(reset), _) => {
                 // A reset without a room concerns the inbox, which is not checked.
