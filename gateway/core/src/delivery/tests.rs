@@ -177,7 +177,7 @@ impl ModelLog {
 enum ModelClientState {
     Live,
     Behind,
-    Away,
+    Disconnected,
     /// Reconnected, and its join is not answered yet.
     Joining,
 }
@@ -523,7 +523,7 @@ impl DeliveryModel {
             self.return_page(ring);
             for client in 0..self.node.clients.len() {
                 self.node.clients[client].room = usize::MAX;
-                if self.node.clients[client].state == ModelClientState::Away {
+                if self.node.clients[client].state == ModelClientState::Disconnected {
                     self.node.clients[client].state = ModelClientState::Joining;
                 }
                 self.node.catch_up(client, &self.log);
@@ -563,8 +563,8 @@ impl DeliveryModel {
             ModelEvent::LeaveOrReturn(client) => {
                 let client = &mut self.node.clients[usize::from(client) % 4];
                 client.state = match client.state {
-                    ModelClientState::Away => ModelClientState::Joining,
-                    _ => ModelClientState::Away,
+                    ModelClientState::Disconnected => ModelClientState::Joining,
+                    _ => ModelClientState::Disconnected,
                 };
                 self.joins();
             }

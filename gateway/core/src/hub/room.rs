@@ -100,20 +100,20 @@ impl DeliverySink for RoomFanOut<'_> {
                 .iter()
                 .for_each(|member| member.handle.outbox.mark_lagging(status.clone()));
         }
-        let mut handed = FanOutCounts::default();
+        let mut counts = FanOutCounts::default();
         let silent = entry.envelope.sender_without_echo();
         for member in self.members.iter_mut() {
             if member.state != MemberState::Live {
-                handed.behind += 1;
+                counts.behind += 1;
             } else if !member.deliver(&mut frames, self.batch) {
-                handed.lagged += 1;
+                counts.lagged += 1;
             } else if silent == Some(member.handle.connection) {
-                handed.without_echo += 1;
+                counts.without_echo += 1;
             } else {
-                handed.queued += 1;
+                counts.queued += 1;
             }
         }
-        self.batch.trails.fanned_out(self.name, entry.envelope.id(), &entry.position, handed);
+        self.batch.trails.fanned_out(self.name, entry.envelope.id(), &entry.position, counts);
     }
 
     fn epoch_changed(&mut self, to: &Position) {
@@ -159,12 +159,12 @@ fn peer_of_direct(inbox: &RoomId, entry: &Entry) -> Option<UserId> {
 
 impl Room {
     pub(super) fn opening(name: RoomId, generation: u64, durable: bool) -> Self {
-        let mut follow = RoomReplica::default();
-        follow.begin_read();
+        let mut replica = RoomReplica::default();
+        replica.begin_read();
         Self {
             name,
             generation,
-            replica: follow,
+            replica,
             durable,
             deleted: 0,
             presence: RoomPresence::default(),
