@@ -56,7 +56,7 @@ const JWT_SECRET_BYTES_MIN: usize = 32;
 const LEASE_MIN: Duration = Duration::from_secs(1);
 const LEASE_MAX: Duration = Duration::from_secs(60);
 /// File descriptors reserved for everything but client connections.
-const DESCRIPTORS_KEPT: u64 = 1000;
+const DESCRIPTORS_RESERVED: u64 = 1000;
 
 /// Checked configuration of a gateway.
 #[derive(Clone)]
@@ -402,7 +402,7 @@ impl Config {
                 allowed_origins,
                 trusted_proxies: proxies.0.into_iter().map(|ProxyNet(net)| net).collect(),
                 echo,
-                drain_rate: schedule::DrainRate { window: drain_window.0, per_second: per_second_away(accepts) },
+                drain_rate: schedule::DrainRate { window: drain_window.0, per_second: drain_rate_per_second(accepts) },
                 warn_anonymous: open_cluster,
                 dedup_window: dedup_window.0,
                 deflate_bytes_min: deflate.then_some(deflate_bytes.0),
@@ -608,7 +608,7 @@ fn nearest<'a>(key: &str, known: &[&'a str]) -> Option<&'a str> {
 
 /// Clients that a stopping node disconnects per second: half of `accepts`, the rate at which
 /// another node accepts them, since that node gets other clients as well, and they arrive unevenly.
-fn per_second_away(accepts: u32) -> u32 {
+fn drain_rate_per_second(accepts: u32) -> u32 {
     const WITHOUT_LIMIT: u32 = 5000;
     let accepts = if accepts == 0 { WITHOUT_LIMIT } else { accepts };
     (accepts / 2).max(1)
@@ -629,16 +629,16 @@ fn default_node_id() -> NodeId {
         .take(4)
         .map(|letter| char::from(letter).to_ascii_lowercase())
         .collect();
-    format!("{host}-{random}").parse().expect("made of the allowed letters")
+    format!("{host}-{random}").parse().expect("it consists of allowed characters")
 }
 
 /// Raises the limit of file descriptors as far as possible. Returns the number left for clients.
 fn descriptors_for_clients() -> usize {
     let descriptors = rlimit::increase_nofile_limit(u64::MAX).unwrap_or(1024);
     // With a very low limit, half of it is reserved.
-    let kept = DESCRIPTORS_KEPT.min(descriptors / 2);
+    let reserved = DESCRIPTORS_RESERVED.min(descriptors / 2);
     // A larger number would exceed the maximum of a semaphore, and is as good as no limit.
-    usize::try_from(descriptors - kept).unwrap_or(usize::MAX).min(100_000_000)
+    usize::try_from(descriptors - reserved).unwrap_or(usize::MAX).min(100_000_000)
 }
 
 /// Duration such as `25s`, `10m`, `24h`.
@@ -875,7 +875,7 @@ mod tests {
         const REDIS: (&str, &str) = ("cluster.redis_url", "redis://127.0.0.1");
         const JWT: (&str, &str) = ("auth.mode", "jwt");
         const SECRET: (&str, &str) = ("auth.jwt_secret", "a secret of at least thirty-two bytes");
-        let refused: &[(&[(&str, &str)], &str)] = &[
+        let rejected: &[(&[(&str, &str)], &str)] = &[
             (&[("log.level", "inof")], "a level is error, warn, info, debug, trace or off"),
             (&[("log.level", "skein_redis=debug")], "one level for everything"),
             (&[("log.level", "info,gateway=loud")], "a level is"),
@@ -915,7 +915,7 @@ mod tests {
             (&[("transport.deflate_bytes_min", "1GiB")], "transport.deflate = false"),
             (&[("node.id", "a b")], "node.id"),
         ];
-        for (settings, expected) in refused {
+        for (settings, expected) in rejected {
             let Err(text) = load(&[], settings) else { panic!("accepted: {settings:?}") };
             assert!(text.contains(expected) && text.contains("1 error(s)"), "{settings:?}: {text}");
         }
@@ -938,7 +938,7 @@ mod tests {
         ];
         for settings in accepted {
             if let Err(text) = load(&[], settings) {
-                panic!("refused: {settings:?}: {text}");
+                panic!("rejected: {settings:?}: {text}");
             }
         }
     }
@@ -956,10 +956,10 @@ mod tests {
         let redis = ("GATEWAY__CLUSTER__REDIS_URL", "redis://127.0.0.1");
         assert!(load(&[redis], &[]).is_err());
         let allow = ("GATEWAY__AUTH__ALLOW_ANONYMOUS", "true");
-        let Ok(config) = load(&[redis, allow], &[]) else { panic!("refused") };
+        let Ok(config) = load(&[redis, allow], &[]) else { panic!("rejected") };
         assert!(config.http.warn_anonymous && !config.warnings.is_empty());
         let jwt = [("GATEWAY__AUTH__MODE", "jwt"), ("GATEWAY__AUTH__JWT_SECRET", &"x".repeat(32))];
-        let Ok(config) = load(&[redis, allow, jwt[0], jwt[1]], &[]) else { panic!("refused") };
+        let Ok(config) = load(&[redis, allow, jwt[0], jwt[1]], &[]) else { panic!("rejected") };
         assert!(!config.http.warn_anonymous && config.warnings.is_empty());
     }
 

@@ -91,7 +91,7 @@ impl Server {
             }
             None => None,
         };
-        let Stores { bus, registry, sessions, orders } = match &redis {
+        let Stores { bus, registry, sessions, commands } = match &redis {
             Some(redis) => Stores::of(redis.clone()),
             None => {
                 let (registry, sessions) = (&config.registry, &config.sessions);
@@ -111,7 +111,7 @@ impl Server {
         let hub = Hub::start(people, mailboxes, letters, config.hub, telemetry, &tasks);
         let control = Control::start(
             config.node.clone(),
-            (orders, sessions.clone()),
+            (commands, sessions.clone()),
             hub.clone(),
             presence.clone(),
             (metrics.clone(), trails.clone()),
@@ -216,18 +216,18 @@ impl Server {
     }
 }
 
-/// Where logs, who is where, sessions and orders are kept: one store for all.
+/// Stores of logs, presence, sessions and control commands: one backend for all.
 struct Stores {
     bus: Arc<dyn Bus>,
     registry: Arc<dyn PresenceStore>,
     sessions: Arc<dyn SessionStore>,
-    orders: Arc<dyn ControlQueue>,
+    commands: Arc<dyn ControlQueue>,
 }
 
 impl Stores {
     fn of<T: Bus + PresenceStore + SessionStore + ControlQueue + 'static>(store: Arc<T>) -> Self {
         let (bus, registry, sessions) = (store.clone(), store.clone(), store.clone());
-        Self { bus, registry, sessions, orders: store }
+        Self { bus, registry, sessions, commands: store }
     }
 }
 

@@ -209,8 +209,8 @@ mod tests {
         {
             assert!(is_complete(whole.as_bytes(), 0), "{whole:?}");
         }
-        for begun in ["G", "GET / HTTP/1.1\r\n", "GET / HTTP/1.1\r\nA: b\r\n\r", "GET /\r\r"] {
-            assert!(!is_complete(begun.as_bytes(), 0), "{begun:?}");
+        for partial in ["G", "GET / HTTP/1.1\r\n", "GET / HTTP/1.1\r\nA: b\r\n\r", "GET /\r\r"] {
+            assert!(!is_complete(partial.as_bytes(), 0), "{partial:?}");
         }
     }
 

@@ -243,7 +243,7 @@ impl HttpConnection {
         };
         match first {
             // Boxed, so that a connection without a header does not hold the memory for the rest.
-            Ok(Ok(head)) => Box::pin(self.answer_requests(head, info)).await,
+            Ok(Ok(head)) => Box::pin(self.serve_http(head, info)).await,
             Ok(Err(_)) => {}
             Err(_) => {
                 self.node.metrics.http_connections_dropped.of(DropReason::HeaderTimeout).inc()
@@ -251,7 +251,7 @@ impl HttpConnection {
         }
     }
 
-    async fn answer_requests(self, head: BufferedHead, info: ConnectInfo) {
+    async fn serve_http(self, head: BufferedHead, info: ConnectInfo) {
         let Self { peer, permit, router, node, after_drain } = self;
         let serving_node = node.clone();
         let write_timeout = head.write_timeout();
@@ -270,13 +270,13 @@ impl HttpConnection {
                 }
                 // A panic is reported to the client; the connection continues with its other
                 // requests.
-                let answered = catch_panic(answer(router, request, &node, after_drain)).await;
-                let answer = answered.unwrap_or_else(|panic| {
+                let result = catch_panic(respond(router, request, &node, after_drain)).await;
+                let response = result.unwrap_or_else(|panic| {
                     node.metrics.panicked(peer, &panic);
                     let status = StatusCode::INTERNAL_SERVER_ERROR;
                     error_response(status, "internal", "internal error: a bug in the gateway")
                 });
-                Ok::<_, Infallible>(answer)
+                Ok::<_, Infallible>(response)
             }
         });
         let connection = http1::Builder::new()
@@ -315,7 +315,7 @@ fn is_write_timeout(error: &hyper::Error) -> bool {
 }
 
 /// Answers a request. Once the node drains, every response ends its connection.
-async fn answer(
+async fn respond(
     mut router: Router,
     request: Request<Incoming>,
     node: &Node,

@@ -274,8 +274,8 @@ async fn finish_response(
         (Ok(_) | Err(_), _) => {}
     }
     headers.insert(header::VARY, HeaderValue::from_static("Origin"));
-    let kept = HeaderValue::from_static("no-store, no-transform");
-    headers.insert(header::CACHE_CONTROL, kept);
+    let policy = HeaderValue::from_static("no-store, no-transform");
+    headers.insert(header::CACHE_CONTROL, policy);
     response
 }
 
@@ -364,7 +364,7 @@ async fn stream(
                 let code = stream.run(&node, write_timeout).await;
                 node.metrics.disconnected(code);
             }
-            Err(refused) => drop(reply.send(Err(refused))),
+            Err(response) => drop(reply.send(Err(response))),
         }
     };
     let panic_node = node.clone();
@@ -372,9 +372,9 @@ async fn stream(
         .spawn_connection(serve, move |panic| forget_panicked(&panic_node, connection, panic));
     let chunks = match opened.await {
         Ok(Ok(chunks)) => chunks,
-        Ok(Err(refused)) => {
+        Ok(Err(response)) => {
             node.metrics.handshakes.of(HandshakeResult::Invalid).inc();
-            return *refused;
+            return *response;
         }
         // The node is stopping.
         Err(_) => return *rejected(ErrorCode::Unavailable, "this node is stopping"),
@@ -511,7 +511,7 @@ impl EventStream {
             let left = at.duration_since(std::time::SystemTime::now()).unwrap_or_default();
             Instant::now().checked_add(left)
         });
-        let (chunks, taken) = mpsc::channel(CHUNKS_MAX);
+        let (chunks, receiver) = mpsc::channel(CHUNKS_MAX);
         let (_permits, _user_permit, waiting) = (permits, user_permit, rooms.into());
         let mut stream = Self {
             session,
@@ -527,39 +527,39 @@ impl EventStream {
             Ok(()) => stream.join_all(node).await,
             Err(SubscribeFailed) => Err(rejected(ErrorCode::Unavailable, "the bus is unavailable")),
         };
-        if let Err(refused) = joined {
+        if let Err(response) = joined {
             stream.session.end().await;
-            return Err(refused);
+            return Err(response);
         }
         verify_session(node, &stream.handle).await;
-        Ok((stream, taken))
+        Ok((stream, receiver))
     }
 
     /// Joins rooms while the outbox has space, and checks that the others can be joined, since
     /// errors can be HTTP responses only now.
     async fn join_all(&mut self, node: &Node) -> Result<(), RejectedResponse> {
-        let refused = |code| rejected(code, "a room could not be joined");
+        let reject = |code| rejected(code, "a room could not be joined");
         for room in &self.waiting {
-            self.session.check_join(room).map_err(refused)?;
+            self.session.check_join(room).map_err(reject)?;
         }
         while self.handle.outbox.has_room()
             && let Some(room) = self.waiting.pop_front()
         {
-            self.join(room).await.map_err(refused)?;
+            self.join(room).await.map_err(reject)?;
         }
         let (rules, registry) = (&node.services.rules, node.services.presence.store());
         for room in &self.waiting {
             let found = registry.find(room.clone());
             let found = match tokio::time::timeout(node.services.limits.wait_max, found).await {
                 Ok(Ok(found)) => found,
-                Ok(Err(_)) | Err(_) => return Err(refused(ErrorCode::Unavailable)),
+                Ok(Err(_)) | Err(_) => return Err(reject(ErrorCode::Unavailable)),
             };
             match found {
-                None if !rules.create_on_join => return Err(refused(ErrorCode::NotFound)),
+                None if !rules.create_on_join => return Err(reject(ErrorCode::NotFound)),
                 Some(RoomSummary {
                     config: Some(RoomConfig { password: Some(_), .. }), ..
                 }) => {
-                    return Err(refused(ErrorCode::WrongPassword));
+                    return Err(reject(ErrorCode::WrongPassword));
                 }
                 None | Some(_) => {}
             }
@@ -580,8 +580,8 @@ impl EventStream {
         if let Some(limit) = &write_timeout {
             limit.set(node.options.heartbeat.write_timeout);
         }
-        let mut told = Some(self.session.bus_status());
-        let StreamEnd(code) = self.serve(node, &mut told).await;
+        let mut status_rx = Some(self.session.bus_status());
+        let StreamEnd(code) = self.serve(node, &mut status_rx).await;
         self.session.end().await;
         self.handle.outbox.discard();
         match write_timeout.is_some_and(|limit| limit.has_expired()) {
@@ -593,7 +593,7 @@ impl EventStream {
     async fn serve(
         &mut self,
         node: &Node,
-        told: &mut Option<tokio::sync::watch::Receiver<BusStatus>>,
+        status_rx: &mut Option<tokio::sync::watch::Receiver<BusStatus>>,
     ) -> StreamEnd {
         let handle = self.handle.clone();
         let outbox = &handle.outbox;
@@ -658,7 +658,7 @@ impl EventStream {
                     outbox.close(Close { code, reason: String::new() });
                 }
                 () = outbox.woken() => {}
-                news = status_changed(told) => self.session.send_bus_status(news),
+                status = status_changed(status_rx) => self.session.send_bus_status(status),
                 // A chunk in flight keeps the stream alive as well.
                 _ = ping.tick() => if !outbox.has_held() {
                     self.send(": ping\n\n".to_owned());

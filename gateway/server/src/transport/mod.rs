@@ -103,7 +103,7 @@ pub struct WebSocketConnection {
     meter: Meter,
     /// Received bytes that are not handled yet.
     unread: Vec<u8>,
-    /// Whether `unread` has bytes from an earlier turn.
+    /// Whether `unread` has bytes from an earlier round.
     has_backlog: bool,
     /// Whether the outbox is full, so that no input is read.
     outbox_full: bool,
@@ -116,7 +116,7 @@ pub struct WebSocketConnection {
 
 /// Reason for which handling input stopped.
 enum InputStep {
-    /// All input is handled, or the turn is over.
+    /// All input is handled, or the input budget is used up.
     More,
     /// The outbox is full: the client must read its replies first.
     Full,
@@ -227,7 +227,7 @@ impl WebSocketConnection {
         let Some(socket) = outbox.socket() else { return ServeEnd::Gone };
         let mut performing: Option<BoxFuture<RequestOutcome>> = None;
         let mut status_rx = self.session().map(|session| session.bus_status());
-        let mut turn = InputBudget::default();
+        let mut budget = InputBudget::default();
         loop {
             if let Some(close) = outbox.begin_close() {
                 return ServeEnd::Close { close, ending: CloseInitiator::ByGateway };
@@ -236,7 +236,7 @@ impl WebSocketConnection {
                 if self.has_backlog && is_write_closed(socket) {
                     return ServeEnd::Gone;
                 }
-                let step = self.handle_unread(&mut turn);
+                let step = self.handle_unread(&mut budget);
                 self.outbox_full = matches!(step, InputStep::Full);
                 match step {
                     InputStep::More | InputStep::Full => {}
@@ -248,7 +248,7 @@ impl WebSocketConnection {
                         continue;
                     }
                     InputStep::Perform(request) => {
-                        turn.request();
+                        budget.request();
                         performing = self.session().map(|session| session.execute(request));
                         // The frame may have been a new token.
                         self.expires = expires_of(&self.handler);
@@ -260,10 +260,10 @@ impl WebSocketConnection {
                     }
                 }
             }
-            if turn.is_over(Duration::ZERO) {
+            if budget.is_over(Duration::ZERO) {
                 // Yielding lets the other tasks of this thread run, and the runtime poll its
                 // sockets, before this task continues.
-                turn = InputBudget::default();
+                budget = InputBudget::default();
                 outbox.flush();
                 tokio::task::yield_now().await;
                 if performing.is_none() {
@@ -319,7 +319,7 @@ impl WebSocketConnection {
                 ready = readable, if reads => {
                     if has_waited {
                         // Other tasks have run meanwhile.
-                        turn = InputBudget::default();
+                        budget = InputBudget::default();
                     }
                     if ready.and_then(|()| self.read(socket)).is_err() {
                         return ServeEnd::Gone;
@@ -362,14 +362,14 @@ impl WebSocketConnection {
         })
     }
 
-    fn handle_unread(&mut self, turn: &mut InputBudget) -> InputStep {
+    fn handle_unread(&mut self, budget: &mut InputBudget) -> InputStep {
         if self.unread.is_empty() {
             return InputStep::More;
         }
         let mut input = std::mem::take(&mut self.unread);
         // Without a backlog, the input has just been read.
-        let begun = if self.has_backlog { Instant::now() } else { self.last_received };
-        let (used, mut step) = self.handle(&mut input, begun, turn);
+        let started = if self.has_backlog { Instant::now() } else { self.last_received };
+        let (used, mut step) = self.handle(&mut input, started, budget);
         self.decoder.release();
         self.has_backlog = used < input.len();
         if self.has_backlog {
@@ -377,11 +377,11 @@ impl WebSocketConnection {
             self.unread = input;
         }
         self.meter.rejected(self.handle.take_rejected());
-        match self.meter.settle(begun) {
+        match self.meter.settle(started) {
             MeterDecision::Continue => {}
             MeterDecision::Pause(wait, cause) => {
                 self.metrics.input_throttles.of(cause).inc();
-                self.paused_until = Some(begun + wait);
+                self.paused_until = Some(started + wait);
             }
             MeterDecision::Close if !matches!(step, InputStep::Close(_)) => {
                 self.metrics.input_rate_limit_closes.inc();
@@ -392,7 +392,7 @@ impl WebSocketConnection {
             }
             MeterDecision::Close => {}
         }
-        turn.time(begun.elapsed());
+        budget.time(started.elapsed());
         step
     }
 
@@ -409,7 +409,7 @@ impl WebSocketConnection {
         &mut self,
         input: &mut [u8],
         now: Instant,
-        turn: &mut InputBudget,
+        budget: &mut InputBudget,
     ) -> (usize, InputStep) {
         let outbox = &self.handle.outbox;
         let mut used = 0;
@@ -418,7 +418,7 @@ impl WebSocketConnection {
                 return (used, InputStep::Full);
             }
             // Usually there is one frame, and the clock is not read for it.
-            if used > 0 && turn.is_over(now.elapsed()) {
+            if used > 0 && budget.is_over(now.elapsed()) {
                 return (used, InputStep::More);
             }
             let (count, received) = match self.decoder.next(&mut input[used..]) {
@@ -431,7 +431,7 @@ impl WebSocketConnection {
             };
             used += count;
             let Some(received) = received else { continue };
-            turn.frame(received.payload_len());
+            budget.frame(received.payload_len());
             let request = match received {
                 DecoderEvent::Fragment(bytes) => {
                     self.meter.fragment(bytes);

@@ -60,15 +60,15 @@ async fn frames_without_content_end_a_turn_and_are_throttled() {
         ("pongs", &[0x8A, 0x80, 0, 0, 0, 0]),
         ("continuations", &[0x00, 0x80, 0, 0, 0, 0]),
     ] {
-        let begun = if name == "continuations" { &[0x01, 0x80, 0, 0, 0, 0][..] } else { &[] };
-        let mut connection = connection([begun, &frame.repeat(10_000)].concat());
+        let first = if name == "continuations" { &[0x01, 0x80, 0, 0, 0, 0][..] } else { &[] };
+        let mut connection = connection([first, &frame.repeat(10_000)].concat());
         let mut handled = 0;
         while !connection.is_paused() {
             let before = connection.unread.len();
             let _ = connection.handle_unread(&mut InputBudget::default());
-            let turn = (before - connection.unread.len()) / 6;
-            assert_eq!(turn, 64, "{name}");
-            handled += turn;
+            let batch = (before - connection.unread.len()) / 6;
+            assert_eq!(batch, 64, "{name}");
+            handled += batch;
         }
         assert_eq!(handled, 1024, "{name}: the burst of 1,000, in whole turns");
         tokio::time::advance(Duration::from_millis(200)).await;

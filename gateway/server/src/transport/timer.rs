@@ -28,7 +28,7 @@ const REACH: Duration = TICK.saturating_mul(SLOTS as u32 - 2);
 /// Timers of all connections of a node.
 #[derive(Debug)]
 pub struct TimerWheel {
-    begun: Instant,
+    start: Instant,
     /// Tick of the slot that is being emptied, or was emptied last.
     done: AtomicU64,
     slots: Box<[Mutex<Slab<Arc<ConnectionHandle>>>]>,
@@ -52,7 +52,7 @@ struct TimerSlot {
 impl Default for TimerWheel {
     fn default() -> Self {
         let slots = (0..SLOTS).map(|_| Mutex::default()).collect();
-        Self { begun: Instant::now(), done: AtomicU64::new(0), slots }
+        Self { start: Instant::now(), done: AtomicU64::new(0), slots }
     }
 }
 
@@ -78,7 +78,7 @@ impl TimerWheel {
 
     /// Returns the whole ticks from the start of the wheel to `at`.
     fn ticks_until(&self, at: Instant) -> u64 {
-        (at.saturating_duration_since(self.begun).as_millis() / TICK.as_millis()) as u64
+        (at.saturating_duration_since(self.start).as_millis() / TICK.as_millis()) as u64
     }
 
     /// Adds a connection to the slot of the first tick at or after `at`, within the range of the
@@ -154,10 +154,10 @@ mod tests {
 
     /// Returns the time until the timer wakes its connection.
     async fn woken(timer: &TimerEntry) -> Duration {
-        let asked = Instant::now();
+        let start = Instant::now();
         let woken = timer.handle.outbox.woken();
         timeout(Duration::from_secs(1000), woken).await.expect("the timer fires");
-        asked.elapsed()
+        start.elapsed()
     }
 
     #[tokio::test(start_paused = true)]

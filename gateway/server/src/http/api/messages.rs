@@ -335,14 +335,14 @@ pub(super) struct MessageTrail {
 pub(super) async fn trail(
     State(node): State<Arc<Node>>,
     Path(id): Path<String>,
-    asked: Result<Query<TrailQuery>, QueryRejection>,
+    selected: Result<Query<TrailQuery>, QueryRejection>,
 ) -> Result<Json<MessageTrail>, ApiError> {
     let id: MessageId = parse_name(&id)?;
-    let user = parse_query(asked)?.user.as_deref().map(parse_name).transpose()?;
-    let question = NodeQuery::Trail { id, user };
-    let (answers, outcome) = node.control.query_nodes(question).await?;
+    let user = parse_query(selected)?.user.as_deref().map(parse_name).transpose()?;
+    let query = NodeQuery::Trail { id, user };
+    let (replies, outcome) = node.control.query_nodes(query).await?;
     let nodes: Vec<serde_json::Value> =
-        answers.iter().filter_map(|answer| serde_json::from_str(answer).ok()).collect();
+        replies.iter().filter_map(|reply| serde_json::from_str(reply).ok()).collect();
     let knows = nodes
         .iter()
         .any(|node: &serde_json::Value| !node["logs"].as_array().is_none_or(Vec::is_empty));

@@ -1,7 +1,7 @@
-//! The server API: what the application asks and orders, under `/api/v1`, with an API key.
+//! The server API under `/api/v1`: queries and commands of an application, with an API key.
 //!
-//! Every path is declared beside its handler, and the router and `/api/openapi.json` are made of
-//! the same declarations, so that there is none that the document does not have.
+//! Every path is declared at its handler. The router and `/api/openapi.json` are built from the same
+//! declarations, so that the document has all paths.
 
 use std::sync::Arc;
 

@@ -55,9 +55,9 @@ pub(super) struct ClusterStats {
 
 /// Asks all nodes for their state. Ordered by id.
 pub(super) async fn query_nodes(node: &Node) -> Result<Vec<NodeInfo>, ApiError> {
-    let (answers, _) = node.control.query_nodes(NodeQuery::Node).await?;
+    let (replies, _) = node.control.query_nodes(NodeQuery::Node).await?;
     let mut nodes: Vec<NodeInfo> =
-        answers.iter().filter_map(|answer| serde_json::from_str(answer).ok()).collect();
+        replies.iter().filter_map(|reply| serde_json::from_str(reply).ok()).collect();
     nodes.sort_unstable_by(|a, b| a.node.cmp(&b.node));
     Ok(nodes)
 }

@@ -209,7 +209,7 @@ pub(super) async fn info(
 }
 
 impl NewRoom {
-    async fn checked(self, node: &Node, room: &RoomId) -> Result<RoomConfig, ApiError> {
+    async fn into_config(self, node: &Node, room: &RoomId) -> Result<RoomConfig, ApiError> {
         let too_large = |text: String| ApiError::new(ErrorCode::TooLarge, text);
         let name: DisplayName = match self.name {
             Some(name) if name.chars().count() > NAME_CHARS_MAX => {
@@ -278,18 +278,18 @@ impl NewRoom {
 pub(super) async fn create(
     State(node): State<Arc<Node>>,
     Path(room): Path<String>,
-    JsonBody(made): JsonBody<NewRoom>,
+    JsonBody(settings): JsonBody<NewRoom>,
 ) -> Result<(StatusCode, Json<RoomDetails>), ApiError> {
     let room: RoomId = parse_name(&room)?;
-    let record = made.checked(&node, &room).await?;
+    let config = settings.into_config(&node, &room).await?;
     let store = node.services.presence.store();
-    if await_bus(&node, store.create(room.clone(), record.clone(), None)).await?
+    if await_bus(&node, store.create(room.clone(), config.clone(), None)).await?
         != CreateOutcome::Created
     {
         let text = "a room with this name exists: it is managed, or has members or a log";
         return Err(ApiError::new(ErrorCode::RoomExists, text));
     }
-    let found = RoomSummary { room, since: record.created, config: Some(record), members: 0 };
+    let found = RoomSummary { room, since: config.created, config: Some(config), members: 0 };
     Ok((StatusCode::CREATED, Json(RoomDetails::of(&node, found))))
 }
 

@@ -257,9 +257,9 @@ pub(super) async fn info(
         ..UserDetails::default()
     };
     if status.online {
-        let (answers, _) = node.control.query_nodes(NodeQuery::User { user: id }).await?;
+        let (replies, _) = node.control.query_nodes(NodeQuery::User { user: id }).await?;
         for here in
-            answers.iter().filter_map(|answer| serde_json::from_str::<NodeConnections>(answer).ok())
+            replies.iter().filter_map(|reply| serde_json::from_str::<NodeConnections>(reply).ok())
         {
             user.connections.extend(here.connections);
             user.rooms.extend(here.rooms);
@@ -311,17 +311,17 @@ pub(super) async fn sessions(
     State(node): State<Arc<Node>>,
     Path(id): Path<String>,
 ) -> Result<Json<SessionList>, ApiError> {
-    let kept = await_bus(&node, node.services.sessions.list(parse_user(&id)?)).await?;
-    let session = |kept: skein_core::bus::sessions::StoredSession| SessionDetails {
-        session_id: kept.session.to_string(),
-        created_at: wire_time(kept.created),
-        last_used: wire_time(kept.used),
-        connection_id: kept.connection.map(|connection| connection.to_string()),
-        node: kept.about.node.to_string(),
-        address: kept.about.address.to_string(),
-        user_agent: kept.about.user_agent.as_ref().map(ToString::to_string),
+    let stored = await_bus(&node, node.services.sessions.list(parse_user(&id)?)).await?;
+    let session = |stored: skein_core::bus::sessions::StoredSession| SessionDetails {
+        session_id: stored.session.to_string(),
+        created_at: wire_time(stored.created),
+        last_used: wire_time(stored.used),
+        connection_id: stored.connection.map(|connection| connection.to_string()),
+        node: stored.about.node.to_string(),
+        address: stored.about.address.to_string(),
+        user_agent: stored.about.user_agent.as_ref().map(ToString::to_string),
     };
-    Ok(Json(SessionList { sessions: kept.into_iter().map(session).collect() }))
+    Ok(Json(SessionList { sessions: stored.into_iter().map(session).collect() }))
 }
 
 /// Revoke all sessions of a user, or all but one, and close their connections.
@@ -358,10 +358,10 @@ pub(super) async fn revoke_one(
     Path((id, session)): Path<(String, String)>,
 ) -> Result<Json<AppliedNodes>, ApiError> {
     let (id, session): (UserId, SessionId) = (parse_user(&id)?, parse_name(&session)?);
-    let kept = await_bus(&node, node.services.sessions.list(id.clone())).await?;
+    let stored = await_bus(&node, node.services.sessions.list(id.clone())).await?;
     // Also if the session does not exist: an earlier attempt may have been incomplete.
     let outcome = node.control.close(id, SessionSelector::One(session), false, kicked()).await?;
-    if !kept.iter().any(|kept| kept.session == session) {
+    if !stored.iter().any(|stored| stored.session == session) {
         return Err(ApiError::new(ErrorCode::NotFound, "the session does not exist"));
     }
     Ok(Json(outcome.into()))
