@@ -5,7 +5,11 @@ use std::{collections::BTreeSet, time::Duration};
 
 use serde_json::json;
 use skein_client::connection::{ClientConnection, ReceivedMessage};
-use skein_protocol::{ids::UserId, protocol::server_frame::ServerFrame};
+use skein_client::options::ConnectOptions;
+use skein_protocol::{
+    ids::{RoomId, UserId},
+    protocol::server_frame::ServerFrame,
+};
 use tokio::time::Instant;
 
 use super::{
@@ -13,7 +17,10 @@ use super::{
     proxy::{Mode, Proxy},
     ready,
 };
-use crate::harness::{Gateway, Node, Redis, connect, room, say, until, within};
+use crate::{
+    harness::{Gateway, Node, Redis, connect, room, say, until, within},
+    presence::{heard, names, present, present_in},
+};
 
 /// A member of the lobby that keeps up with who is there, and holds every notice against that.
 struct Watcher {
@@ -264,4 +271,82 @@ async fn users_who_reconnect_after_a_drain_do_not_leave() {
     watcher.sees(&["moves", "w0"]).await;
     watcher.is_right().await;
     drop(moves);
+}
+
+/// A node with 1,000 users in 50 rooms gets SIGKILL.
+#[tokio::test(flavor = "multi_thread")]
+async fn members_of_a_killed_node_leave_once_everywhere() {
+    let redis = Redis::start().await;
+    let options = [
+        ("presence.event_members_max", "1000"),
+        // The watchers read nothing while the others come.
+        ("heartbeat.write_timeout", "10m"),
+        ("heartbeat.idle_timeout", "10m"),
+        lease_option(),
+    ];
+    let survivors =
+        [Gateway::start_on(&redis, &options).await, Gateway::start_on(&redis, &options).await];
+    let mut killed = Node::start(&redis, None, &options).await;
+    let rooms: Vec<RoomId> = (0..50).map(|number| room(&format!("r{number}"))).collect();
+    let mut watchers = Vec::new();
+    for (number, survivor) in survivors.iter().enumerate() {
+        let mut watcher = survivor.connect(&format!("w{number}")).await;
+        for room in &rooms {
+            watcher.join(room).await.unwrap();
+        }
+        watchers.push(watcher);
+    }
+    let mut gone = Vec::new();
+    for number in 0..1000 {
+        let url = format!("ws://{}/ws", killed.address);
+        let options = ConnectOptions::new(url).user(format!("u{number}"));
+        let mut connection = ClientConnection::open(&options).await.unwrap();
+        connection.expect_connected().await.unwrap();
+        connection.join(&rooms[number % rooms.len()]).await.unwrap();
+        gone.push(connection);
+    }
+    // Bob has a device elsewhere, and stays.
+    let mut bob = survivors[1].connect("u7").await;
+    bob.join(&rooms[7]).await.unwrap();
+    for watcher in &mut watchers {
+        for room in &rooms {
+            let name = room.as_str();
+            assert!(present_in(watcher, name).await.count >= 22, "{name}");
+        }
+    }
+    killed.process.kill().await;
+    let begun = Instant::now();
+    for watcher in &mut watchers {
+        let mut left = BTreeSet::new();
+        while left.len() < 999 {
+            let moved = heard(watcher, |frame| match frame {
+                ServerFrame::MemberLeft(moved) => Some(moved),
+                _ => None,
+            })
+            .await;
+            assert!(left.insert((moved.room.clone(), moved.user.clone())), "twice: {moved:?}");
+            assert_ne!(moved.user.as_str(), "u7");
+        }
+        let took = begun.elapsed();
+        println!("999 users of 50 rooms have left after {took:?}");
+        assert!(took < lease() + Duration::from_secs(5), "{took:?}");
+    }
+    for watcher in &mut watchers {
+        for (number, room) in rooms.iter().enumerate() {
+            let presence = present_in(watcher, room.as_str()).await;
+            let expected: &[&str] = if number == 7 { &["u7", "w0", "w1"] } else { &["w0", "w1"] };
+            assert_eq!(names(&presence.users), expected, "{room}");
+            assert_eq!(presence.count, expected.len() as u64);
+        }
+        assert_eq!(present(watcher, json!({"type": "presence"})).await.count, 3);
+        // Nothing more was told than that.
+        say(watcher, &rooms[0], "all gone").await;
+        let more = heard(watcher, |frame| match frame {
+            ServerFrame::MemberLeft(moved) => Some(Some(moved)),
+            ServerFrame::Message(_) => Some(None),
+            _ => None,
+        });
+        assert_eq!(more.await, None);
+    }
+    drop(gone);
 }

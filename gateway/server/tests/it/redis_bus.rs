@@ -1,0 +1,150 @@
+//! What only a bus on Redis does: nodes that differ, a Redis that is away or evicts, and the presence
+//! of a node that has stopped.
+
+use std::{sync::Arc, time::Duration};
+
+use skein_core::{
+    bus::{
+        BusError,
+        registry::{NodePresence, PresenceScope, PresenceStore as _},
+    },
+    drain::Tasks,
+    telemetry::metrics::Metrics,
+};
+use skein_protocol::{
+    ids::{DisplayName, MessageId, UserId},
+    position::Seq,
+    protocol::server_frame::UserInfo,
+};
+use skein_redis::{LEASE, RedisBus, RedisOptions, RedisStartError, topology::TlsFiles};
+use tokio::time::Instant;
+
+use crate::{
+    bus::{PARTITIONS, mailbox, redis},
+    harness::{Redis, retention, room, until, within},
+};
+
+/// So many that a hash of them is scanned through many empty places.
+const MANY: usize = 12_000;
+
+#[tokio::test(flavor = "multi_thread")]
+async fn many_users_of_a_stopped_node_leave() {
+    let server = Redis::start().await;
+    let (stays, ends) =
+        (RedisRegistry::start(&server, "stays").await, RedisRegistry::start(&server, "ends").await);
+    let lobby = room("lobby");
+    for number in 0..MANY {
+        for scope in [PresenceScope::Room(lobby.clone()), PresenceScope::Cluster] {
+            let user: UserId = format!("user-{number}").parse().unwrap();
+            let name = DisplayName::from(&user);
+            let user = UserInfo { id: user, name };
+            let (connections, since, active, admitted) = (1, 1, 1, true);
+            ends.bus.track(NodePresence { scope, user, connections, since, active, admitted });
+        }
+    }
+    let present = async || {
+        let snapshots = stays.bus.snapshots(vec![lobby.clone()]).await.unwrap();
+        let online = stays.bus.online(String::new(), 1).await.unwrap();
+        (snapshots[0].users.len(), online.unwrap().count)
+    };
+    until("all are there", async || present().await == (MANY, MANY as u64)).await;
+    assert!(ends.tasks.finish(Duration::from_secs(5)).await);
+    until("all have left", async || present().await == (0, 0)).await;
+    for pattern in ["*:on:*", "*places:*"] {
+        let script = format!("EVAL \"return #redis.call('KEYS', '{pattern}')\" 0");
+        assert_eq!(server.command(&script).await.as_deref(), Some(":0"), "{pattern}");
+    }
+}
+
+/// A node on Redis, of which the registry is asked.
+struct RedisRegistry {
+    bus: RedisBus,
+    tasks: Tasks,
+}
+
+impl RedisRegistry {
+    async fn start(server: &Redis, node: &str) -> Self {
+        let tasks = Tasks::default();
+        let options = RedisOptions {
+            url: server.url(),
+            tls: TlsFiles::default(),
+            partitions: PARTITIONS,
+            lease: LEASE,
+            retention: retention(),
+            registry: Default::default(),
+            sessions: Default::default(),
+            node: node.to_owned(),
+        };
+        let (mailboxes, metrics) = (mailbox().0, Arc::new(Metrics::new()));
+        let bus = RedisBus::start(options, mailboxes, metrics, &tasks).unwrap();
+        within(bus.reached()).await.unwrap();
+        Self { bus, tasks }
+    }
+}
+
+#[tokio::test]
+async fn a_node_with_a_different_partition_count_does_not_start() {
+    let server = Redis::start().await;
+    let first = redis(&server, retention()).await;
+    let tasks = Tasks::default();
+    let options = RedisOptions {
+        url: server.url(),
+        tls: TlsFiles::default(),
+        partitions: 17,
+        lease: LEASE,
+        retention: retention(),
+        registry: Default::default(),
+        sessions: Default::default(),
+        node: "n".to_owned(),
+    };
+    let bus = RedisBus::start(options, mailbox().0, Arc::new(Metrics::new()), &tasks).unwrap();
+    let error = within(bus.reached()).await.unwrap_err();
+    assert!(
+        matches!(error, RedisStartError::Partitions { configured: 17, recorded: 16 }),
+        "{error}"
+    );
+    assert!(tasks.finish(Duration::from_secs(5)).await);
+    assert!(first.tasks.finish(Duration::from_secs(5)).await);
+}
+
+#[tokio::test]
+async fn appends_wait_for_redis_and_become_one_entry_each() {
+    let mut server = Redis::start_durable().await;
+    let fixture = redis(&server, retention()).await;
+    let lobby = room("lobby");
+    fixture.append(&lobby, MessageId::random()).await;
+    server.kill().await;
+    let waiting: Vec<_> =
+        (0..100).map(|_| fixture.begin(&lobby, "ann", MessageId::random(), 10)).collect();
+    server.restart().await;
+    for (i, answer) in waiting.into_iter().enumerate() {
+        let appended = within(answer).await.unwrap().unwrap();
+        assert_eq!(appended.position.seq, i as Seq + 2);
+    }
+    assert!(fixture.tasks.finish(Duration::from_secs(5)).await);
+}
+
+#[tokio::test]
+async fn an_append_past_its_deadline_is_unavailable() {
+    let mut server = Redis::start().await;
+    let fixture = redis(&server, retention()).await;
+    server.kill().await;
+    let begun = Instant::now();
+    let answer = fixture.begin(&room("lobby"), "ann", MessageId::random(), 10);
+    assert_eq!(within(answer).await.unwrap(), Err(BusError::Unavailable));
+    let waited = begun.elapsed();
+    assert!((Duration::from_secs(4)..Duration::from_secs(20)).contains(&waited), "{waited:?}");
+    assert_eq!(fixture.bus.failed_check(), Some("bus"));
+    assert!(fixture.tasks.finish(Duration::from_secs(5)).await);
+}
+
+#[tokio::test]
+async fn an_evicting_redis_makes_the_node_unready() {
+    let server = Redis::start().await;
+    server.command("CONFIG SET maxmemory-policy allkeys-lru").await;
+    let fixture = redis(&server, retention()).await;
+    assert_eq!(fixture.bus.failed_check(), Some("maxmemory_policy"));
+    server.command("CONFIG SET maxmemory-policy noeviction").await;
+    until("it is ready", async || fixture.bus.failed_check().is_none()).await;
+    assert!(fixture.tasks.finish(Duration::from_secs(5)).await);
+}
