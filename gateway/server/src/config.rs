@@ -308,7 +308,7 @@ impl Config {
             r.error("auth.jwt_secret", "has no effect with auth.mode = anonymous, which admits everyone: set auth.mode = jwt, or remove the secret".into());
         }
         if !jwt && redis_url.0.is_some() && !allow_anonymous {
-            r.error("auth.mode", "is `anonymous`, so that any client of the cluster can impersonate any user: set `jwt`, or auth.allow_anonymous = true if the cluster is open on purpose".into());
+            r.error("auth.mode", "is `anonymous`, so that any client of the cluster can impersonate any user: set `jwt`, or, for a cluster that is open on purpose, set auth.allow_anonymous = true".into());
         }
         for (key, span) in [("publish.timeout", &publish_timeout), ("dedup.window", &dedup_window), ("history.ttl", &ttl), ("heartbeat.interval", &interval), ("heartbeat.idle_timeout", &idle_timeout), ("heartbeat.write_timeout", &write_timeout), ("rooms.empty_ttl", &empty_ttl), ("inbox.ttl", &inbox_ttl), ("sessions.ttl", &session_ttl), ("inbox.unseen_ttl", &unseen_ttl)] {
             if span.0 < Duration::from_millis(1) || span.0 > Duration::from_secs(10 * 365 * 86_400) {
