@@ -651,7 +651,7 @@ impl Metrics {
             log_restores: counters(
                 r,
                 "gateway_log_restores_total",
-                "Logs compared with a Redis server that may have lost entries, by `result`; `conflict` and `epoch_changed` mean that members get a `reset`",
+                "Logs compared with a Redis server that may have lost entries, by `result`; `conflict` means that members get a `reset`, `epoch_changed` that they get one or that the room was deleted",
                 "result",
             ),
             republished: counter(
