@@ -144,7 +144,7 @@ impl Envelope {
     ///
     /// # Errors
     ///
-    /// [`InvalidEnvelope`] if a client of `room` could not be sent a frame made of these bytes.
+    /// [`InvalidEnvelope`] if these bytes cannot become a frame for the clients of `room`.
     pub fn parse_for_room(bytes: Bytes, room: &RoomId) -> Result<Self, InvalidEnvelope> {
         if bytes.len() > ENVELOPE_BYTES_MAX {
             return Err(InvalidEnvelope);

@@ -194,7 +194,7 @@ impl Publisher {
             Recipient::Room(_) => (FrameType::Message, None),
             Recipient::User(user) => (FrameType::Direct, Some(user)),
         };
-        let members = MessageFields {
+        let fields = MessageFields {
             room: message.to.room(),
             id: receipt.id,
             from: sender.user,
@@ -205,11 +205,11 @@ impl Publisher {
             meta: message.meta,
             timestamp: &receipt.timestamp,
         };
-        let members = serde_json::to_string(&members).expect("the fields are JSON");
+        let fields = serde_json::to_string(&fields).expect("the fields are JSON");
         // Without the braces, since `seq` and `epoch` are prepended.
-        let members = &members[1..members.len() - 1];
+        let fields = &fields[1..fields.len() - 1];
         let binary_max =
-            binary_payload_bytes_max(server_frame_bytes_max(self.message_bytes_max), members.len());
+            binary_payload_bytes_max(server_frame_bytes_max(self.message_bytes_max), fields.len());
         if binary.is_some_and(|payload| payload.len() > binary_max) {
             return Err(PublishError::BinaryTooLarge(binary_max));
         }
@@ -219,7 +219,7 @@ impl Publisher {
             id: receipt.id,
             sender: sender.connection,
             echo: message.echo,
-            fields: members,
+            fields,
             binary_payload: binary,
         });
 
@@ -240,7 +240,8 @@ impl Publisher {
                     self.bus.append(self.append(to, envelope, done));
                     return Ok(());
                 }
-                // An earlier attempt may have been appended to only one of the two.
+                // Append to both even if the id is known: an earlier attempt may have reached
+                // only one of the two logs.
                 let done = self.then_append(self.append(own, envelope.clone(), done));
                 let (unseen, done) = self.unseen(sender.writer, done);
                 self.bus.append(Append { unseen, ..self.append(to, envelope, done) });
@@ -286,14 +287,14 @@ impl Publisher {
     ) {
         let timestamp = skein_protocol::timestamp(SystemTime::now());
         let notification = NotificationFields { id, payload, require_ack, timestamp: &timestamp };
-        let members = serde_json::to_string(&notification).expect("the fields are JSON");
+        let fields = serde_json::to_string(&notification).expect("the fields are JSON");
         let envelope = Envelope::pack(EnvelopeParts {
             frame: FrameType::Notification,
             author: AuthorHash::of(&API_USER.parse().expect("an id")),
             id,
             sender: ConnectionId(Uuid::nil()),
             echo: true,
-            fields: &members[1..members.len() - 1],
+            fields: &fields[1..fields.len() - 1],
             binary_payload: None,
         });
         let done = self.with_metrics(Box::new(done));
@@ -333,7 +334,7 @@ fn outcome(result: &Result<Appended, BusError>) -> PublishResult {
     }
 }
 
-/// The storage limit that an error stands for.
+/// The storage limit whose excess caused `error`; `None` if it has another cause.
 pub fn storage_bound(error: BusError) -> Option<StorageLimit> {
     match error {
         BusError::MemoryFull => Some(StorageLimit::Memory),
