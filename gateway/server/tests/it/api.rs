@@ -1,5 +1,5 @@
-//! The server API: what it answers, and what clients see of it; on a single node, on three nodes of a
-//! cluster, and on two with a Redis Cluster.
+//! The server API: its responses and its effects on clients, on a single node, on three nodes of a
+//! cluster, and on two nodes with a Redis Cluster.
 
 use std::net::SocketAddr;
 
@@ -41,7 +41,7 @@ pub async fn call_as(
 }
 
 impl World {
-    /// What the `node`th node answers, which has to have this status.
+    /// Calls the API of node number `node` and returns the response, whose status must be `status`.
     async fn call(&self, node: usize, call: &str, body: Option<Value>, status: u16) -> Value {
         let address = self.nodes[node % self.nodes.len()].address;
         let http = call_as(Some(KEY), address, call, body).await;
@@ -50,7 +50,7 @@ impl World {
             .unwrap_or_else(|error| panic!("{call}: {error}: {}", http.body))
     }
 
-    /// That it was applied on all nodes.
+    /// Gives an order through the API and checks that all nodes applied it.
     async fn order(&self, node: usize, call: &str, body: Option<Value>) {
         let outcome = self.call(node, call, body, 200).await;
         let nodes = self.nodes.len();
@@ -504,7 +504,7 @@ async fn the_openapi_document_names_operations_error_and_server() {
     let (all, mut unique) = (operations(&document), operations(&document));
     unique.dedup();
     assert_eq!(all, unique);
-    // The second is relative to the document, so that both may lie below any path.
+    // The second URL is relative to the document, so the API may be served below any path.
     let servers = [&document["servers"][0]["url"], &document["servers"][1]["url"]];
     assert_eq!(servers, ["/", ".."]);
     let page = crate::harness::get(gateway.address, "/api/docs").await;
