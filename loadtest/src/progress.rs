@@ -29,8 +29,8 @@ impl Progress {
         Self { bar: ProgressBar::new_spinner().with_style(style), shown: None }
     }
 
-    /// Shows the progress until `completed` completes or a signal arrives. `read_timeline` receives a function
-    /// that shows a timeline. Returns whether a signal interrupted it.
+    /// Shows the progress until `completed` completes or a signal arrives. `read_timeline` receives
+    /// a function that shows a timeline. Returns whether a signal interrupted it.
     pub(crate) async fn until(
         mut self,
         completed: impl Future<Output = ()>,

@@ -1,8 +1,8 @@
 //! The core of the Skein gateway: logs, rooms, presence and sessions, without Redis and HTTP.
 //!
 //! A room is a log, a connection is a cursor into it. Publishing appends; a node that has members
-//! in a room subscribes to its log; resuming, catching up and repairing are one operation, *continue
-//! from `(epoch, seq)`*.
+//! in a room subscribes to its log; resuming, catching up and repairing are one operation,
+//! *continue from `(epoch, seq)`*.
 //!
 //! Modules are listed lowest first.
 

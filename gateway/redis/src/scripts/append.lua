@@ -1,17 +1,19 @@
 -- Appends an entry to a room's log and passes it on, in one atomic step.
 --
 -- KEYS, ARGV to 6 as in the prelude
--- KEYS  7 of an inbox: when users who have left did something last (sorted set)  8 who is connected (hash)
+-- KEYS  7 of an inbox: when users who have left did something last (sorted set)
+--       8 who is connected (hash)
 -- ARGV  7 id key: author and id  8 envelope
 --       9 retention: entries kept in any case  10 window of the others, ms  11 bytes of the log
 --       12, 13 epoch and seq that this entry was acknowledged at before, or empty
 --       14 memory: empty, `high` above the watermark, `full` where there is none left
---       15 of an inbox: its user  16 where that user was never connected: `refuse` the first entry, be
---       `small`, or `keep` the inbox as any  17, 18, 19 most entries, bytes, and ttl in ms of a small one
+--       15 of an inbox: its user  16 where that user was never connected: `refuse` the first entry,
+--       be `small`, or `keep` the inbox as any
+--       17, 18, 19 most entries, bytes, and ttl in ms of a small one
 -- Returns epoch, seq, and 1 where it was there before, 2 where it has opened a small inbox.
 --
--- All checks come first, and XADD is the first write: an error leaves everything as it was. A room that
--- only the refused entry has opened is closed again, so that ever new names keep nothing.
+-- All checks come first, and XADD is the first write: an error leaves everything as it was. A room
+-- that only the refused entry has opened is closed again, so that ever new names keep nothing.
 
 local epoch, top, meta = whole()
 if not epoch then
@@ -29,7 +31,8 @@ local function refused(reason)
     return redis.error_reply(reason)
 end
 
--- The first number to keep, so that those before it make room for the new entry; nil where they do not.
+-- The first number to keep, so that those before it make room for the new entry; nil where they do
+-- not.
 local function first_kept()
     local cursor, freed = '-', 0
     repeat

@@ -11,8 +11,9 @@
 -- processes that are missing; the term, and the last term in which not everybody was heard.
 --
 -- Fields: `t` token, `t0` first check-in, `busy` last healing, `old` somebody remembers, `open` '1'
--- after all were heard, '0' else, `left` when the last process left in order (leave.lua), `whole` all had
--- left in order before this server, so that nobody holds anything that it lacks, `n` term, `owed` last term in which not everybody was heard,
+-- after all were heard, '0' else, `left` when the last process left in order (leave.lua), `whole`
+-- all had left in order before this server, so that nobody holds anything that it lacks, `n` term,
+-- `owed` last term in which not everybody was heard,
 -- `in:<process>`, `ex:<process>` expected.
 
 if not is_here(ARGV[1]) then

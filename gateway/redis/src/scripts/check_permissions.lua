@@ -5,8 +5,8 @@
 -- ARGV  1 a channel below `gw:`
 -- Returns their names.
 --
--- Redis looks at permissions before it looks at anything else, so that what else is wrong with a call
--- tells nothing.
+-- Redis looks at permissions before it looks at anything else, so that what else is wrong with a
+-- call tells nothing.
 
 local calls = {
     { 'HSET', KEYS[1], 'f', '1' }, { 'HGET', KEYS[1], 'f' }, { 'HMGET', KEYS[1], 'f' },

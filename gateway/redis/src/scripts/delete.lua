@@ -1,6 +1,6 @@
 #!lua flags=allow-oom
--- Deletes a room's log. The room begins anew in a later epoch, and remembers that this was meant. With
--- the further keys the whole room: nobody is in it then, and that is passed on.
+-- Deletes a room's log. The room begins anew in a later epoch, and remembers that this was meant.
+-- With the further keys the whole room: nobody is in it then, and that is passed on.
 --
 -- KEYS, ARGV as in the prelude
 -- KEYS  7 who  8 record  9 index  10 marks

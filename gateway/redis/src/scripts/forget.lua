@@ -1,6 +1,6 @@
 #!lua flags=allow-oom
--- Forgets a process that has ended: an incarnation of it, and that it had told its seats. One that has
--- come to live again meanwhile tells them anew, and that is kept.
+-- Forgets a process that has ended: an incarnation of it, and that it had told its seats. One that
+-- has come to live again meanwhile tells them anew, and that is kept.
 --
 -- KEYS  1 incarnations (hash)  2 told (hash)  3 leases (hash)
 -- ARGV  1 incarnation  2 process

@@ -10,12 +10,13 @@
 -- A field per process, "<end, ms> <number> <seen>": processes are numbered as they register, and
 -- each renewal has seen all up to the newest number. `#` is the newest number.
 --
--- Where all processes had left in order (leave.lua), the first that comes takes that note away, and none
--- counts before this is in the append-only file: with the note still there, what is acknowledged from
--- now on would not be missed. `resumed` of the barrier is when it was taken away.
+-- Where all processes had left in order (leave.lua), the first that comes takes that note away, and
+-- none counts before this is in the append-only file: with the note still there, what is
+-- acknowledged from now on would not be missed. `resumed` of the barrier is when it was taken away.
 --
--- On a server that the nodes have not agreed on yet those live, too, whose lease has ended: they did
--- when what this server has was written, and may hold what it lacks, however late that is noticed.
+-- On a server that the nodes have not agreed on yet those live, too, whose lease has ended: they
+-- did when what this server has was written, and may hold what it lacks, however late that is
+-- noticed.
 
 if not is_here(ARGV[4]) then
     return stale

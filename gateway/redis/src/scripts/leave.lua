@@ -1,7 +1,8 @@
 #!lua flags=allow-oom
--- Gives back the lease of a process that ends in order. Where it is the last one, and nothing that was
--- acknowledged is missing here, that is noted: the next processes go on in the same epochs
--- (docs/adr/0015). Whatever was written before the note is in every state of the data that has the note.
+-- Gives back the lease of a process that ends in order. Where it is the last one, and nothing that
+-- was acknowledged is missing here, that is noted: the next processes go on in the same epochs
+-- (docs/adr/0015). Whatever was written before the note is in every state of the data that has the
+-- note.
 --
 -- KEYS  1 leases (hash)  2 barrier
 -- ARGV  1 process  2 token  3 whether it has nothing that this server lacks: 1 or empty

@@ -7,9 +7,10 @@
 -- ARGV  7 author: the user, as envelopes name it  8 session presented or empty  9 its digest
 --       10 session that is made otherwise  11 its digest  12 connection  13 about it
 --       14 how long a session is kept, ms  15 the most sessions
---       16 above the watermark of memory: how long the sessions of a user are kept who has none, ms, or empty
--- Returns session, about of the connection before or nothing, time in microseconds, and of the inbox
--- epoch, top, acknowledged, oldest entry kept or 0, unread.
+--       16 above the watermark of memory: how long the sessions of a user are kept who has none,
+--       ms, or empty
+-- Returns session, about of the connection before or nothing, time in microseconds, and of the
+-- inbox epoch, top, acknowledged, oldest entry kept or 0, unread.
 
 local epoch, top, meta = whole()
 if not epoch then
@@ -44,7 +45,8 @@ end
 local digest = ARGV[9]
 if not session then
     session, digest, created = ARGV[10], ARGV[11], digits(now)
-    -- Room for it: those whose time is over go, and the one used longest ago where there are too many.
+    -- Room for it: those whose time is over go, and the one used longest ago where there are too
+    -- many.
     local rows = redis.call('HGETALL', KEYS[7])
     local count, oldest, oldest_used = 0
     for i = 1, #rows, 2 do

@@ -1,8 +1,8 @@
 -- What all scripts share; it stands in front of each.
 --
--- What stands in Redis is not trusted: an operator, a restore or another program may have written it.
--- A value that no gateway wrote is taken for absent, and repaired where a script knows better. It never
--- raises an error, since the room it is in could then not be touched any more.
+-- What stands in Redis is not trusted: an operator, a restore or another program may have written
+-- it. A value that no gateway wrote is taken for absent, and repaired where a script knows better.
+-- It never raises an error, since the room it is in could then not be touched any more.
 
 -- The kinds of what was found so, which the gateway counts.
 local found = {}
@@ -11,7 +11,8 @@ local function bad(kind)
     found[#found + 1] = kind
 end
 
--- The largest number of an entry is 2^53-1. Above this no log is continued, so that it is not reached.
+-- The largest number of an entry is 2^53-1. Above this no log is continued, so that it is not
+-- reached.
 local seq_max = 9007199254740991 - 1099511627776
 
 -- A whole number that was read, or `default`, also where it is none of a gateway's.
@@ -61,9 +62,10 @@ local function reply_of(script)
     return script()
 end
 
--- Runs a script. Where a key turns out to be of a type that no gateway gives it, it is deleted, as if it
--- had never been there, and the script runs again: errors of that kind come before its first write.
--- Where something was found that no gateway wrote, the reply is `!bad`, what that was, and the reply.
+-- Runs a script. Where a key turns out to be of a type that no gateway gives it, it is deleted, as
+-- if it had never been there, and the script runs again: errors of that kind come before its first
+-- write. Where something was found that no gateway wrote, the reply is `!bad`, what that was, and
+-- the reply.
 local function run(script)
     local reply = reply_of(script)
     if #found > 0 and not (type(reply) == 'table' and reply.err) then
@@ -96,8 +98,8 @@ end
 
 local stale = redis.error_reply('STALE the nodes have not agreed on this server under this token')
 
--- Whether the nodes have agreed on this server: nil, or the term of that agreement, and the last term
--- in which not everybody was heard. Terms count agreements, over all servers.
+-- Whether the nodes have agreed on this server: nil, or the term of that agreement, and the last
+-- term in which not everybody was heard. Terms count agreements, over all servers.
 local function opened(barrier, token)
     local agreed = redis.call('HMGET', barrier, 't', 'open', 'n', 'owed')
     if agreed[1] == token and agreed[2] then
@@ -112,8 +114,8 @@ local function is_here(token)
     return token == string.sub(run, 1, 8) .. string.sub(history, 1, 8)
 end
 
--- Has the sessions of a user be kept from now on. `new_ttl`: how long, where the user had none; those that
--- were there are not kept for a shorter time by that.
+-- Has the sessions of a user be kept from now on. `new_ttl`: how long, where the user had none;
+-- those that were there are not kept for a shorter time by that.
 local function keep_sessions(sessions, data, ttl, new_ttl)
     for _, key in ipairs({ sessions, data }) do
         if new_ttl == '' then
@@ -126,7 +128,8 @@ local function keep_sessions(sessions, data, ttl, new_ttl)
     end
 end
 
--- Whether all that is written goes into the append-only file. A snapshot alone may be from long ago.
+-- Whether all that is written goes into the append-only file. A snapshot alone may be from long
+-- ago.
 local function has_file()
     return string.find(redis.call('INFO', 'persistence'), 'aof_enabled:1', 1, true) ~= nil
 end
@@ -160,8 +163,8 @@ local function seq_of(id)
     return string.match(id, '^%d+')
 end
 
--- Epoch, stamp and envelope of an entry of the stream; nil where no gateway wrote it. The largest that
--- one writes is a message of 16 MiB.
+-- Epoch, stamp and envelope of an entry of the stream; nil where no gateway wrote it. The largest
+-- that one writes is a message of 16 MiB.
 local function parts_of_entry(entry)
     local fields = entry[2]
     if #fields == 6 and fields[1] == 'e' and fields[3] == 't' and fields[5] == 'p'
@@ -191,8 +194,8 @@ local function append(epoch, seq, entry, ids)
     redis.call('PUBLISH', ARGV[2], position .. ':' .. entry.stamp .. '\n' .. entry.envelope)
 end
 
--- An inbox was kept as that of a user who was never connected, whose ids are looked for in the log itself.
--- From now on it is kept as any.
+-- An inbox was kept as that of a user who was never connected, whose ids are looked for in the log
+-- itself. From now on it is kept as any.
 local function keep_as_any()
     local ids = {}
     ids.newer, ids.older, ids.gone = id_hashes(KEYS[3], KEYS[4], now_ms(), tonumber(ARGV[6]))
@@ -217,11 +220,12 @@ end
 
 -- Puts what was acknowledged and reached nobody where it was, as far as numbers follow the top. A
 -- number that lies between belonged to a publish that has no answer: where `may_fill`, one of those
--- takes it. Returns the top; whether all is where it was acknowledged; and what is not, in its order.
+-- takes it. Returns the top; whether all is where it was acknowledged; and what is not, in its
+-- order.
 --
 -- Fields: `t` token, `<epoch>:<seq>` stamp and envelope of what was acknowledged there,
--- `?<process>:<number>` of what has no answer: last position at which that process was acknowledged,
--- or nothing, and envelope.
+-- `?<process>:<number>` of what has no answer: last position at which that process was
+-- acknowledged, or nothing, and envelope.
 local function give_numbers_back(epoch, top, may_fill, ids)
     local rows = redis.call('HGETALL', KEYS[6])
     local known, acknowledged, unanswered, last = {}, {}, {}, 0
@@ -244,7 +248,8 @@ local function give_numbers_back(epoch, top, may_fill, ids)
                     after = of == epoch and tonumber(seq) or 0,
                 }
             else
-                -- A step that no node can have left is none of theirs: filling it would take for ever.
+                -- A step that no node can have left is none of theirs: filling it would take for
+                -- ever.
                 if of == epoch and tonumber(seq) > top + 1000000 then
                     bad('unconfirmed')
                 elseif of == epoch then
@@ -311,8 +316,8 @@ local function give_numbers_back(epoch, top, may_fill, ids)
     return top, false, left
 end
 
--- How long the meta of a room is kept, ms: for minutes where nothing has a number in its epoch, and no
--- deletion has to be remembered.
+-- How long the meta of a room is kept, ms: for minutes where nothing has a number in its epoch, and
+-- no deletion has to be remembered.
 local function head_ttl(top, deleted)
     if top > 0 or deleted then
         return ARGV[5]
@@ -321,8 +326,8 @@ local function head_ttl(top, deleted)
 end
 
 -- Repairs the meta of a room whose epoch or number no gateway wrote, or whose log has gone on above
--- it. The room goes on in a new epoch, which continues the former one as far as the log tells where that
--- was, so that members are told. What `fields` has is the meta as it was read.
+-- it. The room goes on in a new epoch, which continues the former one as far as the log tells where
+-- that was, so that members are told. What `fields` has is the meta as it was read.
 local function repaired(fields, term)
     bad('log_meta')
     local epoch = fields[1] and is_epoch(fields[1]) and fields[1]
@@ -355,8 +360,8 @@ end
 -- have not agreed on this server. The first touch after that gives numbers back, and declares the
 -- room whole under the token and in its term. Where somebody was not heard since it was so declared
 -- last, who may have had more of it, or where a number that was acknowledged is another's, the room
--- goes on in a new epoch, with what was acknowledged and has no number else. The epoch remembers the
--- former one: also where that was on a server that is gone, and nobody touched the room there.
+-- goes on in a new epoch, with what was acknowledged and has no number else. The epoch remembers
+-- the former one: also where that was on a server that is gone, and nobody touched the room there.
 local function whole()
     local token = ARGV[1]
     local meta = redis.call('HMGET', KEYS[2], 'e', 's', 'r', 'n', 'at', 'from', 'prev', 'd', 'u')

@@ -1,7 +1,7 @@
 -- What scripts share that change who is present at a place: a room, or the cluster.
 --
--- KEYS  1 who (hash): of each user "<connections> <since> <active> <name>", and under `#` the version,
---       "<epoch> <number> <since>"
+-- KEYS  1 who (hash): of each user "<connections> <since> <active> <name>", and under `#` the
+--       version, "<epoch> <number> <since>"
 --       2 of one process (hash): of each user that it has at the place "<epoch> <connections>"
 --       3 the places where that process has somebody (hash)
 --       4 record of a managed room (hash)  5 index (sorted set): rooms, or the users of the cluster
@@ -36,8 +36,8 @@ local function version()
     end
 end
 
--- How many connections a process has of a user, in this epoch: what it had before was of a room that
--- is no more.
+-- How many connections a process has of a user, in this epoch: what it had before was of a room
+-- that is no more.
 local function had(row, epoch)
     local of, connections = string.match(row or '', '^(%d+) (%d+)$')
     return of and of == epoch and tonumber(connections) or 0

@@ -3,8 +3,8 @@
 -- KEYS, ARGV to 6 as in the prelude
 -- ARGV  7 "newest", "after" or "before"  8 seq  9 limit  10 bytes at most, one entry apart
 -- Returns epoch, top, oldest entry kept (0 for none), the former epoch and its last seq or empty,
--- the ordinal of the epoch that a deletion began or 0, the term in which the room was declared whole
--- last, and entries { seq, epoch, stamp, envelope }:
+-- the ordinal of the epoch that a deletion began or 0, the term in which the room was declared
+-- whole last, and entries { seq, epoch, stamp, envelope }:
 -- oldest first for "after", newest first else.
 
 local epoch, top, fields = whole()

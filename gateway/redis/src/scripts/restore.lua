@@ -3,14 +3,16 @@
 --
 -- KEYS, ARGV to 6 as in the prelude
 -- ARGV  7 the node's epoch  8 its top  9, 10 its former epoch and that one's last seq, or empty
---       11 "ask" or "give"  12 stamp and 13 id key of its top entry, or empty where it has not got it
+--       11 "ask" or "give"  12 stamp and 13 id key of its top entry, or empty where it has not got
+--       it
 --       14 the term in which the node knows the room to have been declared whole last
 --       15 seq, 16 stamp and 17 id key of the oldest entry it has, or 0 and empty
---       18 count of entries  then per entry: seq, epoch, stamp, envelope  then per older id: id key,
---       position
--- Returns "whole" (nothing was missing), "other" (the room has gone on in another epoch), "ask" (call
--- again with "give" and the entries), "healed", or "conflict" (two histories share numbers, or the
--- node passed more on than it still has and the log lacks it: the room goes on in a new epoch).
+--       18 count of entries  then per entry: seq, epoch, stamp, envelope  then per older id: id
+--       key, position
+-- Returns "whole" (nothing was missing), "other" (the room has gone on in another epoch), "ask"
+-- (call again with "give" and the entries), "healed", or "conflict" (two histories share numbers,
+-- or the node passed more on than it still has and the log lacks it: the room goes on in a new
+-- epoch).
 
 local token, epoch, top, random = ARGV[1], ARGV[7], tonumber(ARGV[8]), ARGV[3]
 if not is_here(token) then
@@ -25,7 +27,8 @@ if here and not is_epoch(here) then
     here = '0-unreadable'
 end
 
--- Whether the log's entry `seq` is that with this stamp and id key; nil where the log does not have one.
+-- Whether the log's entry `seq` is that with this stamp and id key; nil where the log does not have
+-- one.
 local function holds(seq, stamp, key)
     local _, there_stamp, there = entry_at(tonumber(seq))
     if there then

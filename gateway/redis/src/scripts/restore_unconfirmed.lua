@@ -1,11 +1,11 @@
 #!lua flags=allow-oom
--- Takes what a node has published in a room and not heard since: numbers that were acknowledged go to
--- no other message. All of it waits for the room's first touch, when everybody has been heard.
+-- Takes what a node has published in a room and not heard since: numbers that were acknowledged go
+-- to no other message. All of it waits for the room's first touch, when everybody has been heard.
 --
 -- KEYS, ARGV to 6 as in the prelude
 -- ARGV  7 process  8 the last position at which it was acknowledged, or empty  9 count of what was
---       acknowledged  then per entry: position, stamp, envelope  then per publish without an answer,
---       in their order: number, envelope
+--       acknowledged  then per entry: position, stamp, envelope  then per publish without an
+--       answer, in their order: number, envelope
 -- Returns "taken", or "late" where the room goes on already.
 
 if not is_here(ARGV[1]) then

@@ -3,8 +3,8 @@
 -- KEYS  1 sessions (hash)  2 data of sessions (hash)
 -- ARGV  1 session  2 data as it was, or empty  3 data as it is to be  4 how long it is kept, ms
 --       5 the most bytes of the data of all sessions
--- Returns 1 where that was done, 0 where it has changed meanwhile, -1 where there is no such session, -2
--- where all data would take more than they may.
+-- Returns 1 where that was done, 0 where it has changed meanwhile, -1 where there is no such
+-- session, -2 where all data would take more than they may.
 
 if redis.call('HEXISTS', KEYS[1], ARGV[1]) == 0 then
     return -1

@@ -8,7 +8,8 @@
 --       13 whether the user may come to be present by this: 1 or empty
 --       14 with rules, whether a room may come to be that is not there: 1, `high` or empty
 -- Returns what became of it, and for `ok` epoch, number, how many are present, how far the user has
--- read, the ordinal of the epoch that the room's last deletion began, and 1 where the room has come to be.
+-- read, the ordinal of the epoch that the room's last deletion began, and 1 where the room has come
+-- to be.
 
 local user, name, here = ARGV[4], ARGV[5], tonumber(ARGV[6])
 local total, since, active, known_as = row_of(user)

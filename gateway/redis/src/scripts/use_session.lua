@@ -3,8 +3,10 @@
 -- connection, 2 of another, 0 of nobody.
 --
 -- KEYS  1 sessions (hash)  2 data of sessions (hash)
--- ARGV  1 session  2 connection  3 how long a session is kept, ms  4 whether it has ended: 1 or empty
---       5 above the watermark of memory: how long those of a user are kept who had none, ms, or empty
+-- ARGV  1 session  2 connection  3 how long a session is kept, ms  4 whether it has ended: 1 or
+--       empty
+--       5 above the watermark of memory: how long those of a user are kept who had none, ms, or
+--       empty
 
 local row = redis.call('HGET', KEYS[1], ARGV[1])
 if not row then

@@ -156,7 +156,8 @@ async fn a_planned_restart_of_the_whole_cluster_keeps_the_epoch() {
     one.stop().await;
     two.stop().await;
 
-    // The gateways alone are started again, and then die: what they had acknowledged may be missing.
+    // The gateways alone are started again, and then die: what they had acknowledged may be
+    // missing.
     let node = Node::start(&redis, None, &options).await;
     assert_eq!(left(&redis).await, ":0");
     let mut ann = connect(node.address, "ann").await;

@@ -99,7 +99,8 @@ async fn a_connection_closes_when_its_token_expires() {
     let token = token(json!({"sub": "ann"}), 2);
     let options = ConnectOptions::new(gateway.url("/ws")).token(token, TokenLocation::Query);
     let mut ann = ClientConnection::open(&options).await.unwrap();
-    // The client hears of the end that the token has; the gateway's clock may differ from the issuer's.
+    // The client hears of the end that the token has; the gateway's clock may differ from the
+    // issuer's.
     let told = ann.expect_connected().await.unwrap().expires_at.unwrap();
     let told = humantime::parse_rfc3339(&told).unwrap().duration_since(UNIX_EPOCH).unwrap();
     assert!(told.as_secs().abs_diff(ends) <= 1, "{told:?} {ends}");

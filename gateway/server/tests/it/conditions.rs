@@ -1,5 +1,5 @@
-//! What a Redis has to be, what its user has to be allowed there, and who else is on it: said by name,
-//! at the start and while running, without a storm of attempts.
+//! What a Redis has to be, what its user has to be allowed there, and who else is on it: said by
+//! name, at the start and while running, without a storm of attempts.
 
 use std::time::Duration;
 

@@ -1,5 +1,6 @@
-//! `deploy/rolling-update.sh` against a `docker` that only remembers containers: it can be run again
-//! after whatever failed, and ends with as many gateways as there were, all with the new image.
+//! `deploy/rolling-update.sh` against a `docker` that only remembers containers: it can be run
+//! again after whatever failed, and ends with as many gateways as there were, all with the new
+//! image.
 
 use std::{
     fs,
@@ -10,10 +11,10 @@ use std::{
 
 use tempfile::TempDir;
 
-/// Knows what the script asks of Docker, as far as it matters here. A container is a file: its image,
-/// status and health. `fail` names a command that fails once: before it has done anything, or, where
-/// `late` stands behind it, after that. `min` keeps the least number of healthy containers that there
-/// ever was.
+/// Knows what the script asks of Docker, as far as it matters here. A container is a file: its
+/// image, status and health. `fail` names a command that fails once: before it has done anything,
+/// or, where `late` stands behind it, after that. `min` keeps the least number of healthy containers
+/// that there ever was.
 const FAKE: &str = r#"#!/bin/sh
 set -eu
 cd "$STATE"

@@ -1,5 +1,5 @@
-//! What is of one user: directs, the inbox, who is watched, sessions; on a single node, on three nodes
-//! of a cluster, and on two with a Redis Cluster.
+//! What is of one user: directs, the inbox, who is watched, sessions; on a single node, on three
+//! nodes of a cluster, and on two with a Redis Cluster.
 
 use std::time::Duration;
 
@@ -369,8 +369,8 @@ async fn log_reads_of_a_connection_are_rate_limited() {
     let limits = [("limits.read_bytes_per_second", "4KiB"), ("publish.timeout", "900ms")];
     let gateway = Gateway::start(&limits).await;
     let mut ann = gateway.connect("ann").await;
-    // Each costs 4 KiB at least: eight are the burst, the ninth waits for a moment, and then there is one a
-    // second, which is longer than a frame may wait.
+    // Each costs 4 KiB at least: eight are the burst, the ninth waits for a moment, and then there
+    // is one a second, which is longer than a frame may wait.
     let mut taken = 0;
     let refusal = loop {
         match ask(&mut ann, json!({"type": "history", "with": "bob"})).await {

@@ -1,6 +1,6 @@
-//! Bounds of durable state: what a client may have the cluster keep, and the answer when that is reached;
-//! on a single node, on three nodes of a cluster, and on two with a Redis Cluster. And that a Redis with
-//! 64 MB goes on to take the publishes of others while it is flooded.
+//! Bounds of durable state: what a client may have the cluster keep, and the answer when that is
+//! reached; on a single node, on three nodes of a cluster, and on two with a Redis Cluster. And
+//! that a Redis with 64 MB goes on to take the publishes of others while it is flooded.
 
 use serde_json::{Value, json};
 use skein_client::connection::ClientConnection;
@@ -33,7 +33,8 @@ async fn code_of(connection: &mut ClientConnection, to: &str, content: &str) -> 
     direct(connection, to, content).await.expect_err("it is refused").code
 }
 
-/// The oldest entry kept and the newest of a user's inbox, and what is unread, as a new connection is told.
+/// The oldest entry kept and the newest of a user's inbox, and what is unread, as a new connection
+/// is told.
 async fn inbox_of(world: &World, user: &str) -> (u64, u64, u64) {
     let url = format!("ws://{}/ws", world.nodes[0].address);
     let options = skein_client::options::ConnectOptions::new(url).user(user);
@@ -270,7 +271,8 @@ impl Flood {
         }
     }
 
-    /// Floods until it is told to stop. Each connection is a user's own where the flood is of users.
+    /// Floods until it is told to stop. Each connection is a user's own where the flood is of
+    /// users.
     async fn go(self, address: std::net::SocketAddr, attacker: String, ends: tokio::time::Instant) {
         let mut number = 0;
         while tokio::time::Instant::now() < ends {
@@ -316,8 +318,8 @@ impl Flood {
     }
 }
 
-/// Publishes to a room that is there are acknowledged in the time that they have. Returns how many, and the
-/// longest wait.
+/// Publishes to a room that is there are acknowledged in the time that they have. Returns how many,
+/// and the longest wait.
 async fn publish_until(
     connection: &mut ClientConnection,
     ends: tokio::time::Instant,
@@ -341,11 +343,13 @@ async fn used(redis: &Redis) -> u64 {
 
 const MEMORY: u64 = 64 << 20;
 
-/// What has no lifetime: of nodes, which forget the fields of those that have ended, and of the cluster.
+/// What has no lifetime: of nodes, which forget the fields of those that have ended, and of the
+/// cluster.
 const KEPT: &str =
     "gw:barrier gw:leases gw:partitions gw:incarnations gw:told gw:online:seen gw:rooms";
 
-/// Floods a Redis of 64 MB in one way after another, while others publish. `filled` bytes are taken already.
+/// Floods a Redis of 64 MB in one way after another, while others publish. `filled` bytes are taken
+/// already.
 async fn flood_all(filled: u64, each: Duration) {
     let redis = Redis::start().await;
     redis.command(&format!("CONFIG SET maxmemory {MEMORY}")).await;
@@ -378,7 +382,8 @@ async fn flood_all(filled: u64, each: Duration) {
             "{flood:?}: {count} acknowledged, the slowest after {longest:?}; {used} bytes used"
         );
         assert!(count > 0, "{flood:?}");
-        // Without a bound Redis would refuse at 100 %, and a gateway that makes room goes little above.
+        // Without a bound Redis would refuse at 100 %, and a gateway that makes room goes little
+        // above.
         assert!(used < MEMORY + MEMORY / 20, "{flood:?}: {used}");
     }
     assert!(metric(&node, "gateway_storage_rejections_total{reason=\"memory\"}").await > 0);
@@ -390,8 +395,8 @@ async fn flood_all(filled: u64, each: Duration) {
     connect(node.address, "ann").await;
     connect(node.address, "a-newcomer").await;
     drop((ann, bob));
-    // Nothing of it is there for good, but who is connected (nobody, soon), when users were seen, which
-    // rooms there are, and what nodes have themselves.
+    // Nothing of it is there for good, but who is connected (nobody, soon), when users were seen,
+    // which rooms there are, and what nodes have themselves.
     let mut kept = kept_for_good(&redis).await;
     let deadline = tokio::time::Instant::now() + PATIENCE;
     while !kept.is_empty() {
@@ -418,8 +423,8 @@ async fn publishes_are_acknowledged_while_a_full_redis_is_flooded() {
     flood_all(MEMORY * 3 / 4, Duration::from_millis(700)).await;
 }
 
-/// Others find by its incarnations that a process has ended, and forget with them what it has told: one that
-/// is killed soon after its start leaves nothing either.
+/// Others find by its incarnations that a process has ended, and forget with them what it has told:
+/// one that is killed soon after its start leaves nothing either.
 #[tokio::test]
 async fn a_node_registers_before_it_writes_presence_entries() {
     let redis = Redis::start().await;
@@ -480,8 +485,8 @@ async fn a_full_redis_accepts_writes_that_free_memory() {
     .await;
 }
 
-/// What an act of a client leaves in Redis, once the client has gone: bytes and the longest lifetime in ms,
-/// of each of 200.
+/// What an act of a client leaves in Redis, once the client has gone: bytes and the longest
+/// lifetime in ms, of each of 200.
 async fn leaves(act: impl AsyncFn(&mut ClientConnection, usize)) -> (u64, u64) {
     const COUNT: usize = 200;
     let redis = Redis::start().await;

@@ -1,5 +1,5 @@
-//! Peers that mean no good, before they are clients: slow headers, silent sockets in numbers, requests
-//! without an end, and a gateway that has run out of descriptors.
+//! Peers that mean no good, before they are clients: slow headers, silent sockets in numbers,
+//! requests without an end, and a gateway that has run out of descriptors.
 
 use std::time::Duration;
 

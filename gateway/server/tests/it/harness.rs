@@ -563,8 +563,8 @@ pub struct Node {
     log: JoinHandle<String>,
 }
 
-/// The gateway's binary: this build's, or the one that `SKEIN_GATEWAY` names, so that a test that is
-/// not optimised can drive one that is.
+/// The gateway's binary: this build's, or the one that `SKEIN_GATEWAY` names, so that a test that
+/// is not optimised can drive one that is.
 pub fn gateway_binary() -> PathBuf {
     std::env::var_os("SKEIN_GATEWAY").map_or(env!("CARGO_BIN_EXE_gateway").into(), PathBuf::from)
 }

@@ -218,8 +218,8 @@ async fn chaos_injects_faults_into_an_external_cluster() {
     assert!(report["acknowledged"].as_u64().unwrap() > 500, "{report}");
 }
 
-/// A share of the catalogue, so short and lenient that it says only that attacks are made, legitimate
-/// clients are measured and answered, and everything is back: `make abuse` judges times.
+/// A share of the catalogue, so short and lenient that it says only that attacks are made,
+/// legitimate clients are measured and answered, and everything is back: `make abuse` judges times.
 #[tokio::test]
 async fn legitimate_clients_are_served_during_attacks() {
     let gateway = env!("CARGO_BIN_EXE_gateway");

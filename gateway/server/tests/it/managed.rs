@@ -114,7 +114,8 @@ async fn password_guesses_are_limited_and_known_ones_pass() {
     let create = json!({"type": "create_room", "room": "vault", "password": "sesame"});
     ask(&mut ann, create).await.unwrap();
     assert_eq!(join_with(&mut ann, "vault", "sesame").await, None);
-    // The fourth of a user has to wait, and so has the third of another: three users who failed before.
+    // The fourth of a user has to wait, and so has the third of another: three users who failed
+    // before.
     let mut told = Vec::new();
     for user in ["eve", "mallory"] {
         for guess in ["a", "b", "c", "d"] {

@@ -1,5 +1,5 @@
-//! Who is in a room: who comes and goes, who is there, who types, how far each has read; on a single
-//! node, and on three nodes of a cluster.
+//! Who is in a room: who comes and goes, who is there, who types, how far each has read; on a
+//! single node, and on three nodes of a cluster.
 
 use std::collections::BTreeSet;
 

@@ -1,6 +1,6 @@
 //! What stands in Redis that no gateway wrote: each kind of it in each key of a living cluster. The
-//! nodes stay ready, other rooms go on, the room itself recovers, it is counted, and nobody asks Redis
-//! again and again.
+//! nodes stay ready, other rooms go on, the room itself recovers, it is counted, and nobody asks
+//! Redis again and again.
 
 use std::{net::SocketAddr, time::Duration};
 

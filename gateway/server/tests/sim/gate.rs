@@ -1,5 +1,5 @@
-//! What all tasks of one gateway process run in: a frozen process does nothing until it goes on, and
-//! a killed one nothing ever again.
+//! What all tasks of one gateway process run in: a frozen process does nothing until it goes on,
+//! and a killed one nothing ever again.
 //!
 //! Tasks are polled in rounds, in the order of their numbers. A runtime polls in the order of their
 //! being woken, and some of what wakes several does so in an order that no seed decides.

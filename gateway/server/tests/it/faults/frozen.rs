@@ -1,4 +1,5 @@
-//! A gateway is stopped in its tracks and goes on later: it delivers nothing that it has not checked.
+//! A gateway is stopped in its tracks and goes on later: it delivers nothing that it has not
+//! checked.
 
 use std::time::Duration;
 

@@ -73,7 +73,8 @@ enum ObservedFrame {
     Ack(AckFrame),
 }
 
-/// A reader that joined at (e, 0) and got 1 and 2, receives more frames; `expected` are the violations.
+/// A reader that joined at (e, 0) and got 1 and 2, receives more frames; `expected` are the
+/// violations.
 #[track_caller]
 fn check(frames: Vec<ObservedFrame>, expected: &[Violation]) -> DeliveryReport {
     let (mut checker, now) = (DeliveryChecker::new(1), Instant::now());

@@ -1,8 +1,8 @@
 //! Everything that may go wrong around the nodes, with real processes: nobody misses anything that
 //! was acknowledged, or is told so. `docs/faults.md` has the table.
 //!
-//! [`checker`] judges what its members see, [`proxy`] fails. `make test` runs short trials; `make faults` sets
-//! `SKEIN_FAULTS=full` for those at full length.
+//! [`checker`] judges what its members see, [`proxy`] fails. `make test` runs short trials;
+//! `make faults` sets `SKEIN_FAULTS=full` for those at full length.
 
 use std::{net::SocketAddr, time::Duration};
 

@@ -83,7 +83,8 @@ async fn a_node_restarted_after_a_kill_waits_for_no_lease_of_its_own() {
     assert!(killed.elapsed() < Duration::from_secs(2), "{:?}", killed.elapsed());
 }
 
-/// Whether the lease of a run that was killed still counts, though the next run does not wait for it.
+/// Whether the lease of a run that was killed still counts, though the next run does not wait for
+/// it.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_killed_run_makes_the_next_recovery_round_incomplete() {
     let mut redis = Redis::start().await;

@@ -1,5 +1,5 @@
-//! What is of one user while nodes, links and Redis fail: orders reach nodes that were cut off, directs and
-//! notifications come once on every device.
+//! What is of one user while nodes, links and Redis fail: orders reach nodes that were cut off,
+//! directs and notifications come once on every device.
 
 use std::collections::BTreeMap;
 

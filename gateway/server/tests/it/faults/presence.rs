@@ -1,5 +1,5 @@
-//! Who is present while servers, links and nodes fail: what members are told leads from one true state
-//! to the next, and ends where everybody is.
+//! Who is present while servers, links and nodes fail: what members are told leads from one true
+//! state to the next, and ends where everybody is.
 
 use std::{collections::BTreeSet, time::Duration};
 

@@ -20,8 +20,8 @@ use crate::harness::{Node, Redis};
 const AT_ONCE: usize = 200;
 /// Rooms that many share; some join one of their own beside that.
 const ROOMS: usize = 50;
-/// After how many tenths memory is as large as it gets: rooms stay for 30 s after their last member,
-/// and what a bus in memory has of them for up to 30 s more.
+/// After how many tenths memory is as large as it gets: rooms stay for 30 s after their last
+/// member, and what a bus in memory has of them for up to 30 s more.
 const WARM_AFTER: usize = 4;
 /// What memory may grow by from then to the end: what varies from one look to the next.
 const GROWTH_MAX_KIB: u64 = 6 * 1024;
@@ -30,8 +30,8 @@ const GROWTH_MAX_KIB: u64 = 6 * 1024;
 /// and in tasks.
 const READERS_MAX: usize = 8;
 
-/// Few entries, so that the logs of a node without Redis are as large as they get after a tenth; and no
-/// grace, or all who have gone would leave together when a share of this is nearly over.
+/// Few entries, so that the logs of a node without Redis are as large as they get after a tenth;
+/// and no grace, or all who have gone would leave together when a share of this is nearly over.
 const SMALL_LOGS: [(&str, &str); 8] = [
     ("sessions.ttl", "1s"),
     ("inbox.ttl", "1s"),

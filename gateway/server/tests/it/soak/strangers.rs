@@ -51,7 +51,8 @@ async fn peers_that_read_no_responses_cost_little_memory() {
         wire.send_now(requests.as_bytes());
         greedy.push(wire);
     }
-    // The page does not fit the sockets' buffers so often: each of them is stuck, and others are not.
+    // The page does not fit the sockets' buffers so often: each of them is stuck, and others are
+    // not.
     let mut during = Held::by(&node).await;
     for _ in 0..50 {
         Wire::join(node.address, 1, "lobby").await.unwrap().reset();
