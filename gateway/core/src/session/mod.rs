@@ -1,8 +1,8 @@
 //! One client's session and the handling of its frames.
 //!
 //! [`Session::handle_frame`] handles `message` and `direct` first, since they are metered by
-//! other rates, and all other frames in one match. [`Session::execute`] starts deferred requests, in
-//! a second match.
+//! other rates, and all other frames in one match. [`Session::execute`] starts deferred requests,
+//! in a second match.
 //!
 //! Frames are handled in the order received. A frame that needs no waiting is handled at once, and
 //! a publish is passed on without waiting for its `ack`. A frame that must wait (`join`, `history`

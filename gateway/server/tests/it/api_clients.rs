@@ -1,5 +1,6 @@
-//! The document of the server API before tools that share no code with this project: clients that are
-//! generated of it, and a tester that sends what it allows and forbids. `make setup` installs them.
+//! The document of the server API before tools that share no code with this project: clients that
+//! are generated of it, and a tester that sends what it allows and forbids. `make setup` installs
+//! them.
 
 use crate::{
     api::{KEY, OPTIONS, call_as, operations},
@@ -27,8 +28,8 @@ async fn run(folder: &std::path::Path, program: &str, arguments: &[&str]) -> Str
     told
 }
 
-/// Clients that are generated of the document (PyPI: openapi-python-client; npm: openapi-typescript) are
-/// whole, compile, and call every operation.
+/// Clients generated from the document (PyPI: openapi-python-client; npm: openapi-typescript)
+/// compile and call every operation.
 #[tokio::test]
 async fn generated_clients_call_every_operation() {
     let outside = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/outside");
@@ -75,8 +76,9 @@ async fn generated_clients_call_every_operation() {
     }
 }
 
-/// What is sent is made of the document by a tool that shares no code with this (PyPI: schemathesis):
-/// valid, not quite valid, in sequences. Whatever is answered has to be in the document.
+/// schemathesis (PyPI), which shares no code with the gateway, generates requests from the OpenAPI
+/// document: valid ones, almost valid ones, and sequences. The document must declare every
+/// response.
 #[tokio::test]
 async fn every_response_to_schemathesis_conforms_to_the_document() {
     let gateway = Gateway::start(&OPTIONS).await;
@@ -88,7 +90,7 @@ async fn every_response_to_schemathesis_conforms_to_the_document() {
         .arg("run")
         .arg(format!("http://{}/api/openapi.json", gateway.address))
         .args(["-H", &format!("Authorization: Bearer {KEY}"), "--max-examples", examples])
-        // Some rules are not of the schema: that `before` and `after` exclude each other.
+        // The schema cannot express some rules: for example, `before` and `after` are exclusive.
         .args(["--checks", "all", "--exclude-checks", "positive_data_acceptance", "--seed", "1"])
         // The node would serve nobody any more.
         .args(["--exclude-path", "/api/v1/nodes/{id}/drain"])

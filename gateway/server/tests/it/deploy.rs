@@ -13,8 +13,8 @@ use tempfile::TempDir;
 
 /// Knows what the script asks of Docker, as far as it matters here. A container is a file: its
 /// image, status and health. `fail` names a command that fails once: before it has done anything,
-/// or, where `late` stands behind it, after that. `min` keeps the least number of healthy containers
-/// that there ever was.
+/// or, where `late` stands behind it, after that. `min` keeps the least number of healthy
+/// containers that there ever was.
 const FAKE: &str = r#"#!/bin/sh
 set -eu
 cd "$STATE"

@@ -1,5 +1,5 @@
-//! What only a bus on Redis does: nodes that differ, a Redis that is away or evicts, and the presence
-//! of a node that has stopped.
+//! What only a bus on Redis does: nodes that differ, a Redis that is away or evicts, and the
+//! presence of a node that has stopped.
 
 use std::{sync::Arc, time::Duration};
 

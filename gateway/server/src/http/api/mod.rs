@@ -1,7 +1,7 @@
 //! The server API under `/api/v1`: queries and commands of an application, with an API key.
 //!
-//! Every path is declared at its handler. The router and `/api/openapi.json` are built from the same
-//! declarations, so that the document has all paths.
+//! Every path is declared at its handler. The router and `/api/openapi.json` are built from the
+//! same declarations, so that the document has all paths.
 
 use std::sync::Arc;
 
