@@ -278,7 +278,7 @@ impl Config {
         let password_ip = r.take_within("limits.password_failures_per_minute_per_ip", "30", 0..=1_000_000_u32, "Wrong room passwords per address, from users with recent failures; the other users of the address have a budget of their own, of the same size. Above it: `rate_limited`. 0: no limit.");
         let password_room = r.take_within("limits.password_failures_per_minute_per_room", "60", 0..=1_000_000_u32, "Wrong passwords per room from all addresses, in two budgets like those per address. Above it: `rate_limited`. 0: no limit.");
         let read_bytes = r.take::<ByteSize>("limits.read_bytes_per_second", "4MiB", "Bytes that a connection may read from logs and lists (`history`, `presence`, `rooms`, joins), with bursts of eight times as many; a user twice as many. Above it: reads wait, then get `rate_limited`. 0: no limit.");
-        let outbox_bytes = r.take::<ByteSize>("limits.outbox_bytes_max", "1MiB", "Bytes in the send queue of a connection. Above it: the client is a slow consumer and continues from the log.");
+        let outbox_bytes = r.take::<ByteSize>("limits.outbox_bytes_max", "1MiB", "Bytes in the outbox of a connection. Above it: the client is a slow consumer and continues from the log.");
 
         let allowed_origins = AllowedOrigins::parse(origins.0.iter().map(String::as_str)).unwrap_or_else(|error| {
             r.error("server.allowed_origins", error.to_string());
@@ -362,7 +362,7 @@ impl Config {
 
         let mut warnings = std::mem::take(&mut r.warnings);
         if outbox_bytes.0 < message_bytes.0 {
-            warnings.push("limits.outbox_bytes_max is less than limits.message_bytes_max: a send queue may exceed the former, since it always takes one message".into());
+            warnings.push("limits.outbox_bytes_max is less than limits.message_bytes_max: an outbox may exceed the former, since it always takes one message".into());
         }
         if ttl.0 > empty_ttl.0 {
             warnings.push("history.ttl is longer than rooms.empty_ttl: the log of a managed room outlives its password, and anyone who joins the room afterwards can read it".into());

@@ -547,17 +547,17 @@ impl Metrics {
             deliveries: counter(
                 r,
                 "gateway_deliveries_total",
-                "Log entries placed in the send queue of a member",
+                "Log entries placed in the outbox of a member",
             ),
             ephemeral_events: counter(
                 r,
                 "gateway_ephemeral_events_total",
-                "Ephemeral events (presence, typing, read marks, messages of rooms without a log) placed in a connection's send queue",
+                "Ephemeral events (presence, typing, read marks, messages of rooms without a log) placed in a connection's outbox",
             ),
             ephemeral_events_dropped: counter(
                 r,
                 "gateway_ephemeral_events_dropped_total",
-                "Ephemeral events dropped because a queue was full: the send queue of the connection, or the mailbox of a shard",
+                "Ephemeral events dropped because a queue was full: the outbox of the connection, or the mailbox of a shard",
             ),
             log_repairs: counters(
                 r,
@@ -574,7 +574,7 @@ impl Metrics {
             slow_consumers: counter(
                 r,
                 "gateway_slow_consumers_total",
-                "Times a member's send queue was full, so that the member continues from the log",
+                "Times a member's outbox was full, so that the member continues from the log",
             ),
             mailbox_overflows: counter(
                 r,
@@ -622,7 +622,7 @@ impl Metrics {
             fan_out_seconds: histogram(
                 r,
                 "gateway_fan_out_seconds",
-                "Seconds of one batch of a shard: entries placed in send queues and written to sockets",
+                "Seconds of one batch of a shard: entries placed in outboxes and written to sockets",
             ),
             bus_up: gauge(r, "gateway_bus_up", "1 while this node can publish to the bus and receive from it, else 0; at 0 it rejects handshakes"),
             clock_skew_seconds: register(r, Gauge::new("gateway_clock_skew_seconds", "Seconds that this node's clock is ahead of the clock of Redis, negative where it is behind; worry above 1").expect("the name is a constant")),

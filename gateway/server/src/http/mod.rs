@@ -95,7 +95,7 @@ pub struct HttpLimits {
     pub api_key_failures_per_ip: Rate,
     /// Bytes of a WebSocket message.
     pub message_bytes_max: usize,
-    /// Bytes in the send queue of a connection.
+    /// Bytes in the outbox of a connection.
     pub outbox_bytes_max: usize,
 }
 

@@ -197,7 +197,7 @@ macro_rules! cases {
 
 fn room_cases() -> Vec<Case> {
     let cases = cases! {
-        "members that are no JSON" "entry": |p| p.entry_of(|_| r#""room":"r",,bad"#.to_owned());
+        "fields that are no JSON" "entry": |p| p.entry_of(|_| r#""room":"r",,bad"#.to_owned());
         "members of another room" "entry": |p| p.entry_of(|id| members(&room("x"), id, Some("x")));
         "members without content" "entry": |p| p.entry_of(|id| members(p.room, id, None));
         "members with a seq" "entry": |p| p.entry_of(|id| {

@@ -27,7 +27,7 @@ pub(super) struct NodeInfo {
     rooms: u64,
     /// Messages that it has published since its start.
     publishes: u64,
-    /// Log entries that it has placed in send queues since its start.
+    /// Log entries that it has placed in outboxes since its start.
     deliveries: u64,
 }
 
@@ -49,7 +49,7 @@ pub(super) struct ClusterStats {
     connections: u64,
     /// Messages published since the start of each node.
     publishes: u64,
-    /// Log entries placed in send queues since the start of each node.
+    /// Log entries placed in outboxes since the start of each node.
     deliveries: u64,
 }
 

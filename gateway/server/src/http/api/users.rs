@@ -106,7 +106,7 @@ struct ConnectionDetails {
     last_seen: String,
     /// Round-trip time of the last ping in milliseconds.
     rtt_ms: Option<u32>,
-    /// Bytes in the send queue.
+    /// Bytes in the outbox.
     queued_bytes: usize,
     /// Whether the connection is catching up from the log.
     lagging: bool,
