@@ -73,7 +73,7 @@ enum FailoverState {
     Joining,
 }
 
-/// The members of a frame that are used.
+/// The fields of a frame that are used.
 #[derive(Deserialize)]
 struct FailoverFrame<'a> {
     #[serde(rename = "type")]
