@@ -144,7 +144,7 @@ mod tests {
         let decoded = decode(&encoded.into(), &room());
         let Some(EphemeralEvent::Typing { is_typing: true, .. }) = decoded else { panic!() };
         let id = Uuid::from_u128(1);
-        let members =
+        let fields =
             format!(r#""room":"r","id":"{id}","from":{{"id":"ann","name":"A"}},"timestamp":"t""#);
         let envelope = Envelope::pack(EnvelopeParts {
             frame: Default::default(),
@@ -152,7 +152,7 @@ mod tests {
             id: skein_protocol::ids::MessageId(id),
             sender: ConnectionId(Uuid::from_u128(2)),
             echo: true,
-            fields: &members,
+            fields: &fields,
             binary_payload: Some(b"\n!"),
         });
         let encoded = encode(&EphemeralEvent::Message(envelope.clone()));

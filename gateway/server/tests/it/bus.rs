@@ -23,7 +23,7 @@ use tokio::{
 };
 
 use crate::{
-    harness::{Redis, members, retention, room, with_redis, within},
+    harness::{Redis, message_fields, retention, room, with_redis, within},
     servers::alone_in_a_cluster,
 };
 
@@ -123,7 +123,7 @@ fn envelope(room: &RoomId, user: &str, id: MessageId, bytes: usize) -> Envelope 
         id,
         sender: ConnectionId::random(),
         echo: true,
-        fields: &members(room, id, None),
+        fields: &message_fields(room, id, None),
         binary_payload: Some(&payload),
     })
 }

@@ -149,8 +149,8 @@ pub async fn connect(address: SocketAddr, user: &str) -> ClientConnection {
     connection
 }
 
-/// The members of a message that `ann` sends to a room, as a gateway writes them.
-pub fn members(room: &RoomId, id: MessageId, content: Option<&str>) -> String {
+/// The JSON fields of a message that `ann` sends to a room, as a gateway writes them.
+pub fn message_fields(room: &RoomId, id: MessageId, content: Option<&str>) -> String {
     let content = content.map(|content| format!(r#","content":"{content}""#)).unwrap_or_default();
     format!(
         r#""room":"{room}","id":"{id}","from":{{"id":"ann","name":"ann"}},"kind":"text","timestamp":"t"{content}"#

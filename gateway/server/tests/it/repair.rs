@@ -26,8 +26,8 @@ use tokio::{
 };
 
 use crate::harness::{
-    Gateway, Redis, get, hub_options, members, next_message, nobody, retention, room, say, until,
-    within,
+    Gateway, Redis, get, hub_options, message_fields, next_message, nobody, retention, room, say,
+    until, within,
 };
 
 /// A way to Redis that can swallow what Redis sends to subscribers, while every connection stands.
@@ -162,7 +162,7 @@ async fn a_thousand_rooms_are_repaired_after_a_link_outage() {
                 id,
                 sender: ConnectionId::random(),
                 echo: true,
-                fields: &members(room, id, Some("x")),
+                fields: &message_fields(room, id, Some("x")),
                 binary_payload: None,
             }),
             urgent: false,

@@ -20,7 +20,7 @@ use tokio::{
 };
 
 use crate::harness::{
-    Gateway, Redis, get, members, next_message, poll_pause, room, say, until, within,
+    Gateway, Redis, get, message_fields, next_message, poll_pause, room, say, until, within,
 };
 
 /// Within what a room has to be itself again.
@@ -60,7 +60,7 @@ async fn metric(admin: SocketAddr, name: &str) -> u64 {
 }
 
 /// What an envelope of `room` looks like that is none.
-fn envelope(room: &RoomId, members: impl FnOnce(MessageId) -> String) -> Vec<u8> {
+fn envelope(room: &RoomId, fields: impl FnOnce(MessageId) -> String) -> Vec<u8> {
     let id = MessageId::random();
     let parts = EnvelopeParts {
         frame: Default::default(),
@@ -68,7 +68,7 @@ fn envelope(room: &RoomId, members: impl FnOnce(MessageId) -> String) -> Vec<u8>
         id,
         sender: ConnectionId::random(),
         echo: true,
-        fields: &members(id),
+        fields: &fields(id),
         binary_payload: None,
     };
     let _ = room;
@@ -176,8 +176,8 @@ impl Planted<'_> {
         vec![add, self.words("HSET $r:meta s 4"), publish]
     }
 
-    fn entry_of(&self, members: impl FnOnce(MessageId) -> String) -> Vec<Command> {
-        self.entry(self.epoch, STAMP, envelope(self.room, members))
+    fn entry_of(&self, fields: impl FnOnce(MessageId) -> String) -> Vec<Command> {
+        self.entry(self.epoch, STAMP, envelope(self.room, fields))
     }
 }
 
@@ -198,12 +198,16 @@ macro_rules! cases {
 fn room_cases() -> Vec<Case> {
     let cases = cases! {
         "fields that are no JSON" "entry": |p| p.entry_of(|_| r#""room":"r",,bad"#.to_owned());
-        "members of another room" "entry": |p| p.entry_of(|id| members(&room("x"), id, Some("x")));
-        "members without content" "entry": |p| p.entry_of(|id| members(p.room, id, None));
-        "members with a seq" "entry": |p| p.entry_of(|id| {
-            members(p.room, id, Some("x")) + r#","seq":9"#
+        "fields of another room" "entry": |p| p.entry_of(|id| {
+            message_fields(&room("x"), id, Some("x"))
         });
-        "another id" "entry": |p| p.entry_of(|_| members(p.room, MessageId::random(), Some("x")));
+        "fields without content" "entry": |p| p.entry_of(|id| message_fields(p.room, id, None));
+        "fields with a seq" "entry": |p| p.entry_of(|id| {
+            message_fields(p.room, id, Some("x")) + r#","seq":9"#
+        });
+        "another id" "entry": |p| p.entry_of(|_| {
+            message_fields(p.room, MessageId::random(), Some("x"))
+        });
         "no envelope" "entry": |p| p.entry(p.epoch, STAMP, b"\x02\x00".to_vec());
         "a message in a room's channel" "pubsub_message": |p| vec![p.words("PUBLISH $r $e:5:no")];
         "a notice in a room's channel" "pubsub_message": |p| vec![p.words("PUBLISH $r !p")];
@@ -211,10 +215,10 @@ fn room_cases() -> Vec<Case> {
             vec![p.words("XADD $r:log 4-0 x y"), p.words("HSET $r:meta s 4")]
         };
         "an entry with an epoch to come" "entry": |p| {
-            p.entry("999-z", STAMP, envelope(p.room, |id| members(p.room, id, Some("x"))))
+            p.entry("999-z", STAMP, envelope(p.room, |id| message_fields(p.room, id, Some("x"))))
         };
         "an entry with a stamp that is none" "entry": |p| {
-            p.entry(p.epoch, "no", envelope(p.room, |id| members(p.room, id, Some("x"))))
+            p.entry(p.epoch, "no", envelope(p.room, |id| message_fields(p.room, id, Some("x"))))
         };
         "entries above the number" "log_meta": |p| {
             vec![p.words("XADD $r:log 9-0 x y"), p.words("HSET $r:meta s 3")]
