@@ -1,6 +1,6 @@
-# What there is to do with this project. CI calls nothing else.
+# The commands of this project. CI calls nothing else.
 
-.PHONY: help setup run build test test-full faults soak abuse sim sim-injected loadtest-injected fuzz fmt lint doc deny ci cluster bench bench-micro
+.PHONY: help setup run build check test test-full test-long injected faults soak abuse sim sim-injected loadtest-injected fuzz fmt lint doc deny ci cluster bench bench-micro
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -14,23 +14,39 @@ setup: ## install what the tests need (Debian packages, as root or with sudo)
 run: ## one node on http://127.0.0.1:8080/ that needs nothing else
 	cargo run --release -p gateway
 
+# Always the whole workspace: a part of it would have other features, and be built once more.
 build: ## everything the tests start
-	cargo build --locked -p gateway -p loadtest --bins --examples
+	cargo build --locked --workspace --bins --examples
 
-test: setup build ## all tests, against a real Redis, nginx and browser
-	cargo test --locked --workspace
-	cargo test --locked -p gateway --test it injected:: -- --include-ignored
+check: lint ## the quick tier, some 2 minutes warm: lints, unit tests, one node, 50 seeds
+	cargo test --locked --workspace --lib --bins
+	SKEIN_SIM_SEEDS=50 cargo test --locked --workspace --test sim
+	cargo test --locked --workspace --test it -- --test-threads 8 tidy:: docs:: hub:: rfc:: chat::
 
-# What runs alone comes last, so that nothing else takes the CPU from it.
-test-full: test faults soak abuse ## all of it at full length, some two hours; the slow link as root
+# Most trials wait: for leases, time-outs and other processes. Those that measure, or load the
+# machine, come last and few at a time.
+ALONE := soak:: loadtest::
+test: setup build ## all tests, against a real Redis, nginx and browser, some 8 minutes warm
+	cargo test --locked --workspace --lib --bins
+	cargo test --locked --workspace --test sim
+	cargo test --locked --workspace --test it -- --test-threads 12 $(addprefix --skip ,$(ALONE))
+	cargo test --locked --workspace --test it -- --test-threads 2 $(ALONE)
+
+test-full: test test-long ## all tiers, some 40 minutes
+
+test-long: setup build injected faults ## what test-full has beyond test
+	$(MAKE) sim sim-injected SEEDS=2000
+
+injected: setup build ## loadtest finds each fault that is injected into a gateway
+	cargo test --locked --workspace --test it injected:: -- --include-ignored
 
 faults: setup build ## the trials of docs/faults.md at full length, some 15 minutes
-	SKEIN_FAULTS=full cargo test --locked -p gateway --test it faults:: -- --nocapture
+	SKEIN_FAULTS=full cargo test --locked --workspace --test it faults:: -- --nocapture
 
 soak: setup ## a million connections come and go, 15,000 leave at once; some 15 minutes
 	cargo build --locked --release -p gateway
 	SKEIN_GATEWAY=$(CURDIR)/target/release/gateway SKEIN_SOAK=full \
-		cargo test --locked -p gateway --test it soak:: -- --nocapture --test-threads 1
+		cargo test --locked --workspace --test it soak:: -- --nocapture --test-threads 1
 
 # The gateway is built alone: together with other packages it would have their features.
 ATTACKS ?=
@@ -48,7 +64,7 @@ sim-injected: ## the simulation finds each injected fault
 	cargo test --locked --profile sim -p gateway --test sim injected:: -- --include-ignored --nocapture
 
 loadtest-injected: setup build ## loadtest finds each injected fault, and none in twenty runs without one
-	SKEIN_INJECTED=full cargo test --locked -p gateway --test it injected:: -- --include-ignored --nocapture
+	SKEIN_INJECTED=full cargo test --locked --workspace --test it injected:: -- --include-ignored --nocapture
 
 N ?= 10000000
 fuzz: ## mutated input for the parsers of what clients send: make fuzz N=100000000
