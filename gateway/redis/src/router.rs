@@ -141,7 +141,7 @@ impl Router {
         });
         match topology {
             Topology::Single(dial) => {
-                router.routes.lock()[0].connections = Some(router.context.connect(dial, &[0]))
+                router.routes.lock()[0].connections = Some(router.context.connect(dial, &[0]));
             }
             Topology::Cluster(cluster) => {
                 let (router, stopped) = (router.clone(), tasks.stopped().clone());

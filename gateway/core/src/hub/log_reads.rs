@@ -254,7 +254,7 @@ impl Shard {
                 self.read(name, generation, ReadPurpose::Continue, range, pause);
             }
             (ReadPurpose::Open | ReadPurpose::Continue, Ok(page)) => {
-                self.apply_log_page(&name, page)
+                self.apply_log_page(&name, page);
             }
             (ReadPurpose::Join(join), Ok(page)) => {
                 let step = if is_old || !self.batch.serves(&name) {

@@ -270,7 +270,7 @@ impl Shard {
             ShardCommand::QueryPresence { room, query } => self.query_presence(&room, query),
             ShardCommand::RostersRead { rooms, snapshots } => self.apply_rosters(rooms, snapshots),
             ShardCommand::HeadsRead { rooms, read_generation, heads } => {
-                self.heads_read(rooms, read_generation, &heads)
+                self.heads_read(rooms, read_generation, &heads);
             }
             ShardCommand::LogRead { request, result } => self.log_read(request, result),
         }

@@ -246,7 +246,7 @@ impl HttpConnection {
             Ok(Ok(head)) => Box::pin(self.serve_http(head, info)).await,
             Ok(Err(_)) => {}
             Err(_) => {
-                self.node.metrics.http_connections_dropped.of(DropReason::HeaderTimeout).inc()
+                self.node.metrics.http_connections_dropped.of(DropReason::HeaderTimeout).inc();
             }
         }
     }

@@ -513,16 +513,8 @@ impl EventStream {
         });
         let (chunks, receiver) = mpsc::channel(CHUNKS_MAX);
         let (_permits, _user_permit, waiting) = (permits, user_permit, rooms.into());
-        let mut stream = Self {
-            session,
-            handle,
-            cursors,
-            waiting,
-            chunks: chunks,
-            expires,
-            _permits,
-            _user_permit,
-        };
+        let mut stream =
+            Self { session, handle, cursors, waiting, chunks, expires, _permits, _user_permit };
         let joined = match inbox_joined {
             Ok(()) => stream.join_all(node).await,
             Err(SubscribeFailed) => Err(rejected(ErrorCode::Unavailable, "the bus is unavailable")),

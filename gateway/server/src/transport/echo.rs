@@ -38,7 +38,7 @@ impl Echo {
                 outbox.push(skein_websocket::encode(Opcode::Text, &[b"Echo: ", text.as_bytes()]));
             }
             DecoderEvent::Binary(bytes) => {
-                outbox.push(skein_websocket::encode(Opcode::Binary, &[bytes]))
+                outbox.push(skein_websocket::encode(Opcode::Binary, &[bytes]));
             }
             DecoderEvent::Ping(_)
             | DecoderEvent::Pong(_)
