@@ -385,7 +385,7 @@ mod tests {
                 id: MessageId(Uuid::from_u128(1)),
                 sender: ConnectionId(Uuid::nil()),
                 echo: true,
-                fields: fields,
+                fields,
                 binary_payload: binary,
             })
             .as_bytes()
@@ -425,7 +425,7 @@ mod tests {
             id: MessageId(Uuid::nil()),
             sender: ConnectionId(Uuid::nil()),
             echo: true,
-            fields: fields,
+            fields,
             binary_payload: Some(&payload),
         });
         let epoch = "e".repeat(32).parse().unwrap();

@@ -98,7 +98,7 @@ impl BlockingClient {
             let (mut has_arrived, mut closed) = (false, false);
             self.reader.push(&self.buffer[..count], |received| match received {
                 WsFrame::Message(message) => {
-                    has_arrived |= message.is_some_and(|message| is(&message))
+                    has_arrived |= message.is_some_and(|message| is(&message));
                 }
                 WsFrame::Close(..) => closed = true,
                 WsFrame::Ping(_) | WsFrame::Pong(_) => {}

@@ -78,10 +78,10 @@ impl ExternalCluster {
                 signal(pid, "CONT").await;
             }
             FaultKind::RedisClientKillPubsub => {
-                self.send_redis_command("CLIENT KILL TYPE pubsub").await
+                self.send_redis_command("CLIENT KILL TYPE pubsub").await;
             }
             FaultKind::RedisClientKillNormal => {
-                self.send_redis_command("CLIENT KILL TYPE normal").await
+                self.send_redis_command("CLIENT KILL TYPE normal").await;
             }
             // Not among `kinds`.
             _ => {}

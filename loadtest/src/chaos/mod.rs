@@ -183,10 +183,10 @@ async fn inject(cluster: &mut LocalCluster, fault: PlannedFault) -> Result<(), C
             cluster.signal_redis("CONT").await;
         }
         FaultKind::RedisClientKillPubsub => {
-            cluster.send_redis_command("CLIENT KILL TYPE pubsub").await
+            cluster.send_redis_command("CLIENT KILL TYPE pubsub").await;
         }
         FaultKind::RedisClientKillNormal => {
-            cluster.send_redis_command("CLIENT KILL TYPE normal").await
+            cluster.send_redis_command("CLIENT KILL TYPE normal").await;
         }
         FaultKind::NginxReload => cluster.reload_nginx().await,
         FaultKind::BusCut => bus(cluster, Mode::Cut).await,

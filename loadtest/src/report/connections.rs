@@ -65,7 +65,7 @@ impl ConnectionCounters {
                 self.joined_us.extend(joined.map(|joined| joined.as_micros() as u64));
             }
             ConnectOutcome::Rejected { status } => {
-                add_count(&mut self.rejected, status.to_string(), 1)
+                add_count(&mut self.rejected, status.to_string(), 1);
             }
             ConnectOutcome::Failed { reason } => add_count(&mut self.failed, reason, 1),
             ConnectOutcome::Closed { reason } => add_count(&mut self.closed, reason, 1),

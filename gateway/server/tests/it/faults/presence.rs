@@ -89,10 +89,10 @@ impl Watcher {
                         left += usize::from(message.from.id.as_str() == self.name());
                     }
                     ReceivedMessage::Frame(ServerFrame::MemberJoined(moved), _) => {
-                        self.note(&moved.user, true)
+                        self.note(&moved.user, true);
                     }
                     ReceivedMessage::Frame(ServerFrame::MemberLeft(moved), _) => {
-                        self.note(&moved.user, false)
+                        self.note(&moved.user, false);
                     }
                     _ => assert_eq!(before, self.here),
                 }
