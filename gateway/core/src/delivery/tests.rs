@@ -188,7 +188,7 @@ struct ModelClient {
     /// The cursor as the node knows it.
     cursor: Position,
     /// The number of frames that it still takes.
-    room: usize,
+    capacity: usize,
     /// The position that it has by the rules of the protocol.
     has: Option<Position>,
     seen: HashSet<Position>,
@@ -200,12 +200,12 @@ struct ModelClient {
 }
 
 impl ModelClient {
-    fn new(room: usize) -> Self {
+    fn new(capacity: usize) -> Self {
         let cursor = samples::position("0-x", 0);
         Self {
             state: ModelClientState::Joining,
             cursor,
-            room,
+            capacity,
             has: None,
             seen: HashSet::new(),
             received: vec![],
@@ -216,11 +216,11 @@ impl ModelClient {
     }
 
     fn offer(&mut self, entry: &Entry) -> bool {
-        if self.room == 0 {
+        if self.capacity == 0 {
             self.state = ModelClientState::Behind;
             return false;
         }
-        self.room -= 1;
+        self.capacity -= 1;
         self.cursor.seq = entry.position.seq;
         assert_eq!(self.cursor, entry.position, "delivered in the epoch of the cursor");
         self.see(entry);
@@ -522,7 +522,7 @@ impl DeliveryModel {
             self.read_log();
             self.return_page(ring);
             for client in 0..self.node.clients.len() {
-                self.node.clients[client].room = usize::MAX;
+                self.node.clients[client].capacity = usize::MAX;
                 if self.node.clients[client].state == ModelClientState::Disconnected {
                     self.node.clients[client].state = ModelClientState::Joining;
                 }
@@ -568,10 +568,10 @@ impl DeliveryModel {
                 };
                 self.joins();
             }
-            ModelEvent::Stall(client) => self.node.clients[usize::from(client) % 4].room = 0,
+            ModelEvent::Stall(client) => self.node.clients[usize::from(client) % 4].capacity = 0,
             ModelEvent::Drain(client, frames) => {
                 let client = usize::from(client) % 4;
-                self.node.clients[client].room = usize::from(frames);
+                self.node.clients[client].capacity = usize::from(frames);
                 self.node.catch_up(client, &self.log);
             }
             ModelEvent::ChangeEpoch(lost) => {
