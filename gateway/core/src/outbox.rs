@@ -184,8 +184,8 @@ impl Outbox {
     }
 
     /// Whether at least half of the bound is free.
-    pub fn has_room(&self) -> bool {
-        self.queue.lock().has_room(self.bytes_max)
+    pub fn has_space(&self) -> bool {
+        self.queue.lock().has_space(self.bytes_max)
     }
 
     /// The size of the queue in bytes, including [`FRAME_OVERHEAD_BYTES`] per frame.
@@ -259,7 +259,7 @@ impl Outbox {
     /// Takes the rooms that wait for catch-up, once half of the bound is free.
     pub fn take_lagging(&self) -> SmallVec<[RoomId; 1]> {
         let mut queue = self.queue.lock();
-        if queue.lagging.is_empty() || !queue.has_room(self.bytes_max) {
+        if queue.lagging.is_empty() || !queue.has_space(self.bytes_max) {
             return SmallVec::new();
         }
         std::mem::take(&mut queue.lagging)
@@ -422,7 +422,7 @@ impl OutboxState {
         self.bytes > BULK_BYTES || self.link.as_ref().is_some_and(|link| link.is_measured())
     }
 
-    fn has_room(&self, bytes_max: usize) -> bool {
+    fn has_space(&self, bytes_max: usize) -> bool {
         self.bytes <= bytes_max / 2
     }
 

@@ -46,7 +46,7 @@ impl Room {
             return;
         }
         let is_at_end = self.replica.top().is_none_or(|top| member.cursor.seq >= top.seq);
-        if !is_at_end && !member.handle.outbox.has_room() {
+        if !is_at_end && !member.handle.outbox.has_space() {
             // A read would be in vain. The connection asks again when its socket has drained.
             member.handle.outbox.mark_lagging(self.name.clone());
             return;

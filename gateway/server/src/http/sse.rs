@@ -534,7 +534,7 @@ impl EventStream {
         for room in &self.waiting {
             self.session.check_join(room).map_err(reject)?;
         }
-        while self.handle.outbox.has_room()
+        while self.handle.outbox.has_space()
             && let Some(room) = self.waiting.pop_front()
         {
             self.join(room).await.map_err(reject)?;
@@ -615,7 +615,7 @@ impl EventStream {
                 tracing::debug!(connection = %handle.connection, code, "an event stream ended");
                 return StreamEnd(code);
             }
-            if outbox.has_room()
+            if outbox.has_space()
                 && let Some(room) = self.waiting.pop_front()
             {
                 if let Err(code) = Box::pin(self.join(room)).await {
