@@ -1,4 +1,4 @@
-//! Many seeds, one after the other on each processor; and one seed by itself.
+//! Runs many seeds, one after the other on each processor, or a single seed.
 
 use std::{
     collections::BTreeMap,
@@ -18,7 +18,7 @@ use super::{
     world::Simulation,
 };
 
-/// How one simulation went.
+/// The result of one simulation.
 pub struct SimRun {
     pub findings: Findings,
     pub hash: u64,
@@ -29,7 +29,7 @@ thread_local! {
     static PANICS: std::cell::RefCell<Vec<String>> = const { std::cell::RefCell::new(Vec::new()) };
 }
 
-/// Notes panics, which a runtime would keep to itself, instead of printing them.
+/// Records panics instead of printing them; a runtime would hide those of its tasks.
 fn note_panics() {
     static ONCE: std::sync::Once = std::sync::Once::new();
     ONCE.call_once(|| {
@@ -68,12 +68,12 @@ pub fn run(seed: u64, shape: SimShape, loud: bool) -> SimRun {
     SimRun { findings, hash: world.trace.hash(), last: world.trace.last(120) }
 }
 
-/// What many runs came to.
+/// The result of many runs.
 #[derive(Default)]
 pub struct CampaignSummary {
     pub runs: u64,
     counts: BTreeMap<&'static str, (u64, usize)>,
-    /// Per kind of violation: the seeds, and what was found with the first.
+    /// Per kind of violation: the seeds, and the finding of the first.
     pub violations: BTreeMap<&'static str, (Vec<u64>, String)>,
 }
 
@@ -111,7 +111,7 @@ impl std::fmt::Display for CampaignSummary {
     }
 }
 
-/// Runs `seeds`, as many at a time as there are processors.
+/// Runs `seeds` in parallel, one per processor.
 pub fn campaign(
     seeds: std::ops::Range<u64>,
     shape_of: impl Fn(u64) -> SimShape + Send + Sync + 'static,

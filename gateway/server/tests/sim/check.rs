@@ -1,4 +1,4 @@
-//! What was promised, held against what all clients saw.
+//! Checks the delivery promises against everything the clients received.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -14,18 +14,18 @@ use super::{
     world::Simulation,
 };
 
-/// What the world knows beside what its clients know.
+/// Facts that only the simulation knows, and not the clients.
 #[derive(Default)]
 pub struct GroundTruth {
-    /// When a message was first appended, on whichever server.
+    /// The time at which a message was first appended, on any server.
     appended: BTreeMap<Id, f64>,
-    /// What was acknowledged.
+    /// Acknowledged messages.
     acked: BTreeSet<Id>,
     rooms: BTreeMap<Id, usize>,
-    /// Which processes have passed a message on, and so hold it.
+    /// The processes that delivered a message, and therefore hold it.
     holders: BTreeMap<Id, BTreeSet<(usize, u64)>>,
     pub faults: Vec<SimFault>,
-    /// What was lost and not told of before the last messages.
+    /// Messages lost without a signal before the last messages were sent.
     silent_before: Vec<String>,
 }
 
@@ -42,7 +42,7 @@ impl GroundTruth {
         }
     }
 
-    /// A process has given a frame to a client.
+    /// Records that a process sent a frame to a client.
     pub fn note_holder(&mut self, process: (usize, u64), frame: &Value) {
         let entries = frame["history"].as_array().into_iter().flatten();
         for entry in entries.chain([frame].into_iter().filter(|frame| frame["type"] == "message")) {
@@ -55,12 +55,12 @@ impl GroundTruth {
     }
 }
 
-/// What was found, by its kind.
+/// Findings by kind.
 #[derive(Default)]
 pub struct Findings {
-    /// What must not be.
+    /// Violations: none is allowed.
     pub violations: BTreeMap<&'static str, Vec<String>>,
-    /// What may be, as long as it is seldom.
+    /// Findings that are allowed as long as they are rare.
     pub counts: BTreeMap<&'static str, usize>,
 }
 
@@ -74,7 +74,7 @@ impl Findings {
     }
 }
 
-/// Remembers what is missing before the last messages are sent: they may bring it to light.
+/// Records missing messages before the last messages are sent, because those may reveal the gaps.
 pub fn record_silent_losses(world: &mut Simulation) {
     let mut silent = Vec::new();
     for_each_missing(world, |client, witness, id, appended| {
@@ -103,7 +103,7 @@ fn for_each_missing(world: &Simulation, mut found: impl FnMut(usize, &RoomObserv
     }
 }
 
-/// Everything that can be said at the end.
+/// Runs all checks at the end of a simulation.
 pub fn check(world: &Simulation) -> Findings {
     let mut findings = Findings::default();
     let primary = world.primary.expect("Redis is back at the end");
@@ -117,7 +117,8 @@ pub fn check(world: &Simulation) -> Findings {
         }
     }
     for (id, count) in &logged {
-        // An orphan that comes back under a new number stands twice where the log kept both.
+        // A lost message that was appended again under a new number is in the log twice if the log
+        // kept both.
         if *count > 1 {
             findings.count("twice in the log", 1);
             let _ = id;
@@ -143,18 +144,18 @@ pub fn check(world: &Simulation) -> Findings {
     findings
 }
 
-/// Nobody is told of a break where everybody was there who had what Redis lost, or Redis has stayed
-/// the same.
+/// No client gets a signalled discontinuity if all nodes that held the lost entries took part in
+/// the recovery round, or if Redis did not change.
 fn check_breaks(world: &Simulation, findings: &mut Findings) {
     let faults = &world.truth.faults;
-    // Where all is stopped in order nobody is missing, unless something else happens meanwhile.
+    // No process is missing after an orderly stop, unless another fault happens meanwhile.
     let others = |fault: &&SimFault| **fault != SimFault::Planned;
     let planned = faults.contains(&SimFault::Planned);
     let missing = faults.iter().any(|fault| fault.changes_redis() || planned)
         && faults.iter().filter(others).any(|fault| fault.takes_a_gateway())
         || planned && faults.iter().any(|fault| fault.changes_redis());
     let told = findings.counts.get("breaks told").copied().unwrap_or(0);
-    // A clock that jumps ends leases, and so who counts on whom.
+    // A jump of the clock ends leases, and so changes which nodes a recovery round waits for.
     if told > 0 && !missing && !world.shape.short_log && !faults.contains(&SimFault::Clock) {
         findings.violation("NEEDLESS_BREAK", format!("{told} times with {faults:?}"));
     }
@@ -187,7 +188,7 @@ fn check_losses(world: &Simulation, logged: &BTreeMap<Id, i32>, findings: &mut F
     }
 }
 
-/// A position names one message, whoever asks; one client sees a message once.
+/// A position names the same message for every client, and a client receives a message once.
 fn check_positions(world: &Simulation, findings: &mut Findings) {
     let mut at: BTreeMap<(usize, String, u64), Id> = BTreeMap::new();
     for client in &world.clients {
@@ -228,8 +229,8 @@ fn check_positions(world: &Simulation, findings: &mut Findings) {
     check_acked_positions(world, &at, findings);
 }
 
-/// What an answer said is at a position is what members got there, unless its sender was told of a
-/// break since.
+/// An ack names the message that members received at its position, unless the sender got a
+/// signalled discontinuity since.
 fn check_acked_positions(
     world: &Simulation,
     at: &BTreeMap<(usize, String, u64), Id>,
@@ -270,7 +271,7 @@ fn check_acks(who: &str, witness: &RoomObserver, findings: &mut Findings) {
     }
 }
 
-/// What a client sent once has its numbers in the order of sending.
+/// Messages that a client sent only once are numbered in the order of sending.
 fn check_sender_order(who: &str, client: usize, witness: &RoomObserver, findings: &mut Findings) {
     let mut known = BTreeSet::new();
     let mut last: Option<&SeenMessage> = None;

@@ -1,5 +1,5 @@
-//! A client that follows section 5 of the protocol to the letter: a state that is given frames and
-//! moments, and says what to send and when to be asked again.
+//! A client that follows section 5 of the protocol to the letter: a state machine that takes frames
+//! and times, and returns the frames to send and its next timers.
 
 use std::collections::{BTreeSet, VecDeque};
 
@@ -9,16 +9,16 @@ use uuid::Uuid;
 
 use super::observer::{Id, RoomObserver, id};
 
-/// How long to wait before something that was refused is tried again, ms.
+/// Delay before a rejected request is retried, ms.
 const RETRY_MS: f64 = 300.0;
 
-/// What a client wants of the world.
+/// Actions that a client requests from the simulation.
 pub enum ClientAction {
     Send(String),
     Later(f64, Reminder),
 }
 
-/// What a client wants to be reminded of.
+/// Timers of a client.
 #[derive(Clone, Copy)]
 pub enum Reminder {
     Join(usize),
@@ -29,12 +29,13 @@ pub struct SimClient {
     pub number: usize,
     /// The connection, if there is one.
     pub connection: Option<u64>,
-    /// It stays away.
+    /// The client stays disconnected.
     pub away: bool,
     pub outbox_bytes: usize,
     pub rooms: Vec<SimRoom>,
     count: u64,
-    /// What it wanted no copy of: the `ack` stands in its place, whenever that comes.
+    /// Messages sent with `echo: false`: the `ack` takes the place of the copy, whenever it
+    /// arrives.
     without_echo: BTreeSet<Id>,
 }
 
@@ -42,18 +43,18 @@ pub struct SimClient {
 pub struct SimRoom {
     pub room: usize,
     pub observer: RoomObserver,
-    /// It wants to be in.
+    /// Whether the client wants to be a member.
     pub wanted: bool,
     state: JoinState,
     /// The recovery under way ends at this number.
     until: Option<u64>,
     pub unacked: VecDeque<OwnMessage>,
-    /// The join that counts: an earlier one may still be answered.
+    /// The current join; an earlier one may still be answered.
     join: u64,
     since: Option<Position>,
 }
 
-/// A message of its own.
+/// A message that this client sends.
 pub struct OwnMessage {
     pub id: Id,
     echo: bool,
@@ -110,7 +111,7 @@ impl SimRoom {
         Some(ClientAction::Send(message.to_string()))
     }
 
-    /// Sends all that has no answer, once all that was missed is here.
+    /// Sends all unanswered messages once the recovery is complete.
     fn send_pending(&mut self) -> Vec<ClientAction> {
         let cursor = self.observer.cursor.as_ref().map_or(0, |cursor| cursor.seq);
         if self.state != JoinState::Joined || self.until.is_some_and(|until| cursor < until) {
@@ -121,7 +122,7 @@ impl SimRoom {
         ids.into_iter().filter_map(|id| self.send(id)).collect()
     }
 
-    /// An own message is known to be in the log.
+    /// Marks an own message as appended to the log.
     fn acked(&mut self, id: Id) {
         self.unacked.retain(|own| own.id != id);
     }
@@ -141,7 +142,7 @@ impl SimClient {
         }
     }
 
-    /// The connection stands.
+    /// Handles an established connection.
     pub fn connected(&mut self) -> Vec<ClientAction> {
         let wanted = self.rooms.iter_mut().filter(|place| place.wanted);
         wanted.map(SimRoom::join).collect()
@@ -154,7 +155,7 @@ impl SimClient {
         }
     }
 
-    /// Says something in a room.
+    /// Sends a message to a room.
     pub fn publish(&mut self, place: usize, echo: bool) -> (Id, Vec<ClientAction>) {
         self.count += 1;
         let id = id(self.number, self.count);
@@ -167,7 +168,7 @@ impl SimClient {
         (id, wishes)
     }
 
-    /// Leaves a room. `None` where it is not in.
+    /// Leaves a room. `None` if the client is not a member.
     pub fn leave(&mut self, place: usize) -> Option<ClientAction> {
         let place = &mut self.rooms[place];
         place.wanted = false;
@@ -196,7 +197,7 @@ impl SimClient {
         }
     }
 
-    /// Takes a frame.
+    /// Handles a received frame.
     pub fn handle_frame(&mut self, time: f64, frame: &Value) -> Vec<ClientAction> {
         let of = frame["room"].as_str().unwrap_or_default();
         let Some(at) = self.rooms.iter().position(|place| room(place.room) == of) else {
@@ -244,7 +245,7 @@ impl SimClient {
                 if place.until.is_some() { place.send_pending() } else { vec![] }
             }
             "left" => {
-                // Asked for, or the end of a join that was given up.
+                // Requested by this client, or the end of a join that was given up.
                 if place.wanted && place.state == JoinState::Joined {
                     (place.state, place.until) = (JoinState::Out, None);
                     return vec![ClientAction::Later(RETRY_MS, Reminder::Join(at))];
@@ -261,7 +262,7 @@ impl SimClient {
         let retryable =
             matches!(frame["code"].as_str(), Some("unavailable" | "overloaded" | "rate_limited"));
         if !retryable {
-            // Who has left may be told so of what it sent before.
+            // The server may answer earlier messages with `not_joined` after a leave.
             if !(frame["code"] == "not_joined" && place.state != JoinState::Joined) {
                 place.observer.violations.push(("REFUSED", frame.to_string()));
             }

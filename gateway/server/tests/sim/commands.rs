@@ -1,4 +1,4 @@
-//! The commands of a simulated Redis, as far as gateways and their scripts use them.
+//! The commands of a simulated Redis that gateways and their scripts use.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -9,24 +9,25 @@ use super::{
     store::{Store, StoredStream, WrongType},
 };
 
-/// How many entries a node of a stream holds: what is trimmed with `~` is whole nodes.
+/// Entries per node of a stream; trimming with `~` removes whole nodes.
 const STREAM_NODE_LEN: u64 = 8;
-/// What a stream takes without entries, and each entry beside its payload: roughly what Redis says.
+/// Bytes of an empty stream, and bytes of each entry beside its payload: roughly the values of
+/// Redis.
 const STREAM_BYTES: usize = 4_300;
 const ENTRY_BYTES: usize = 40;
 
-/// What commands and scripts of one server work on.
+/// The state that commands and scripts of one server use.
 #[derive(Clone, Default)]
 pub struct ServerData {
     pub store: Store,
-    /// Who is subscribed to what.
+    /// Subscribed connections by channel.
     pub channels: BTreeMap<Bytes, BTreeSet<u64>>,
     pub run_id: String,
     pub replid: String,
     pub is_replica: bool,
     /// The server's wall clock, ms.
     pub now: u64,
-    /// What was published and is not passed on yet.
+    /// Published messages that are not sent to subscribers yet.
     pub published: Vec<(Bytes, Bytes)>,
 }
 
@@ -51,7 +52,7 @@ const ID_TOO_SMALL: &str =
     "The ID specified in XADD is equal or smaller than the target stream top item";
 const INVALID_ID: &str = "Invalid stream ID specified as stream command argument";
 
-/// Carries out a command that scripts may use too.
+/// Runs a command that scripts may call as well.
 pub fn execute(data: &mut ServerData, words: &[Bytes]) -> CommandResult {
     let name = words[0].to_ascii_uppercase();
     let args = &words[1..];
@@ -94,7 +95,7 @@ pub fn execute(data: &mut ServerData, words: &[Bytes]) -> CommandResult {
             let Ok(time) = number(&args[1]) else { return err(NO_INTEGER) };
             let ends = if name.len() == 7 { now as i64 + time } else { time };
             if args.get(2).is_some_and(|option| option.eq_ignore_ascii_case(b"GT")) {
-                // What does not expire lasts longer than anything.
+                // A key without expiry outlives every other.
                 let before = data.store.expiry(&args[0]);
                 if before.is_none_or(|before| ends <= before as i64) {
                     return Ok(Reply::Int(0));
@@ -214,7 +215,7 @@ fn hash(data: &mut ServerData, name: &[u8], args: &[Bytes]) -> CommandResult {
             let rows = store.hash(key)?.map(|hash| hash.rows().to_vec()).unwrap_or_default();
             Ok(Reply::Array(rows.into_iter().map(|(_, value)| Reply::Bulk(value)).collect()))
         }
-        // All at once, as Redis does with a small one.
+        // Returns everything in one step, as Redis does for a small collection.
         b"HSCAN" => {
             let rows = store.hash(key)?.map(|hash| hash.rows().to_vec()).unwrap_or_default();
             let flat = rows.into_iter().flat_map(|(field, value)| [field, value]);
@@ -281,7 +282,7 @@ fn sorted_set(data: &mut ServerData, name: &[u8], args: &[Bytes]) -> CommandResu
             }
             Ok(Reply::Int(gone))
         }
-        // Those kept are more than any simulation has.
+        // The bound is above the number that any simulation creates.
         b"ZREMRANGEBYRANK" => {
             store.hash(key)?;
             Ok(Reply::Int(0))
@@ -360,7 +361,7 @@ fn add(data: &mut ServerData, args: &[Bytes]) -> CommandResult {
         let about = &args[at][..] == b"~";
         at += usize::from(about);
         let first = id_of(&args[at])?;
-        // Only whole nodes go, so that a few stay that need not.
+        // Only whole nodes are removed, so a few entries more than necessary stay.
         keep_from = Some(if about { first / STREAM_NODE_LEN * STREAM_NODE_LEN } else { first });
         at += 1;
     }
@@ -397,7 +398,7 @@ fn bound(word: &Bytes, lower: bool) -> Result<u64, CommandFailure> {
         [b'(', rest @ ..] => {
             let id = id_of(&Bytes::copy_from_slice(rest))?;
             match id {
-                // Nothing is below the first id.
+                // No id is below the first one.
                 0 if !lower => err("invalid end ID for the interval"),
                 id => Ok(if lower { id + 1 } else { id - 1 }),
             }

@@ -1,21 +1,22 @@
-//! What goes wrong, and when: drawn before it begins from the seed, carried out here.
+//! Injects the faults of a simulation, which are drawn from the seed before it starts.
 
 use rand::RngExt as _;
 
 use super::{links::RedisLink, shape::SimFault, world::Simulation};
 
-/// When the first fault comes: nodes know of each other by then.
+/// Time of the first fault: the nodes know each other by then.
 const FIRST_MS: f64 = 8_000.0;
-/// How much of what a closed link had carried may still arrive, ms.
+/// How long bytes of a closed link may still arrive, ms.
 const GRACE_MS: f64 = 8.0;
-/// The most steps that a Redis loses which lost its tail, and a replica that becomes primary.
+/// The most steps that Redis loses if it restarts without its last writes, and that a promoted
+/// replica lacks.
 const TAIL_MAX: usize = 30;
 const LAG_MAX: usize = 6;
 
 /// How long each step of an ordered stop takes, ms.
 const STOP_MS: f64 = 600.0;
 
-/// What a Redis has when it is back.
+/// The data that Redis has after a restart.
 #[derive(Clone, Copy, Debug)]
 enum RestartData {
     Complete,
@@ -108,7 +109,7 @@ impl Simulation {
         });
     }
 
-    /// Stops the gateways in order, then Redis, and starts all of it again.
+    /// Stops the gateways in order, then Redis, and starts all of them again.
     fn stop_everything(&mut self, back: RestartData) {
         if self.stops_everything || self.primary.is_none_or(|server| !self.servers[server].alive) {
             return;
@@ -118,7 +119,7 @@ impl Simulation {
         for host in 0..self.hosts.len() {
             let Some(node) = &self.hosts[host].node else { continue };
             node.drain();
-            // What clients have sent is answered before they go.
+            // Messages that clients have sent are answered before the clients leave.
             self.after(STOP_MS, move |world| {
                 for talk in world.connections_of(host) {
                     world.close_connection(talk);
@@ -196,7 +197,7 @@ impl Simulation {
             self.after(wait, move |world| world.close_connection(talk));
         }
         self.after(down, move |world| {
-            // Everything may be stopped meanwhile, and is started together.
+            // Meanwhile all gateways may have been stopped; they are started together.
             if !world.stops_everything {
                 world.start_node(number);
             }
@@ -245,7 +246,7 @@ impl Simulation {
         self.log(&format!("G{host} does not reach Redis for {time:.0}"));
         self.hosts[host].partitioned = true;
         for link in self.links_of(|link| link.node == host) {
-            // Some find out by a reset, others by their own time limits.
+            // Some gateways detect it by a reset, others by their own timeouts.
             let notice = if self.random.random_range(0..2) == 0 { 500.0 } else { 60_000.0 };
             self.cut(link, 0.0, notice);
         }

@@ -1,8 +1,8 @@
-//! What all tasks of one gateway process run in: a frozen process does nothing until it goes on,
-//! and a killed one nothing ever again.
+//! The gate through which all tasks of one gateway process are polled: a frozen process does
+//! nothing until it is thawed, a killed one never runs again.
 //!
-//! Tasks are polled in rounds, in the order of their numbers. A runtime polls in the order of their
-//! being woken, and some of what wakes several does so in an order that no seed decides.
+//! Tasks are polled in rounds, in the order of their numbers. A runtime polls them in the order of
+//! their wake-ups, which the seed does not determine where one event wakes several tasks.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -44,7 +44,7 @@ enum RunMode {
 }
 
 impl Gate {
-    /// A process that runs.
+    /// Creates a running process.
     pub fn open() -> Self {
         let gate = Self(Arc::default());
         #[allow(clippy::disallowed_methods, reason = "it ends when it is killed")]
@@ -52,7 +52,7 @@ impl Gate {
         gate
     }
 
-    /// Runs `task` in this process. What is returned ends with it, and need not be waited for.
+    /// Runs `task` in this process. The returned future ends with the task and need not be awaited.
     pub fn hold(&self, task: BoxedTask) -> BoxedTask {
         let (done, ended) = oneshot::channel();
         let state = &mut *self.0.lock();
@@ -80,10 +80,10 @@ impl Gate {
         self.set_mode(RunMode::Killed);
     }
 
-    /// Drops all tasks: each holds the gate it goes through, so that nothing else would end them.
+    /// Drops all tasks: each holds a reference to its gate, so nothing else would end them.
     pub fn end(&self) {
         self.kill();
-        // Outside of the lock: what they hold may wake others.
+        // Outside the lock: dropping them may wake other tasks.
         let tasks = std::mem::take(&mut self.0.lock().tasks);
         drop(tasks);
     }
@@ -114,7 +114,7 @@ impl GateState {
     }
 }
 
-/// Has a task polled in the next round.
+/// Schedules a task for the next round.
 struct TaskWaker {
     state: std::sync::Weak<Mutex<GateState>>,
     number: u64,
@@ -145,7 +145,7 @@ impl Future for TaskPoller {
             (state.mode, round)
         };
         if way == RunMode::Killed {
-            // Dropped outside of the lock: what they hold may wake others.
+            // Dropped outside the lock: the drop may wake other tasks.
             let tasks = std::mem::take(&mut self.0.lock().tasks);
             drop(tasks);
             return Poll::Ready(());

@@ -1,13 +1,14 @@
-//! The simulation finds each injected fault: one that finds nothing has to be one that could.
+//! Checks that the simulation finds each injected fault, so that a run without findings means
+//! something.
 
 use skein_core::fault_injection::{ProtocolFault, inject};
 
 use super::{campaign::run, check::Findings, shape::SimShape};
 
-/// The number of seeds within which a fault has to be found.
+/// The number of seeds within which a fault must be found.
 const SEEDS_MAX: u64 = 1000;
 
-/// The kind of cluster in which a fault does harm.
+/// The cluster shape in which a fault causes a violation.
 fn shape(fault: ProtocolFault) -> SimShape {
     match fault {
         ProtocolFault::NoFence => SimShape::lone(),
@@ -22,7 +23,7 @@ fn shape(fault: ProtocolFault) -> SimShape {
     }
 }
 
-/// The first seed with which something is wrong that is right without the fault.
+/// The first seed that fails with the fault and passes without it.
 fn first_seed(fault: ProtocolFault) -> Option<(u64, Findings)> {
     let findings = |seed, injected| {
         inject(injected);

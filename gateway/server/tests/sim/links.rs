@@ -1,4 +1,4 @@
-//! Between gateways and Redis: what is said arrives later, in order, or not at all.
+//! Links between gateways and Redis: bytes arrive later, in order, or not at all.
 
 use bytes::Bytes;
 use rand::RngExt as _;
@@ -21,11 +21,11 @@ pub struct RedisLink {
     pub buffer: ReceiveBuffer,
     up: f64,
     down: f64,
-    /// Nothing that arrives after this gets through.
+    /// Bytes that would arrive after this time are dropped.
     pub cut: Option<f64>,
-    /// Nothing arrives before this.
+    /// Bytes arrive no earlier than this time.
     pub blocked_until: f64,
-    /// Messages of channels are dropped, repeated and delayed before this.
+    /// Pub/sub messages before this time are dropped, repeated and delayed.
     pub mangled_until: f64,
 }
 
@@ -112,7 +112,7 @@ impl Simulation {
         });
     }
 
-    /// Bytes arrive at a server.
+    /// Delivers bytes to a server.
     fn arrive(&mut self, connection: u64, bytes: &[u8]) {
         let Some(link) = self.links.get(&connection).filter(|link| link.cut.is_none()) else {
             return;
@@ -148,7 +148,7 @@ impl Simulation {
                     self.at(time, move |world| world.deliver(connection, &bytes));
                     time += 0.5;
                 }
-                // Late, and behind what was sent after it.
+                // Late, and after messages that were sent later.
                 5..7 => {
                     let time = time + latency * 20.0;
                     return self.at(time, move |world| world.deliver(connection, &bytes));
@@ -169,14 +169,14 @@ impl Simulation {
         }
     }
 
-    /// A server finds that a connection was closed.
+    /// Tells a server that a connection was closed.
     fn forget(&mut self, connection: u64) {
         if let Some(link) = self.links.remove(&connection) {
             self.servers[link.server].disconnect(connection);
         }
     }
 
-    /// Ends a link: what is in the gateway's buffer by `grace` still arrives.
+    /// Closes a link; bytes that reach the gateway's buffer within `grace` still arrive.
     pub fn cut(&mut self, connection: u64, grace: f64, notice: f64) {
         let grace = self.random.random_range(0.0..=grace);
         let cut = self.now + grace;

@@ -1,5 +1,5 @@
-//! The whole of a cluster in one process, under a clock that stands still: gateways, Redis, clients
-//! and what goes wrong between them, all decided by a seed.
+//! Simulates a whole cluster in one process under a paused clock: gateways, Redis, clients and the
+//! faults between them, all determined by a seed.
 
 #![allow(clippy::unwrap_used, reason = "a test that panics has failed")]
 #![allow(unreachable_pub, reason = "nothing of a test is reached from outside")]
@@ -32,10 +32,10 @@ use skein_core::telemetry::LogFormat;
 /// A number from the environment.
 fn number(name: &str) -> Option<u64> {
     let text = std::env::var(name).ok()?;
-    Some(text.parse().unwrap_or_else(|_| panic!("{name} is no number: {text}")))
+    Some(text.parse().unwrap_or_else(|_| panic!("{name} is not a number: {text}")))
 }
 
-/// The kind of a seed: each in turn, unless `SKEIN_SIM_SHAPE` names one.
+/// The shape of a seed: each shape in turn, unless `SKEIN_SIM_SHAPE` names one.
 fn shape_of(seed: u64) -> SimShape {
     match std::env::var("SKEIN_SIM_SHAPE") {
         Err(_) => SimShape::of(seed),
@@ -47,8 +47,9 @@ fn shape_of(seed: u64) -> SimShape {
     }
 }
 
-/// `SKEIN_SIM_SEEDS` seeds from `SKEIN_SIM_FROM` on, or a small share of them. `SKEIN_SIM_SEED` is
-/// one seed, told in full, with the gateways' own lines where `SKEIN_SIM_LOG` is a level.
+/// `SKEIN_SIM_SEEDS` seeds from `SKEIN_SIM_FROM` on, or a small share of them. `SKEIN_SIM_SEED`
+/// runs one seed with its full trace, and with the log of the gateways if `SKEIN_SIM_LOG` is a
+/// level.
 #[test]
 fn promises_hold_under_every_seed() {
     if let Some(seed) = number("SKEIN_SIM_SEED") {
@@ -66,11 +67,11 @@ fn promises_hold_under_every_seed() {
     if let Some((kind, (seeds, _))) = sum.violations.first_key_value() {
         let seed = seeds[0];
         println!("the last of seed {seed}:\n{}", run(seed, shape_of(seed), false).last);
-        panic!("{kind} with seed {seed}: SKEIN_SIM_SEED={seed} tells all of it");
+        panic!("{kind} with seed {seed}: SKEIN_SIM_SEED={seed} prints its trace");
     }
 }
 
-/// Seeds with which something was wrong once.
+/// Seeds that once found a bug.
 #[test]
 fn seeds_of_fixed_bugs_stay_clean() {
     let found = [
@@ -99,6 +100,6 @@ fn a_seed_decides_the_whole_run() {
     for seed in 0..12 {
         let once = run(seed, SimShape::of(seed), false).hash;
         let again = run(seed, SimShape::of(seed), false).hash;
-        assert_eq!(once, again, "seed {seed} does not lead to the same twice");
+        assert_eq!(once, again, "seed {seed} gives two different runs");
     }
 }

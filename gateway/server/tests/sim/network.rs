@@ -1,5 +1,5 @@
 //! The gateway's ends of its connections: to Redis a stream of bytes, to a client a stream of
-//! frames. What goes out is put before the world, which lets it arrive when and if it likes.
+//! frames. Output goes to the simulated world, which decides when and whether it arrives.
 
 use std::{
     collections::VecDeque,
@@ -31,9 +31,9 @@ use super::gate::Gate;
 /// How long a connect may take, as in the gateway.
 const CONNECT_MAX: Duration = Duration::from_secs(1);
 
-/// What gateways put before the world.
+/// Requests and output of gateways to the simulated world.
 pub enum NetworkEvent {
-    /// A process wants a connection to Redis.
+    /// A process opens a connection to Redis.
     Connect {
         node: usize,
         process: u64,
@@ -51,7 +51,7 @@ pub enum NetworkEvent {
     ClientClosed(u64),
 }
 
-/// The way out of all gateways. Cheap to clone.
+/// The output queue of all gateways. Cheap to clone.
 #[derive(Clone, Default)]
 pub struct EventQueue(Arc<EventQueueState>);
 
@@ -72,7 +72,7 @@ impl EventQueue {
         self.0.sent.lock().pop_front()
     }
 
-    /// Waits until there may be something to take.
+    /// Waits until the queue may have an element.
     pub async fn filled(&self) {
         self.0.filled.notified().await;
     }
@@ -83,7 +83,7 @@ impl EventQueue {
     }
 }
 
-/// What has arrived at a gateway on one connection and was not read. Cheap to clone.
+/// Bytes that arrived at a gateway on one connection and are not read yet. Cheap to clone.
 #[derive(Clone, Default)]
 pub struct ReceiveBuffer(Arc<Mutex<ReceiveBufferState>>);
 

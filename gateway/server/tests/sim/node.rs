@@ -43,7 +43,7 @@ use super::{
     shape::SimShape,
 };
 
-/// How long a frame may wait for the bus, as `publish.timeout` has it.
+/// How long a frame may wait for the bus: the value of `publish.timeout`.
 const WAIT_MAX: Duration = Duration::from_secs(5);
 
 /// One process of a gateway.
@@ -57,7 +57,7 @@ pub struct SimNode {
     draining: AtomicBool,
 }
 
-/// What a client has sent on one connection and the gateway has not read. Cheap to clone.
+/// Frames that a client sent on one connection and the gateway has not read yet. Cheap to clone.
 #[derive(Clone, Default)]
 pub struct ClientInput(Arc<(Mutex<UnreadFrames>, Notify)>);
 
@@ -181,7 +181,7 @@ impl SimNode {
         }
     }
 
-    /// Whether a handshake would be taken.
+    /// Whether the gateway accepts a handshake.
     pub fn is_ready(&self) -> bool {
         let drains = self.draining.load(Ordering::Relaxed);
         !drains
@@ -189,18 +189,18 @@ impl SimNode {
             && self.services.bus.failed_check().is_none()
     }
 
-    /// Takes no client any more.
+    /// Stops accepting clients.
     pub fn drain(&self) {
         self.draining.store(true, Ordering::Relaxed);
     }
 
-    /// Stops all services in order. Its clients have gone.
+    /// Stops all services in order, after the clients have left.
     pub fn stop(&self) {
         self.tasks.leaving().cancel();
         self.tasks.stopped().cancel();
     }
 
-    /// Takes a client's connection.
+    /// Accepts a client's connection.
     pub fn accept(&self, number: u64, user: usize, outbox_bytes: usize, line: ClientInput) {
         let outbox = Outbox::to_owner(outbox_bytes, self.services.metrics.clone());
         let connection = ConnectionId(Uuid::from_u128(u128::from(number)));
@@ -214,7 +214,7 @@ impl SimNode {
         let session = Session::new(services, identity, session, handle.clone(), online);
         let outlet = self.outlet.clone();
         let connection = SimConnection { number, session, handle, line, outlet };
-        // A panic is found by the campaign's hook.
+        // The campaign's hook records a panic.
         self.tasks.spawn_connection(connection.run(), |_| {});
     }
 }
@@ -266,7 +266,7 @@ impl SimConnection {
             }
             let behind = self.session.take_lagging();
             self.session.catch_up(behind).await;
-            // All arms are cancel-safe: what is outcome is kept.
+            // All arms are cancel-safe: the outcome is kept.
             tokio::select! {
                 biased;
                 () = line.0.1.notified() => {}

@@ -1,11 +1,10 @@
-//! What one client was told of one room, and whether it may be so: every frame is checked against
-//! what was before it.
+//! Checks every frame that one client receives of one room against the frames before it.
 
 use std::collections::{BTreeMap, BTreeSet};
 
 use skein_protocol::position::Position;
 
-/// A message, by its client and that one's count.
+/// A message, identified by its client and that client's counter.
 pub type Id = u128;
 
 pub fn id(client: usize, count: u64) -> Id {
@@ -20,7 +19,7 @@ pub fn name(id: Id) -> String {
     format!("c{}.{}", id >> 64, id as u64)
 }
 
-/// A message that was seen.
+/// A received message.
 #[derive(Clone)]
 pub struct SeenMessage {
     pub time: f64,
@@ -31,21 +30,21 @@ pub struct SeenMessage {
 /// One client in one room.
 #[derive(Default)]
 pub struct RoomObserver {
-    /// The last position it was given.
+    /// The last position that the client received.
     pub cursor: Option<Position>,
     pub seen: Vec<SeenMessage>,
-    /// When it was told that continuity was not kept.
+    /// Times of the signalled discontinuities.
     pub breaks: Vec<f64>,
     pub joined_at: Option<f64>,
-    /// Where its own messages were said to be, and when.
+    /// Acknowledged positions of its own messages, and the times of the acks.
     pub acks: BTreeMap<Id, Vec<(f64, Position)>>,
-    /// What it sent more than once, which has no order with the rest.
+    /// Messages that the client sent more than once; they have no order with the rest.
     pub resent: BTreeSet<Id>,
     pub violations: Vec<(&'static str, String)>,
 }
 
 impl RoomObserver {
-    /// A message or what stands for it arrives, and has to follow the one before.
+    /// Handles a message, or the ack in its place, which must follow the one before.
     pub fn next(&mut self, time: f64, position: Position, id: Id) {
         let shown = format!("{} at {position}", name(id));
         match &self.cursor {
@@ -66,7 +65,7 @@ impl RoomObserver {
         self.seen.push(SeenMessage { time, position, id });
     }
 
-    /// A room is joined. Returns whether the client now holds all up to `seq`.
+    /// Handles a `joined` frame. Returns whether the client now has everything up to `seq`.
     pub fn join(
         &mut self,
         time: f64,
@@ -93,7 +92,7 @@ impl RoomObserver {
         if since.is_some() {
             self.breaks.push(time);
         }
-        // What is shown ends at the position, without a hole.
+        // The history ends at the position, without a gap.
         let first = at.seq + 1 - (history.len() as u64).min(at.seq + 1);
         for (seq, (position, id)) in (first..).zip(history) {
             if position.seq != seq {
@@ -109,7 +108,7 @@ impl RoomObserver {
         self.cursor = Some(at);
     }
 
-    /// Whether continuity was broken between two moments, or at the later one.
+    /// Whether a discontinuity was signalled between two times, or at the later one.
     pub fn broke_between(&self, from: f64, to: f64) -> bool {
         self.breaks.iter().any(|time| from < *time && *time <= to)
     }

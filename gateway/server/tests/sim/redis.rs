@@ -1,6 +1,6 @@
-//! A simulated Redis: one process of it, from its start to its end.
+//! One process of a simulated Redis, from its start to its end.
 //!
-//! It is given bytes and gives bytes; when they arrive is the network's affair.
+//! It takes and returns bytes; the simulated network decides when they arrive.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -12,11 +12,11 @@ use super::{
     script,
 };
 
-/// Something for a connection.
+/// Output for a connection.
 pub struct ServerOutput {
     pub connection: u64,
     pub bytes: Bytes,
-    /// Whether it is a message of a channel: Redis sends those unasked.
+    /// Whether it is a pub/sub message, which Redis sends without a request.
     pub is_message: bool,
 }
 
@@ -29,7 +29,7 @@ pub struct SimRedis {
 }
 
 impl SimRedis {
-    /// A server that starts with `data`, which another may have left.
+    /// Starts a server with `data`, possibly left by an earlier one.
     pub fn start(data: ServerData) -> Self {
         let data = ServerData { channels: BTreeMap::new(), published: Vec::new(), ..data };
         Self { data, alive: true, connections: BTreeMap::new(), scripts: BTreeSet::new() }
@@ -39,7 +39,7 @@ impl SimRedis {
         self.connections.insert(connection, BytesMut::new());
     }
 
-    /// Forgets a connection and what it is subscribed to.
+    /// Removes a connection and its subscriptions.
     pub fn disconnect(&mut self, connection: u64) {
         self.connections.remove(&connection);
         self.data.channels.retain(|_, hearers| {
@@ -48,7 +48,7 @@ impl SimRedis {
         });
     }
 
-    /// Takes what arrived on a connection. Returns what goes out, in order.
+    /// Handles bytes that arrived on a connection. Returns the output, in order.
     pub fn receive(&mut self, connection: u64, bytes: &[u8]) -> Vec<ServerOutput> {
         let mut out = Vec::new();
         match self.connections.get_mut(&connection) {

@@ -1,5 +1,5 @@
-//! The simulated Redis answers as a real one does: to each command it knows, to its mistakes, and
-//! to the scripts of the gateway.
+//! Checks that the simulated Redis answers as a real one: to each command it implements, to invalid
+//! commands, and to the scripts of the gateway.
 
 use std::{path::Path, process::Stdio, time::Duration};
 
@@ -20,7 +20,7 @@ use super::{
     resp::{Reply, encode_command, take_reply},
 };
 
-/// The two servers that are compared.
+/// The real and the simulated server that are compared.
 struct ServerPair {
     simulated: SimRedis,
     real: UnixStream,
@@ -90,7 +90,7 @@ impl ServerPair {
         (real, self.send_simulated(command))
     }
 
-    /// Both answer the same.
+    /// Runs a command on both servers and asserts equal answers.
     async fn compare(&mut self, command: &[Bytes]) -> Reply {
         let (real, simulated) = self.send_both(command).await;
         let shown: Vec<_> = command.iter().map(|word| word.escape_ascii().to_string()).collect();
@@ -122,7 +122,7 @@ async fn connect(path: &Path) -> UnixStream {
     panic!("redis-server does not listen");
 }
 
-/// Without what Redis says about where in a script an error came up.
+/// Removes the position within a script from an error of Redis.
 fn plain(reply: Reply) -> Reply {
     match reply {
         Reply::Error(text) => {
@@ -159,7 +159,7 @@ async fn simulated_commands_answer_as_redis_does() {
         PERSIST h; PEXPIRE h 100000; PERSIST h; PERSIST none; EXISTS h none h; NOSUCH 1 2; EVALSHA 0000000000000000000000000000000000000000 0";
     for command in commands.split(';') {
         let command: Vec<_> = command.split_whitespace().collect();
-        // A server of 7.0 does not know SETINFO, which clients take for no failure.
+        // Redis 7.0 does not know SETINFO; clients ignore that error.
         if command[0] != "CLIENT" {
             pair.compare(&words(&command)).await;
         }
@@ -195,7 +195,7 @@ async fn simulated_lua_converts_values_as_redis_does() {
     }
 }
 
-/// A room's scripts, in the order that a life of some days would call them.
+/// Calls the scripts of a room in the order of some days of use.
 #[tokio::test]
 async fn room_scripts_run_as_on_redis() {
     const APPEND: &str = include_str!("../../../redis/src/scripts/append.lua");
@@ -247,7 +247,8 @@ async fn room_scripts_run_as_on_redis() {
     }
     let page = [common(&token), words(&["newest", "0", "20", "400000"])].concat();
     let Reply::Array(page) = pair.script(READ, &ROOM, &page).await else { panic!("no page") };
-    // The same server without the room, and one that has some of it: all of it comes back.
+    // The same server without the room, and one that has a part of it: both are restored
+    // completely.
     for missing in ["DEL log meta ids0 ids1", "XTRIM log MAXLEN 10"] {
         pair.compare(&words(&missing.split(' ').collect::<Vec<_>>())).await;
         for step in ["ask", "give"] {
@@ -268,7 +269,8 @@ async fn room_scripts_run_as_on_redis() {
         pair.compare(&words(&["XREVRANGE", "log", "+", "-", "COUNT", "12"])).await;
         pair.compare(&words(&["HMGET", "meta", "e", "s", "r", "n", "pe", "ps"])).await;
         pair.compare(&words(&["EXISTS", "unheard"])).await;
-        // The one behind the missing numbers was acknowledged, and is there under another number.
+        // The entry after the missing numbers was acknowledged and is restored under another
+        // number.
         let far = envelope(4001 + u128::from(steps_missing) * 100);
         let mut known = false;
         for ids in ["ids0", "ids1"] {
@@ -282,7 +284,7 @@ async fn room_scripts_run_as_on_redis() {
     pair.script(APPEND, &ROOM, &append(5, &token)).await;
 }
 
-/// Users come and go on two nodes, one of which ends; a room is managed, read and deleted.
+/// Users join and leave on two nodes, one of which ends; a room is managed, read and deleted.
 #[tokio::test]
 async fn presence_scripts_run_as_on_redis() {
     let present = include_str!("../../../redis/src/scripts/presence.lua");
@@ -338,7 +340,7 @@ async fn presence_scripts_run_as_on_redis() {
             )
             .await;
             if step % 50 == 49 {
-                // Some at a time, until nobody is left.
+                // A few per call, until no user is left.
                 let args = words(&[place, "channel", "60000", "500"]);
                 let left = pair.script(&reap, &keys[..6], &args).await;
                 assert_eq!(left, Reply::Int(0));
@@ -353,8 +355,8 @@ async fn presence_scripts_run_as_on_redis() {
     }
 }
 
-/// Two nodes give back what they have published, to a server that nobody has touched the room on:
-/// two numbers that were acknowledged, and publishes without an answer for one of those between.
+/// Two nodes restore their unconfirmed publishes to a server on which the room is unused: two
+/// numbers that were acknowledged, and unanswered publishes for one of the numbers between.
 async fn give_numbers_back(
     pair: &mut ServerPair,
     script: &str,
@@ -405,13 +407,13 @@ fn envelope(n: u128) -> Envelope {
     })
 }
 
-/// What the scripts of a room have in common, with a window of ids so wide that both clocks are in
-/// the same one.
+/// Arguments common to the scripts of a room, with a dedup window so wide that both clocks fall
+/// into the same one.
 fn common(token: &str) -> Vec<Bytes> {
     words(&[token, "channel", "random", "60000", "60000", "100000000000000"])
 }
 
-/// What a node says that holds the entries of `page`, newest first.
+/// Arguments of a node that holds the entries of `page`, newest first.
 fn heal_args(page: &[Reply], token: &str, step: &str) -> Vec<Bytes> {
     let text = |reply: &Reply| match reply {
         Reply::Bulk(bytes) => bytes.clone(),

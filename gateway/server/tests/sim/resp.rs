@@ -1,16 +1,16 @@
-//! What is said on a connection to Redis: commands as clients write them, answers as a server does
-//! (the RESP3 specification of the Redis project).
+//! Encodes and decodes RESP: commands as clients write them, replies as a server does (the RESP3
+//! specification of the Redis project).
 
 use bytes::{Buf as _, Bytes, BytesMut};
 
-/// An answer, or a push.
+/// A reply, or a push.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Reply {
     Status(&'static str),
     Error(String),
     Int(i64),
     Bulk(Bytes),
-    /// Text with a format, as INFO answers.
+    /// A verbatim string, as in the reply to INFO.
     Verbatim(Bytes),
     Null,
     Array(Vec<Reply>),
@@ -28,7 +28,7 @@ impl Reply {
         value.map_or(Self::Null, Self::Bulk)
     }
 
-    /// The bytes of it on a connection that speaks RESP3.
+    /// The RESP3 encoding.
     pub fn encode(&self, out: &mut Vec<u8>) {
         let head = |out: &mut Vec<u8>, kind: u8, length: usize| {
             out.push(kind);
@@ -67,8 +67,8 @@ impl Reply {
     }
 }
 
-/// Takes the first command out of `input`, once all of it is there. Clients write nothing but
-/// arrays of bulk strings.
+/// Removes the first command from `input` once it is complete. Clients write only arrays of bulk
+/// strings.
 pub fn take_command(input: &mut BytesMut) -> Option<Vec<Bytes>> {
     let mut at = 0;
     let count = number_at(input, &mut at, b'*')?;
@@ -85,7 +85,7 @@ pub fn take_command(input: &mut BytesMut) -> Option<Vec<Bytes>> {
     Some(ranges.into_iter().map(|range| whole.slice(range)).collect())
 }
 
-/// The number of a line that begins with `kind`; `at` goes behind the line.
+/// The number of a line that begins with `kind`; `at` advances past the line.
 fn number_at(input: &[u8], at: &mut usize, kind: u8) -> Option<usize> {
     let rest = input.get(*at..)?;
     let end = rest.windows(2).position(|pair| pair == b"\r\n")?;
@@ -101,7 +101,7 @@ pub fn encode_command(words: &[Bytes]) -> Vec<u8> {
     out
 }
 
-/// Takes the first answer out of `input`, once all of it is there.
+/// Removes the first reply from `input` once it is complete.
 pub fn take_reply(input: &mut BytesMut) -> Option<Reply> {
     let mut at = 0;
     let reply = reply_at(input, &mut at)?;

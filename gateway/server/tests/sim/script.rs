@@ -1,7 +1,7 @@
 //! Lua scripts of a simulated Redis: the real ones, run by a real Lua 5.1.
 //!
-//! A thread has one Lua, and each script is compiled once in it. While a script runs, what it works
-//! on lies in the thread too.
+//! A thread has one Lua, and each script is compiled once in it. While a script runs, its keyspace
+//! is stored in the thread as well.
 
 use std::{cell::RefCell, collections::HashMap};
 
@@ -46,7 +46,7 @@ pub fn load(text: &[u8]) -> Result<String, String> {
     let name = name_of(text);
     LUA.with(|scripts| {
         if !scripts.compiled.borrow().contains_key(&name) {
-            // The flags are for a Redis that can be full.
+            // The flags matter only for a Redis with a memory limit.
             let flags = match text.strip_prefix(b"#!") {
                 Some(_) => text.iter().position(|byte| *byte == b'\n').unwrap_or_default(),
                 None => 0,
@@ -75,7 +75,7 @@ impl ScriptEngine {
             redis.set("call", lua.create_function(call)?)?;
             redis.set("pcall", lua.create_function(pcall)?)?;
             let error_reply = |lua: &Lua, text: LuaString| {
-                // A text of one word has no code of its own.
+                // An error text of one word has no code.
                 let bare = !text.as_bytes().contains(&b' ');
                 let text = [if bare { &b"ERR "[..] } else { b"" }, &text.as_bytes()].concat();
                 field_table(lua, "err", &lua.create_string(text)?)
@@ -123,7 +123,7 @@ fn call(lua: &Lua, args: MultiValue) -> mlua::Result<Value> {
         words.push(match arg {
             Value::String(text) => Bytes::copy_from_slice(&text.as_bytes()),
             Value::Integer(number) => number.to_string().into(),
-            // As C prints it with 17 digits: whole numbers without a point.
+            // As C prints it with 17 digits: integers have no decimal point.
             Value::Number(number) => number.to_string().into(),
             _ => {
                 let text = "ERR Lua redis lib command arguments must be strings or integers";
@@ -146,7 +146,7 @@ fn pcall(lua: &Lua, args: MultiValue) -> mlua::Result<Value> {
     })
 }
 
-/// What a script sees of an answer: as RESP2 has it.
+/// Converts a reply to a Lua value, by the rules of RESP2.
 fn to_lua(lua: &Lua, reply: &Reply) -> mlua::Result<Value> {
     Ok(match reply {
         Reply::Int(number) => Value::Number(*number as f64),
@@ -174,7 +174,7 @@ fn to_lua(lua: &Lua, reply: &Reply) -> mlua::Result<Value> {
     })
 }
 
-/// What a client sees of what a script returns.
+/// Converts the Lua value that a script returns to a reply.
 fn answer(value: &Value) -> Reply {
     match value {
         Value::String(text) => Reply::bulk(text.as_bytes()),
@@ -201,7 +201,7 @@ fn answer(value: &Value) -> Reply {
     }
 }
 
-/// The text of an error: what a command raised, or else Lua's own.
+/// The text of an error: that of the failed command, or else Lua's own.
 fn text_of(error: &mlua::Error) -> String {
     match error {
         mlua::Error::CallbackError { cause, .. } => text_of(cause),

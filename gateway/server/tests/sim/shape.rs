@@ -1,19 +1,19 @@
-//! What kind of cluster is simulated, and what goes wrong in it.
+//! Shapes of simulated clusters, and the faults that occur in them.
 
 use std::{ops::RangeInclusive, time::Duration};
 
 use skein_core::bus::Retention;
 
-/// Something that goes wrong.
+/// A fault.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum SimFault {
-    /// Redis is killed and comes back with all it had, with nothing, or without the last of it.
+    /// Redis is killed and restarts with all its data, empty, or without its last writes.
     Restart,
     Empty,
     Truncated,
-    /// A replica that lacks the last of it becomes the primary.
+    /// A replica that lacks the last writes becomes the primary.
     Failover,
-    /// The same, and some gateways stay with the old one for a while.
+    /// A replica becomes the primary, and some gateways stay with the old one for a while.
     Zombie,
     GatewayKill,
     Freeze,
@@ -21,11 +21,11 @@ pub enum SimFault {
     Cut,
     /// A gateway does not reach Redis for a while.
     Partition,
-    /// A connection stands and passes nothing on for a while.
+    /// A connection stays open and delivers nothing for a while.
     BlackHole,
     /// Pushes are dropped, repeated or late on the way to one gateway.
     Mangle,
-    /// The clock of Redis' host is put forward or back.
+    /// The clock of Redis' host is set forward or back.
     Clock,
     ClientCut,
     ClientAway,
@@ -35,7 +35,7 @@ pub enum SimFault {
     Leave,
     /// All gateways stop in order, then Redis does, and everything is started again.
     Planned,
-    /// The same, but Redis is killed when the gateways have left, and lacks the last of it.
+    /// As before, but Redis is killed after the gateways have stopped, and lacks its last writes.
     PlannedTruncated,
 }
 
@@ -69,9 +69,9 @@ const ALL: [SimFault; 16] = [
 const HARD: [SimFault; 10] =
     [Empty, Truncated, Failover, Zombie, Zombie, GatewayKill, Freeze, Cut, Partition, ClientAway];
 
-/// Everything is stopped and started, and nothing else happens to gateways and Redis.
+/// The whole cluster is restarted; gateways and Redis have no other fault.
 const PLANNED: [SimFault; 5] = [Planned, ClientCut, ClientAway, Stall, Leave];
-/// The same among much else.
+/// A restart of the whole cluster among other faults.
 const STOPPED: [SimFault; 8] =
     [Planned, Planned, PlannedTruncated, Truncated, Failover, GatewayKill, Freeze, ClientAway];
 
@@ -81,7 +81,7 @@ impl SimFault {
         matches!(self, Empty | Truncated | Failover | Zombie | PlannedTruncated)
     }
 
-    /// Whether another Redis is behind the name after it, for which gateways were not prepared.
+    /// Whether the fault replaces the Redis behind the name without notice to the gateways.
     pub fn changes_redis(self) -> bool {
         self == Restart || self.loses_data()
     }
@@ -103,7 +103,7 @@ impl SimFault {
     }
 }
 
-/// A kind of simulation.
+/// A shape of simulation.
 #[derive(Clone)]
 pub struct SimShape {
     pub name: &'static str,
@@ -115,11 +115,11 @@ pub struct SimShape {
     /// The mean pause between two messages, all clients together.
     pub pause_ms: f64,
     pub ring_bytes_max: usize,
-    /// What the outbox of a client may hold, one of these: those with little lag.
+    /// Possible outbox sizes of a client; clients with a small one fall behind.
     pub outbox_bytes: &'static [usize],
     pub partitions: u16,
     pub retention: Retention,
-    /// Whether the log is so short that acknowledged messages go out of it.
+    /// Whether the log is so short that acknowledged messages are trimmed.
     pub short_log: bool,
 }
 
@@ -154,7 +154,7 @@ impl SimShape {
         }
     }
 
-    /// Everything may go wrong.
+    /// Every fault may occur.
     pub fn usual() -> Self {
         Self::new("usual", &ALL, 2..=4)
     }
@@ -182,7 +182,7 @@ impl SimShape {
         Self::new("hard", &HARD, 2..=5)
     }
 
-    /// Redis keeps what it has.
+    /// Redis keeps its data.
     pub fn calm() -> Self {
         Self::new("calm", &AROUND, 2..=5)
     }
@@ -192,30 +192,31 @@ impl SimShape {
         Self::new("lone", &[Restart, Empty, Truncated, Failover], 1..=1)
     }
 
-    /// Redis comes back without some of it in the middle of much traffic: for what hides in the
-    /// moment between an answer and what is passed on. Nobody lags: a ring is short for so much.
+    /// Redis restarts without its last writes under heavy traffic, for bugs between the answer to a
+    /// publish and its delivery. No client is slow, because the rings are short for this traffic.
     pub fn abrupt() -> Self {
         let outbox_bytes = &[1 << 20];
         Self { pause_ms: 4.0, outbox_bytes, ..Self::new("abrupt", &[Empty, Truncated], 1..=2) }
     }
 
-    /// The same in many rooms, whose numbers are about the same.
+    /// The same traffic in many rooms, whose seqs are about equal.
     pub fn abrupt_in_rooms() -> Self {
         Self { name: "abrupt in rooms", rooms: 6, ..Self::abrupt() }
     }
 
-    /// Gateways start anew while Redis loses what it had.
+    /// Gateways restart while Redis loses its data.
     pub fn reborn() -> Self {
         let faults = &[GatewayKill, GatewayKill, Partition, Empty, Truncated, Failover];
         Self::new("reborn", faults, 3..=6)
     }
 
-    /// The whole cluster is stopped in order and started again: nobody is told of a break.
+    /// The whole cluster is stopped in order and started again: no client gets a signalled
+    /// discontinuity.
     pub fn planned() -> Self {
         Self::new("planned", &PLANNED, 1..=3)
     }
 
-    /// The same, while gateways and Redis fail as well.
+    /// An orderly restart while gateways and Redis fail as well.
     pub fn stopped() -> Self {
         Self::new("stopped", &STOPPED, 2..=5)
     }

@@ -1,7 +1,7 @@
-//! What a simulated Redis keeps: texts, hashes and streams, with times to live.
+//! The keyspace of a simulated Redis: strings, hashes and streams, with expiry times.
 //!
-//! Every change notes how it is undone, one step per command or script, so that a server can come
-//! back without the last few steps, as one does that lost its tail.
+//! Every change records its undo, one step per command or script, so that a server can restart
+//! without its last few writes.
 
 use std::{
     collections::{BTreeMap, HashMap, VecDeque},
@@ -19,7 +19,7 @@ pub struct Store {
     keys: HashMap<Bytes, Slot>,
     steps: VecDeque<Vec<Undo>>,
     step: Vec<Undo>,
-    /// Entries added since this was looked at: key, number, last field.
+    /// Entries added since the last check: key, number, last field.
     pub added: Vec<(Bytes, u64, Bytes)>,
 }
 
@@ -36,8 +36,8 @@ enum Value {
     Stream(StoredStream),
 }
 
-/// A hash that keeps the order its fields came in, as Redis does with small ones: names in it are
-/// random, and an order by name would not come again with the same seed.
+/// A hash that keeps the order its fields came in, as Redis does with small ones: field names are
+/// random, so an order by name would differ between runs of the same seed.
 #[derive(Clone, Default)]
 pub struct Hash {
     rows: Vec<(Bytes, Bytes)>,
@@ -51,7 +51,7 @@ pub struct StoredStream {
     pub last: u64,
 }
 
-/// How a change is undone.
+/// The undo of a change.
 #[derive(Clone)]
 enum Undo {
     Slot(Bytes, Option<Slot>),
@@ -61,7 +61,7 @@ enum Undo {
     Expiry(Bytes, Option<u64>),
 }
 
-/// The key holds something else.
+/// The key holds a value of another type.
 pub struct WrongType;
 
 impl Hash {
@@ -91,7 +91,7 @@ impl Hash {
 }
 
 impl Store {
-    /// Ends a step: what is changed from here on can be undone apart from what was before.
+    /// Ends a step: later changes can be undone separately from earlier ones.
     pub fn end_step(&mut self) {
         if !self.step.is_empty() {
             self.steps.push_back(std::mem::take(&mut self.step));
@@ -156,7 +156,7 @@ impl Store {
         self.keys.get_mut(key).map(|slot| &mut slot.value)
     }
 
-    /// Forgets a key whose time is over.
+    /// Removes an expired key.
     pub fn expire(&mut self, key: &Bytes, now: u64) {
         if self.keys.get(key).is_some_and(|slot| slot.expires.is_some_and(|ends| ends <= now)) {
             self.delete(key);
@@ -267,7 +267,7 @@ impl Store {
         Ok(())
     }
 
-    /// Forgets the entries below `first`. Returns how many.
+    /// Removes the entries below `first`. Returns their number.
     pub fn trim(&mut self, key: &Bytes, first: u64) -> usize {
         let Some(Value::Stream(stream)) = self.value_mut(key) else { return 0 };
         let kept = stream.entries.split_off(&first);
@@ -299,7 +299,7 @@ impl StoredStream {
         &self,
         range: RangeInclusive<u64>,
     ) -> impl DoubleEndedIterator<Item = (&u64, &Vec<Bytes>)> {
-        // An empty range is none of a map's.
+        // A map panics on an empty range.
         let none = range.is_empty();
         let whole = if none { 0..=0 } else { range };
         self.entries.range(whole).filter(move |_| !none)

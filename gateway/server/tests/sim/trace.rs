@@ -1,6 +1,6 @@
-//! What happened, in lines: a hash of all of it, and the last part in words.
+//! The trace of a simulation: a hash of all lines, and the text of the last ones.
 //!
-//! What is random in a gateway (epochs, times of day) has other names here, so that the same seed
+//! Random values of a gateway (epochs, times of day) get stable names here, so that the same seed
 //! leaves the same trace.
 
 use std::{
@@ -41,7 +41,7 @@ impl Trace {
         self.lines.push_back(line);
     }
 
-    /// A frame arrives at a client.
+    /// Records a frame that arrives at a client.
     pub fn frame(&mut self, time: f64, client: usize, frame: &Value) {
         let kind = frame["type"].as_str().unwrap_or_default();
         let mut line = format!("  c{client} {:3} {kind}", frame["room"].as_str().unwrap_or("-"));

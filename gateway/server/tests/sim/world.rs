@@ -1,7 +1,7 @@
-//! The world of a simulation: a heap of what happens when, and everything that is not a gateway.
+//! The world of a simulation: a heap of events by time, and everything that is not a gateway.
 //!
-//! Gateways are tasks of the runtime; what they send is taken from the outlet and arrives later.
-//! The clock is the runtime's, which stands still while anything is to be done.
+//! Gateways are tasks of the runtime; their output is taken from the outlet and arrives later. The
+//! clock is that of the runtime, which is paused while a task is ready.
 
 use std::{collections::BTreeMap, time::Duration};
 
@@ -24,7 +24,7 @@ use super::{
 /// When messages begin to be sent, and when the last fault may begin, ms.
 const FIRST_MS: f64 = 1_500.0;
 pub const TRAFFIC_MS: f64 = 18_000.0;
-/// How long all is left alone after that, and after the last messages.
+/// The time without faults after that, and after the last messages.
 const REST_MS: f64 = 45_000.0;
 const LAST_MS: f64 = 15_000.0;
 
@@ -40,14 +40,14 @@ pub struct ClientLink {
     down: f64,
 }
 
-/// Where a gateway runs.
+/// The host of a gateway.
 #[derive(Default)]
 pub struct Host {
     pub node: Option<SimNode>,
     pub process: u64,
-    /// Redis is not reached from here.
+    /// Redis is unreachable from this host.
     pub partitioned: bool,
-    /// The server that is taken for the primary here, where it is another one.
+    /// The server that this host takes for the primary, if it is not the real one.
     pub believed_primary: Option<usize>,
 }
 
@@ -58,7 +58,7 @@ pub struct Simulation {
     pub hosts: Vec<Host>,
     pub servers: Vec<SimRedis>,
     pub primary: Option<usize>,
-    /// How far the wall clock of Redis was put forward.
+    /// How far the wall clock of Redis was set forward.
     pub skew: f64,
     pub links: BTreeMap<u64, RedisLink>,
     pub connections: BTreeMap<u64, ClientLink>,
@@ -69,10 +69,10 @@ pub struct Simulation {
     events: EventQueue,
     heap: BTreeMap<(u64, u64), ScheduledEvent>,
     scheduled: u64,
-    /// Connections that nobody answers.
+    /// Connections that no server answers.
     pub unanswered: Vec<oneshot::Sender<()>>,
     over: bool,
-    /// All gateways are stopped, until they are started together.
+    /// Whether all gateways are stopped, until they are started together.
     pub stops_everything: bool,
 }
 
@@ -116,7 +116,7 @@ impl Simulation {
         world
     }
 
-    /// Lives the whole life of the world.
+    /// Runs the simulation to its end.
     pub async fn run(mut self) -> Self {
         self.plan();
         while !self.over {
@@ -130,7 +130,7 @@ impl Simulation {
                 let (_, act) = self.heap.pop_first().expect("it was there");
                 self.now = next as f64 / 1e6;
                 act(&mut self);
-                // What this leads to comes before what happens next.
+                // The consequences of this event come before the next event.
                 tokio::task::yield_now().await;
                 continue;
             }
@@ -144,8 +144,8 @@ impl Simulation {
         self
     }
 
-    /// A gateway that acted by its own clock did so now. Timers are accurate to a millisecond, and
-    /// what happened within this one keeps its finer time.
+    /// A gateway that acted on its own timer did so now. Timers are accurate to a millisecond;
+    /// events within this millisecond keep their finer time.
     fn catch_up_with_clock(&mut self) {
         let clock = self.begun.elapsed().as_secs_f64() * 1e3;
         if clock - self.now >= 1.0 {
@@ -159,7 +159,7 @@ impl Simulation {
             self.at(at, move |world| world.start_node(node));
         }
         for client in 0..self.clients.len() {
-            // Some come late.
+            // Some events arrive late.
             let late = self.random.random_range(0..4) == 0;
             let at = if late { self.random.random_range(2e3..12e3) } else { 300.0 };
             self.at(at + client as f64, move |world| world.connect_client(client));
@@ -195,7 +195,7 @@ impl Simulation {
         self.at(self.now + wait, act);
     }
 
-    /// How long something is on its way.
+    /// A random latency.
     pub fn latency(&mut self) -> f64 {
         let slow = self.random.random_range(0..100) >= 92;
         self.random.random_range(if slow { 3.0..60.0 } else { 0.2..3.0 })
