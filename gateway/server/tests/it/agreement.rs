@@ -1,4 +1,4 @@
-//! The nodes agree on the server behind the name, and clients hear of it.
+//! Nodes agree on a Redis server, and clients receive `status` frames about it.
 
 use std::time::Duration;
 
@@ -58,7 +58,7 @@ async fn the_first_node_on_an_empty_redis_waits_for_other_nodes() {
     let gateway = Gateway::start_on(&redis, &[]).await;
     let waited = begun.elapsed();
     assert!(waited >= Duration::from_secs(3), "it did not wait: {waited:?}");
-    // Who comes later finds it agreed on.
+    // A node that starts later finds the agreement already made.
     let begun = Instant::now();
     let second = Gateway::start_on(&redis, &[]).await;
     println!("the first node waited {waited:?}, the second {:?}", begun.elapsed());
@@ -82,7 +82,7 @@ async fn idle_nodes_agree_again_after_redis_is_flushed() {
     assert_eq!(say(&mut ann, &lobby, "before").await.seq, 1);
     assert_eq!(next_message(&mut bob).await.seq, 1);
     redis.command("FLUSHALL").await;
-    // It needs the bus, and is answered without anybody publishing.
+    // A join needs the bus; it succeeds although no client publishes.
     until("a join is answered", async || bob.join(&other).await.is_ok()).await;
     assert_eq!(say(&mut ann, &lobby, "after").await.seq, 2);
     assert_eq!(next_message(&mut bob).await.seq, 2);
@@ -101,7 +101,7 @@ async fn a_node_starts_and_serves_clients_on_a_full_redis() {
     let mut bob = two.connect("bob").await;
     let joined = bob.join(&lobby).await.unwrap();
     assert_eq!(joined.seq, 1);
-    // What is said makes room for itself.
+    // A publish frees the memory that it needs.
     assert_eq!(say(&mut ann, &lobby, "meanwhile").await.seq, 2);
     assert_eq!(next_message(&mut bob).await.seq, 2);
     redis.command("CONFIG SET maxmemory 0").await;
@@ -109,8 +109,12 @@ async fn a_node_starts_and_serves_clients_on_a_full_redis() {
     assert_eq!(next_message(&mut bob).await.seq, 3);
 }
 
-/// Comes back with what was had of a room. Returns the answer.
-async fn resume(gateway: &Gateway, room: &RoomId, since: &Position) -> JoinedFrame<HistoryEntry> {
+/// Joins a room from a position. Returns the `joined` frame.
+async fn join_since(
+    gateway: &Gateway,
+    room: &RoomId,
+    since: &Position,
+) -> JoinedFrame<HistoryEntry> {
     let mut ann = gateway.connect("ann").await;
     let join = frames::OutgoingJoin { since: Some(since), ..frames::OutgoingJoin::new(room) };
     match ann.request(&join).await.unwrap() {
@@ -144,11 +148,11 @@ async fn a_planned_restart_of_the_whole_cluster_keeps_the_epoch() {
     let (one, two) =
         tokio::join!(Gateway::start_on(&redis, &options), Gateway::start_on(&redis, &options));
     for gateway in [&one, &two] {
-        let joined = resume(gateway, &lobby, &seen).await;
+        let joined = join_since(gateway, &lobby, &seen).await;
         assert!(joined.recovered, "{joined:?}");
         assert_eq!((&joined.epoch, joined.seq), (&epoch, 2));
     }
-    // From here on it is a state like any other.
+    // The orderly stop no longer counts from here on.
     assert_eq!(left(&redis).await, ":0");
     let mut ann = one.connect("ann").await;
     ann.join(&lobby).await.unwrap();
@@ -156,7 +160,7 @@ async fn a_planned_restart_of_the_whole_cluster_keeps_the_epoch() {
     one.stop().await;
     two.stop().await;
 
-    // The gateways alone are started again, and then die: what they had acknowledged may be
+    // Only the gateways are started again and then killed: entries that they acknowledged may be
     // missing.
     let node = Node::start(&redis, None, &options).await;
     assert_eq!(left(&redis).await, ":0");

@@ -14,7 +14,7 @@ fn tool(name: &str) -> String {
     format!("{cache}/skein/{name}")
 }
 
-/// Runs a command, which has to succeed, and returns what it printed.
+/// Runs a command that must succeed, and returns its output.
 async fn run(folder: &std::path::Path, program: &str, arguments: &[&str]) -> String {
     let output = tokio::process::Command::new(program)
         .current_dir(folder)
@@ -22,14 +22,14 @@ async fn run(folder: &std::path::Path, program: &str, arguments: &[&str]) -> Str
         .output()
         .await
         .unwrap_or_else(|error| panic!("{program} is installed by `make setup`: {error}"));
-    let told = String::from_utf8_lossy(&output.stdout).into_owned();
+    let output_text = String::from_utf8_lossy(&output.stdout).into_owned();
     let errors = String::from_utf8_lossy(&output.stderr);
-    assert!(output.status.success(), "{program} {arguments:?}: {told}{errors}");
-    told
+    assert!(output.status.success(), "{program} {arguments:?}: {output_text}{errors}");
+    output_text
 }
 
-/// Clients generated from the document (PyPI: openapi-python-client; npm: openapi-typescript)
-/// compile and call every operation.
+/// Clients generated from the document (PyPI: openapi-python-client; npm: openapi-typescript) are
+/// complete, compile, and call every operation.
 #[tokio::test]
 async fn generated_clients_call_every_operation() {
     let outside = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/outside");
@@ -44,7 +44,7 @@ async fn generated_clients_call_every_operation() {
 
     let in_python = async {
         let generator = format!("{python}/bin/openapi-python-client");
-        // Its formatter stands beside it.
+        // Its formatter is in the same folder.
         let path = format!("PATH={python}/bin:{}", std::env::var("PATH").unwrap());
         let mut generate = vec![&*path, &*generator, "generate", "--path", "openapi.json"];
         generate.extend(["--meta", "none", "--output-path", "skein", "--fail-on-warning"]);
@@ -76,9 +76,8 @@ async fn generated_clients_call_every_operation() {
     }
 }
 
-/// schemathesis (PyPI), which shares no code with the gateway, generates requests from the OpenAPI
-/// document: valid ones, almost valid ones, and sequences. The document must declare every
-/// response.
+/// Requests are generated from the document by an independent tool (PyPI: schemathesis): valid
+/// ones, invalid ones, and sequences. The document must describe every response.
 #[tokio::test]
 async fn every_response_to_schemathesis_conforms_to_the_document() {
     let gateway = Gateway::start(&OPTIONS).await;
@@ -90,16 +89,17 @@ async fn every_response_to_schemathesis_conforms_to_the_document() {
         .arg("run")
         .arg(format!("http://{}/api/openapi.json", gateway.address))
         .args(["-H", &format!("Authorization: Bearer {KEY}"), "--max-examples", examples])
-        // The schema cannot express some rules: for example, `before` and `after` are exclusive.
+        // The schema cannot express some rules, such as that `before` and `after` exclude each
+        // other.
         .args(["--checks", "all", "--exclude-checks", "positive_data_acceptance", "--seed", "1"])
-        // The node would serve nobody any more.
+        // It would make the node reject every later request.
         .args(["--exclude-path", "/api/v1/nodes/{id}/drain"])
         .output()
         .await
         .expect("schemathesis is installed by `make setup`");
-    let told = String::from_utf8_lossy(&output.stdout);
-    assert!(output.status.success(), "{told}");
-    assert!(told.contains("Tested: 23"), "{told}");
-    // It is as well as before.
+    let output_text = String::from_utf8_lossy(&output.stdout);
+    assert!(output.status.success(), "{output_text}");
+    assert!(output_text.contains("Tested: 23"), "{output_text}");
+    // The node still works.
     assert_eq!(call_as(Some(KEY), gateway.address, "GET /api/v1/online", None).await.status, 200);
 }

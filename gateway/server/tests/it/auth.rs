@@ -1,4 +1,4 @@
-//! Tokens: where they may stand, what they allow, and that they end.
+//! Tokens: their locations, permissions and expiry.
 
 use std::time::{SystemTime, UNIX_EPOCH};
 
@@ -19,7 +19,7 @@ use tokio::{
 
 use crate::{
     harness::{Gateway, closed, room, say, within},
-    presence::{ask, heard, refused},
+    presence::{ask, next_matching, rejection_code},
 };
 
 const SECRET: &str = "a secret of at least thirty-two bytes";
@@ -76,7 +76,7 @@ async fn a_bad_token_closes_with_1008_despite_a_second_valid_one() {
     let mut both = ConnectOptions::new(&url).token(good, TokenLocation::Header);
     both.query.push(("token".into(), "bad".into()));
     assert_eq!(refusal(both).await, policy("token_invalid"));
-    // In jwt mode nobody is who they say, also where a cluster may be anonymous.
+    // In jwt mode a user id without a token is rejected, even with `auth.allow_anonymous`.
     let open = Gateway::start(&[&JWT[..], &[("auth.allow_anonymous", "true")]].concat()).await;
     let anonymous = ConnectOptions::new(open.url("/ws")).user("ann");
     assert_eq!(refusal(anonymous).await, policy("token_missing"));
@@ -99,7 +99,7 @@ async fn a_connection_closes_when_its_token_expires() {
     let token = token(json!({"sub": "ann"}), 2);
     let options = ConnectOptions::new(gateway.url("/ws")).token(token, TokenLocation::Query);
     let mut ann = ClientConnection::open(&options).await.unwrap();
-    // The client hears of the end that the token has; the gateway's clock may differ from the
+    // The client receives the expiry time of the token; the gateway's clock may differ from the
     // issuer's.
     let told = ann.expect_connected().await.unwrap().expires_at.unwrap();
     let told = humantime::parse_rfc3339(&told).unwrap().duration_since(UNIX_EPOCH).unwrap();
@@ -134,7 +134,7 @@ async fn a_token_is_found_beside_non_ascii_headers() {
     let upgrade = "Upgrade: websocket\r\nConnection: Upgrade\r\nSec-WebSocket-Version: 13\r\n\
                    Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==";
     assert_eq!(status("/ws", &format!("{upgrade}\r\n{subprotocol}")).await, 101);
-    // A token that is there and of bad bytes decides.
+    // A malformed token in a header is used, and rejected, despite a valid one elsewhere.
     let both = format!("Authorization: Bearer ü\r\nCookie: token={token}");
     assert_eq!(status("/sse", &both).await, 401);
     let key = "X-City: Zürich\r\nAuthorization: Basic ü\r\nAuthorization: Bearer 0123456789abcdef";
@@ -184,7 +184,7 @@ async fn a_read_only_token_cannot_delete_rooms() {
     let delete = |name: &str| json!({"type": "delete_room", "room": name});
     let mut reader = connect(json!({"a": "r"})).await;
     for name in ["a", "b", "nowhere"] {
-        assert_eq!(refused(&mut reader, delete(name)).await, ErrorCode::Forbidden, "{name}");
+        assert_eq!(rejection_code(&mut reader, delete(name)).await, ErrorCode::Forbidden, "{name}");
     }
     let answer = ask(&mut ann, delete("a")).await.unwrap();
     assert!(matches!(answer, ServerFrame::RoomClosed(_)), "{answer:?}");
@@ -223,14 +223,14 @@ async fn refresh_applies_at_once_and_a_bad_token_changes_nothing() {
     }
     let refresh = |claims, lives_s| json!({"type": "refresh", "token": token(claims, lives_s)});
     let others = refresh(json!({"sub": "bob"}), 60);
-    assert_eq!(refused(&mut ann, others).await, ErrorCode::Forbidden);
+    assert_eq!(rejection_code(&mut ann, others).await, ErrorCode::Forbidden);
     for bad in [
         refresh(json!({"sub": "ann"}), -5),
         refresh(json!({"sub": "ann", "nbf": now() + 60}), 90),
         refresh(json!({"sub": "ann", "aud": "another"}), 60),
         json!({"type": "refresh", "token": "x"}),
     ] {
-        assert_eq!(refused(&mut ann, bad).await, ErrorCode::Unauthorized);
+        assert_eq!(rejection_code(&mut ann, bad).await, ErrorCode::Unauthorized);
     }
     say(&mut ann, &room("a"), "still the old one").await;
     let narrower = refresh(json!({"sub": "ann", "rooms": {"a": "r", "c": "rw"}}), 60);
@@ -238,7 +238,7 @@ async fn refresh_applies_at_once_and_a_bad_token_changes_nothing() {
         panic!()
     };
     assert!(refreshed.expires_at.ends_with('Z'));
-    let left = heard(&mut ann, |frame| match frame {
+    let left = next_matching(&mut ann, |frame| match frame {
         ServerFrame::Left(left) => Some((left.room, left.reason)),
         _ => None,
     });
@@ -246,9 +246,9 @@ async fn refresh_applies_at_once_and_a_bad_token_changes_nothing() {
     let content = json!("read only now");
     let message =
         serde_json::to_value(frames::OutgoingMessage::text(&room("a"), &content)).unwrap();
-    assert_eq!(refused(&mut ann, message).await, ErrorCode::Forbidden);
+    assert_eq!(rejection_code(&mut ann, message).await, ErrorCode::Forbidden);
     ann.join(&room("c")).await.unwrap();
-    // The first token ends, and with it nothing: what is asked later is answered.
+    // The first token expires without effect: later requests are answered.
     let until = tokio::time::Instant::now() + tokio::time::Duration::from_secs(4);
     while tokio::time::Instant::now() < until {
         ask(&mut ann, json!({"type": "ping"})).await.unwrap();

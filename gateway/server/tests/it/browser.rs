@@ -1,4 +1,4 @@
-//! The chat page in a real browser: what is done in one window shows in another.
+//! The chat page in a real browser: actions in one window appear in another.
 
 use fantoccini::{Client, ClientBuilder, Locator, key::Key};
 use hyper_util::client::legacy::connect::HttpConnector;
@@ -7,7 +7,7 @@ use serde_json::json;
 use crate::harness::{Chromedriver, Gateway, PATIENCE, Redis, get, until, within};
 
 async fn browser(driver: &Chromedriver) -> Client {
-    // As root Chromium has no sandbox; without the rest it looks for hosts of its maker.
+    // As root Chromium has no sandbox; the other flags stop connections to its vendor's hosts.
     let arguments = [
         "--headless",
         "--no-sandbox",
@@ -27,19 +27,19 @@ async fn browser(driver: &Chromedriver) -> Client {
         .expect("chromium is installed by `make setup`")
 }
 
-/// Opens the page in the present window, joins and waits until it is online.
-async fn enter(browser: &Client, url: &str, name: &str) {
+/// Opens the page in the current window, joins and waits until it is online.
+async fn open_and_join(browser: &Client, url: &str, name: &str) {
     browser.goto(&format!("{url}?user={name}&name={name}&room=lobby")).await.unwrap();
     join(browser).await;
 }
 
-/// Joins in the page that is open and waits until it is online.
+/// Joins in the open page and waits until it is online.
 async fn join(browser: &Client) {
     let join = browser.find(Locator::Css("#join")).await.unwrap();
     join.click().await.unwrap();
     let online = Locator::Css("#status[data-state=online]");
     browser.wait().at_most(PATIENCE).for_element(online).await.unwrap();
-    // The input takes text when the room is joined.
+    // The input is enabled once the room is joined.
     until("the input is enabled", async || {
         let input = browser.find(Locator::Css("#input")).await.unwrap();
         input.is_enabled().await.unwrap()
@@ -56,11 +56,11 @@ async fn texts(browser: &Client) -> Vec<String> {
 }
 
 /// Waits until an element that `css` selects shows exactly `text`.
-async fn shows(browser: &Client, css: &str, text: &str) {
+async fn wait_for_text(browser: &Client, css: &str, text: &str) {
     until(&format!("{css} shows `{text}`"), async || {
         let found = browser.find_all(Locator::Css(css)).await.unwrap();
         for element in found {
-            // The page may have drawn it anew meanwhile.
+            // The page may have replaced the element meanwhile.
             if element.text().await.is_ok_and(|shown| shown == text) {
                 return true;
             }
@@ -70,9 +70,9 @@ async fn shows(browser: &Client, css: &str, text: &str) {
     .await;
 }
 
-/// Waits until nothing that is displayed is selected by `css`.
-async fn hides(browser: &Client, css: &str) {
-    until(&format!("{css} is gone"), async || {
+/// Waits until no element that `css` selects is displayed.
+async fn wait_until_hidden(browser: &Client, css: &str) {
+    until(&format!("{css} is hidden"), async || {
         for element in browser.find_all(Locator::Css(css)).await.unwrap() {
             if element.is_displayed().await.unwrap_or(true) {
                 return false;
@@ -83,7 +83,7 @@ async fn hides(browser: &Client, css: &str) {
     .await;
 }
 
-/// Clicks on what `css` selects, once it is there and takes clicks.
+/// Clicks the element that `css` selects, once it exists and is enabled.
 async fn click(browser: &Client, css: &str) {
     until(&format!("{css} is clicked"), async || {
         let Ok(element) = browser.find(Locator::Css(css)).await else { return false };
@@ -101,15 +101,15 @@ async fn press_enter(browser: &Client, css: &str) {
     fill(browser, css, &String::from(char::from(Key::Enter))).await;
 }
 
-/// Two windows, each at its page; what one types the other shows.
-async fn check(first: &str, second: &str) {
+/// Opens two windows and checks that a message typed in one appears in the other.
+async fn check_two_pages(first: &str, second: &str) {
     let driver = Chromedriver::start().await;
     let browser = browser(&driver).await;
     let ann = browser.window().await.unwrap();
-    enter(&browser, first, "ann").await;
+    open_and_join(&browser, first, "ann").await;
     let bob = browser.new_window(false).await.unwrap().handle;
     browser.switch_to_window(bob.clone()).await.unwrap();
-    enter(&browser, second, "bob").await;
+    open_and_join(&browser, second, "bob").await;
 
     for (from, to, text) in [(&ann, &bob, "hello bob"), (&bob, &ann, "hello <b>ann</b>")] {
         browser.switch_to_window(from.clone()).await.unwrap();
@@ -132,8 +132,8 @@ async fn check(first: &str, second: &str) {
 async fn a_message_typed_in_one_page_appears_in_another() {
     let gateway = Gateway::start(&[]).await;
     let url = format!("http://{}/", gateway.address);
-    check(&url, &url).await;
-    // Browsers offer compression, and compress whatever they send.
+    check_two_pages(&url, &url).await;
+    // Browsers offer compression, and compress all messages.
     let metrics = get(gateway.admin, "/metrics").await.body;
     let count = |name: &str| -> u64 {
         let value = metrics.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(' '));
@@ -146,7 +146,7 @@ async fn a_message_typed_in_one_page_appears_in_another() {
     assert!(count("gateway_deflated_messages_total") > 0, "`connected` is large enough");
 }
 
-/// A browser that does not keep to the compression it agreed on is closed with 1007.
+/// The gateway closes a browser that sends invalid compressed data with 1007.
 #[tokio::test]
 async fn the_page_reconnects_without_compression_once() {
     let gateway = Gateway::start(&[]).await;
@@ -175,8 +175,12 @@ async fn the_page_reconnects_without_compression_once() {
     let asked: Vec<bool> = urls().await.iter().map(|url| url.contains("deflate=off")).collect();
     assert_eq!(asked, [false, true]);
     end(1).await;
-    shows(&browser, "#status", "The server could not read what this page sent. Reload the page.")
-        .await;
+    wait_for_text(
+        &browser,
+        "#status",
+        "The server could not read what this page sent. Reload the page.",
+    )
+    .await;
     assert_eq!(urls().await.len(), 2);
     browser.close().await.unwrap();
 }
@@ -185,7 +189,8 @@ async fn the_page_reconnects_without_compression_once() {
 async fn a_message_typed_in_one_page_appears_on_another_node() {
     let redis = Redis::start().await;
     let (one, two) = (Gateway::start_on(&redis, &[]).await, Gateway::start_on(&redis, &[]).await);
-    check(&format!("http://{}/", one.address), &format!("http://{}/chat", two.address)).await;
+    check_two_pages(&format!("http://{}/", one.address), &format!("http://{}/chat", two.address))
+        .await;
 }
 
 #[tokio::test]
@@ -195,63 +200,63 @@ async fn presence_typing_read_marks_and_rooms_show_on_another_node() {
     let driver = Chromedriver::start().await;
     let browser = browser(&driver).await;
     let ann = browser.window().await.unwrap();
-    enter(&browser, &format!("http://{}/", one.address), "ann").await;
+    open_and_join(&browser, &format!("http://{}/", one.address), "ann").await;
     let bob = browser.new_window(false).await.unwrap().handle;
     browser.switch_to_window(bob.clone()).await.unwrap();
-    enter(&browser, &format!("http://{}/", two.address), "bob").await;
+    open_and_join(&browser, &format!("http://{}/", two.address), "bob").await;
     let to = async |window: &fantoccini::wd::WindowHandle| {
         browser.switch_to_window(window.clone()).await.unwrap();
     };
 
-    // Who was there is listed, and who comes is told.
-    shows(&browser, "#people", "ann\nbob (you)").await;
-    shows(&browser, "#people-title", "2 people here").await;
-    shows(&browser, "#online", "2 people online").await;
+    // Present users are listed, and new ones are announced.
+    wait_for_text(&browser, "#people", "ann\nbob (you)").await;
+    wait_for_text(&browser, "#people-title", "2 people here").await;
+    wait_for_text(&browser, "#online", "2 people online").await;
     to(&ann).await;
-    shows(&browser, "#people", "ann (you)\nbob").await;
+    wait_for_text(&browser, "#people", "ann (you)\nbob").await;
 
     fill(&browser, "#input", "hello").await;
     to(&bob).await;
-    shows(&browser, "#typing", "ann is typing…").await;
+    wait_for_text(&browser, "#typing", "ann is typing…").await;
     to(&ann).await;
     press_enter(&browser, "#input").await;
     to(&bob).await;
-    shows(&browser, ".message .content", "hello").await;
-    // Sending ends it, not the six seconds after which it would end by itself.
+    wait_for_text(&browser, ".message .content", "hello").await;
+    // Sending ends the typing state before it would expire after six seconds.
     let typing = browser.find(Locator::Css("#typing")).await.unwrap();
     assert_eq!(typing.text().await.unwrap(), "");
     to(&ann).await;
-    shows(&browser, ".message.own .readers", "read by bob").await;
+    wait_for_text(&browser, ".message.own .readers", "read by bob").await;
 
     click(&browser, "#create summary").await;
     fill(&browser, "#new-room", "den").await;
     fill(&browser, "#new-password", "secret").await;
     click(&browser, "#create-room").await;
-    shows(&browser, "#title", "den").await;
-    shows(&browser, "#about", "made by you, with a password").await;
+    wait_for_text(&browser, "#title", "den").await;
+    wait_for_text(&browser, "#about", "made by you, with a password").await;
 
     to(&bob).await;
     click(&browser, "#refresh").await;
     click(&browser, "#public-rooms [data-room=den]").await;
-    shows(&browser, "#problem", "This room asks for a password.").await;
+    wait_for_text(&browser, "#problem", "This room asks for a password.").await;
     fill(&browser, "#again-password", "guess").await;
     press_enter(&browser, "#again-password").await;
-    shows(&browser, "#problem", "That is not the password of this room.").await;
+    wait_for_text(&browser, "#problem", "That is not the password of this room.").await;
     fill(&browser, "#again-password", "secret").await;
     press_enter(&browser, "#again-password").await;
-    shows(&browser, "#people", "ann\nbob (you)").await;
-    hides(&browser, "#problem, #delete").await;
+    wait_for_text(&browser, "#people", "ann\nbob (you)").await;
+    wait_until_hidden(&browser, "#problem, #delete").await;
 
     to(&ann).await;
-    shows(&browser, "#people-title", "2 people here").await;
+    wait_for_text(&browser, "#people-title", "2 people here").await;
     click(&browser, "#delete").await;
     within(browser.accept_alert()).await.unwrap();
-    shows(&browser, "#hint-text", "You deleted the room den.").await;
+    wait_for_text(&browser, "#hint-text", "You deleted the room den.").await;
     to(&bob).await;
-    shows(&browser, "#hint-text", "The room den was closed (deleted).").await;
-    // The other room is still there, and it is the one that is shown.
-    shows(&browser, "#rooms", "lobby").await;
-    shows(&browser, "#title", "lobby").await;
+    wait_for_text(&browser, "#hint-text", "The room den was closed (deleted).").await;
+    // The other room is still joined, and is shown.
+    wait_for_text(&browser, "#rooms", "lobby").await;
+    wait_for_text(&browser, "#title", "lobby").await;
     assert_eq!(texts(&browser).await, ["hello"]);
     browser.close().await.unwrap();
 }
@@ -263,43 +268,45 @@ async fn directs_show_with_unread_counts_on_another_node() {
     let driver = Chromedriver::start().await;
     let browser = browser(&driver).await;
     let ann = browser.window().await.unwrap();
-    enter(&browser, &format!("http://{}/", one.address), "ann").await;
+    open_and_join(&browser, &format!("http://{}/", one.address), "ann").await;
     let bob = browser.new_window(false).await.unwrap().handle;
     browser.switch_to_window(bob.clone()).await.unwrap();
-    enter(&browser, &format!("http://{}/", two.address), "bob").await;
+    open_and_join(&browser, &format!("http://{}/", two.address), "bob").await;
     let to = async |window: &fantoccini::wd::WindowHandle| {
         browser.switch_to_window(window.clone()).await.unwrap();
     };
 
-    // From within a room; what was sent is shown as the conversation that it belongs to.
+    // A direct sent from a room is shown in its conversation.
     to(&ann).await;
     fill(&browser, "#input", "@bob hi").await;
     press_enter(&browser, "#input").await;
-    shows(&browser, "#title", "bob").await;
-    shows(&browser, ".message.own[data-state=sent] .content", "hi").await;
-    shows(&browser, "#about", "online").await;
+    wait_for_text(&browser, "#title", "bob").await;
+    wait_for_text(&browser, ".message.own[data-state=sent] .content", "hi").await;
+    wait_for_text(&browser, "#about", "online").await;
 
-    // The other one hears of it while reading a room, which has nothing of it.
+    // The receiver is notified while another room is shown, which does not show the direct.
     to(&bob).await;
-    shows(&browser, "#directs [data-user=ann] .unread", "1").await;
+    wait_for_text(&browser, "#directs [data-user=ann] .unread", "1").await;
     assert!(texts(&browser).await.is_empty());
     click(&browser, "#directs [data-user=ann]").await;
-    shows(&browser, "#title", "ann").await;
-    shows(&browser, ".message .content", "hi").await;
-    hides(&browser, "#directs .unread").await;
+    wait_for_text(&browser, "#title", "ann").await;
+    wait_for_text(&browser, ".message .content", "hi").await;
+    wait_until_hidden(&browser, "#directs .unread").await;
     fill(&browser, "#input", "hi <b>ann</b>").await;
     press_enter(&browser, "#input").await;
-    shows(&browser, ".message.own[data-state=sent] .content", "hi <b>ann</b>").await;
+    wait_for_text(&browser, ".message.own[data-state=sent] .content", "hi <b>ann</b>").await;
 
     to(&ann).await;
-    shows(&browser, ".message .content", "hi <b>ann</b>").await;
+    wait_for_text(&browser, ".message .content", "hi <b>ann</b>").await;
     assert_eq!(texts(&browser).await, ["hi", "hi <b>ann</b>"]);
-    hides(&browser, "#directs .unread").await;
+    wait_until_hidden(&browser, "#directs .unread").await;
 
-    // Loaded again, the page still knows with whom there was a conversation, and asks for it.
-    enter(&browser, &format!("http://{}/", one.address), "ann").await;
+    // After a reload the page remembers its conversations and loads their history.
+    open_and_join(&browser, &format!("http://{}/", one.address), "ann").await;
     click(&browser, "#directs [data-user=bob]").await;
-    until("the conversation is whole", async || texts(&browser).await == ["hi", "hi <b>ann</b>"])
-        .await;
+    until("the conversation is complete", async || {
+        texts(&browser).await == ["hi", "hi <b>ann</b>"]
+    })
+    .await;
     browser.close().await.unwrap();
 }

@@ -24,35 +24,35 @@ use tokio::{
 
 use crate::{
     harness::{Redis, message_fields, retention, room, with_redis, within},
-    servers::alone_in_a_cluster,
+    servers::single_node_redis_cluster,
 };
 
 /// A bus and the mailbox of one node on it.
-pub struct Fixture {
+pub struct BusFixture {
     pub bus: Arc<dyn Bus>,
-    heard: mpsc::Receiver<(RoomId, Entry)>,
+    received: mpsc::Receiver<(RoomId, Entry)>,
     pub tasks: Tasks,
 }
 
-/// The mailbox of a node that holds nothing, and what it hears.
+/// The mailbox of a node without entries, and a receiver of the entries that arrive.
 pub fn mailbox() -> (Mailboxes, mpsc::Receiver<(RoomId, Entry)>) {
-    let (mailboxes, mut letters) = Mailboxes::new(1, 10_000, Arc::new(Metrics::new()));
-    let mut letters = letters.remove(0).messages;
-    let (hears, heard) = mpsc::channel(10_000);
+    let (mailboxes, mut receivers) = Mailboxes::new(1, 10_000, Arc::new(Metrics::new()));
+    let mut receivers = receivers.remove(0).messages;
+    let (sender, received) = mpsc::channel(10_000);
     tokio::spawn(async move {
-        while let Some(letter) = letters.recv().await {
-            match letter {
-                ShardMessage::Entry(room, entry) => drop(hears.send((room, entry)).await),
+        while let Some(message) = receivers.recv().await {
+            match message {
+                ShardMessage::Entry(room, entry) => drop(sender.send((room, entry)).await),
                 ShardMessage::Ephemeral(..) => {}
                 ShardMessage::Snapshots(answer) => drop(answer.send(Vec::new())),
             }
         }
     });
-    (mailboxes, heard)
+    (mailboxes, received)
 }
 
-fn memory(retention: Retention) -> Fixture {
-    let (mailboxes, heard) = mailbox();
+fn memory(retention: Retention) -> BusFixture {
+    let (mailboxes, received) = mailbox();
     let tasks = Tasks::default();
     let bus = Arc::new(MemoryBus::start(
         retention,
@@ -61,18 +61,18 @@ fn memory(retention: Retention) -> Fixture {
         mailboxes,
         &tasks,
     ));
-    Fixture { bus, heard, tasks }
+    BusFixture { bus, received, tasks }
 }
 
-/// Over how many partitions rooms are spread here.
+/// The number of partitions in these tests.
 pub const PARTITIONS: u16 = 16;
 
-pub async fn redis(server: &Redis, retention: Retention) -> Fixture {
+pub async fn redis(server: &Redis, retention: Retention) -> BusFixture {
     redis_at(server.url(), retention).await
 }
 
-async fn redis_at(url: String, retention: Retention) -> Fixture {
-    let (mailboxes, heard) = mailbox();
+async fn redis_at(url: String, retention: Retention) -> BusFixture {
+    let (mailboxes, received) = mailbox();
     let tasks = Tasks::default();
     let options = RedisOptions {
         url,
@@ -86,12 +86,12 @@ async fn redis_at(url: String, retention: Retention) -> Fixture {
     };
     let bus = RedisBus::start(options, mailboxes, Arc::new(Metrics::new()), &tasks).unwrap();
     within(bus.reached()).await.unwrap();
-    Fixture { bus: Arc::new(bus), heard, tasks }
+    BusFixture { bus: Arc::new(bus), received, tasks }
 }
 
 /// Runs a check against each implementation, at the same time.
-async fn each(retention: Retention, check: impl AsyncFn(&mut Fixture)) {
-    let check = async |mut fixture: Fixture| {
+async fn each(retention: Retention, check: impl AsyncFn(&mut BusFixture)) {
+    let check = async |mut fixture: BusFixture| {
         check(&mut fixture).await;
         assert!(fixture.tasks.finish(Duration::from_secs(5)).await, "tasks did not end");
     };
@@ -109,7 +109,7 @@ async fn each(retention: Retention, check: impl AsyncFn(&mut Fixture)) {
         }
     });
     let on_redis_cluster = Box::pin(async {
-        let node = alone_in_a_cluster(PARTITIONS).await;
+        let node = single_node_redis_cluster(PARTITIONS).await;
         check(redis_at(node.cluster_url(), retention.clone()).await).await;
     });
     tokio::join!(in_memory, on_redis, on_valkey, on_redis_cluster);
@@ -128,8 +128,8 @@ fn envelope(room: &RoomId, user: &str, id: MessageId, bytes: usize) -> Envelope 
     })
 }
 
-impl Fixture {
-    /// Hands an append over; the answer comes by the receiver.
+impl BusFixture {
+    /// Starts an append; the receiver gets the result.
     pub fn begin(
         &self,
         room: &RoomId,
@@ -158,8 +158,8 @@ impl Fixture {
         page.entries.iter().map(|entry| entry.position.seq).collect()
     }
 
-    async fn hear(&mut self) -> (RoomId, Entry) {
-        within(self.heard.recv()).await.unwrap()
+    async fn receive(&mut self) -> (RoomId, Entry) {
+        within(self.received.recv()).await.unwrap()
     }
 }
 
@@ -175,7 +175,7 @@ async fn entries_are_numbered_and_received_in_call_order() {
             assert_eq!((appended.position.seq, appended.duplicate), (i as Seq + 1, false));
         }
         for (i, id) in ids.iter().enumerate() {
-            let (heard_in, entry) = fixture.hear().await;
+            let (heard_in, entry) = fixture.receive().await;
             assert_eq!((heard_in, entry.position.seq), (lobby.clone(), i as Seq + 1));
             assert_eq!(entry.envelope.id(), *id);
         }
@@ -195,7 +195,7 @@ async fn an_id_has_one_position_per_user_and_room() {
         assert!(!elsewhere.duplicate);
         let bobs = within(fixture.begin(&lobby, "bob", id, 10)).await.unwrap().unwrap();
         assert_eq!((bobs.position.seq, bobs.duplicate), (2, false));
-        // At once, many times: one of them is first.
+        // Many concurrent appends with one id: exactly one is first.
         let id = MessageId::random();
         let answers: Vec<_> = (0..50).map(|_| fixture.begin(&lobby, "ann", id, 10)).collect();
         let mut firsts = 0;
@@ -289,13 +289,13 @@ async fn entries_arrive_only_from_subscribed_rooms() {
         within(fixture.bus.subscribe(lobby.clone())).await.unwrap();
         fixture.append(&other, MessageId::random()).await;
         fixture.append(&lobby, MessageId::random()).await;
-        assert_eq!(fixture.hear().await.0, lobby);
+        assert_eq!(fixture.receive().await.0, lobby);
         fixture.bus.unsubscribe(lobby.clone());
-        // The calls take effect in their order, so `lobby` is not followed when this resolves.
+        // Calls take effect in order, so `lobby` is unsubscribed when this resolves.
         within(fixture.bus.subscribe(other.clone())).await.unwrap();
         fixture.append(&lobby, MessageId::random()).await;
         fixture.append(&other, MessageId::random()).await;
-        assert_eq!(fixture.hear().await.0, other);
+        assert_eq!(fixture.receive().await.0, other);
     })
     .await;
 }
@@ -352,7 +352,7 @@ async fn the_memory_bus_evicts_the_oldest_logs_at_its_byte_limit() {
         let page = fixture.bus.read(room.clone(), range).await.unwrap();
         (page.top, page.entries.len())
     };
-    // A room that is followed keeps its numbers; who nobody follows goes whole.
+    // A subscribed room keeps its position; an unsubscribed one is removed completely.
     assert_eq!(read(&rooms[0]).await, (1, 0));
     assert_eq!(read(&rooms[1]).await, (0, 0));
     assert_eq!(read(&rooms[199]).await, (1, 1));

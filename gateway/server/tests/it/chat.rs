@@ -15,8 +15,8 @@ use skein_protocol::{
 
 use crate::harness::{Gateway, closed, next_message, room, say, within};
 
-/// Sends a raw text and returns the `error` it gets.
-async fn refused(connection: &mut ClientConnection, text: &str) -> ErrorFrame {
+/// Sends a text frame and returns the `error` frame.
+async fn error_for(connection: &mut ClientConnection, text: &str) -> ErrorFrame {
     connection.send_text(text).await.unwrap();
     match connection.next_frame().await.unwrap() {
         ServerFrame::Error(refusal) => *refusal,
@@ -88,7 +88,7 @@ async fn the_same_id_twice_is_one_entry() {
         acks.push((ack.seq, ack.duplicate));
     }
     assert_eq!(acks, [(1, false), (1, true)]);
-    // Another user's message of that id is another message.
+    // The same id of another user is another message.
     let ServerFrame::Ack(ack) = bob.request(&message).await.unwrap() else { panic!("no ack") };
     assert_eq!((ack.seq, ack.duplicate), (2, false));
     assert_eq!(next_message(&mut bob).await.seq, 1);
@@ -113,7 +113,7 @@ async fn without_echo_the_ack_takes_the_place_of_the_copy() {
         let loud = json!(i);
         bob.send_json(&frames::OutgoingMessage::text(&lobby, &loud)).await.unwrap();
     }
-    // What moves the cursor, in the order it comes: copies, and acks in the place of copies.
+    // Frames that move the cursor, in order of arrival: copies, and acks in the place of copies.
     let mut seqs = vec![];
     while seqs.len() < 100 {
         match ann.next_frame().await.unwrap() {
@@ -170,7 +170,7 @@ async fn a_client_resumes_from_its_position() {
     assert!(joined.recovered && joined.reason.is_none() && joined.seq == 10);
     let seqs: Vec<_> = joined.history.iter().map(seq_of).collect();
     assert_eq!(seqs, [5, 6, 7, 8, 9, 10]);
-    // A second join changes nothing and says how far this connection is.
+    // A second join changes nothing and returns the position of this connection.
     let again = bob.join_with(&join).await.unwrap();
     assert!(again.recovered && again.history.is_empty() && again.seq == 10);
 }
@@ -260,7 +260,7 @@ async fn history_pages_both_ways_and_reports_more() {
     assert_eq!(ask(None, Some(20), None).await, (vec![], false));
     assert_eq!(ask(Some(1), None, None).await, (vec![], false));
     let mut bob = gateway.connect("bob").await;
-    let refusal = refused(&mut bob, r#"{"type":"history","room":"lobby"}"#).await;
+    let refusal = error_for(&mut bob, r#"{"type":"history","room":"lobby"}"#).await;
     assert_eq!(refusal.code, ErrorCode::NotJoined);
 }
 
@@ -302,10 +302,10 @@ async fn bad_input_gets_an_error_and_keeps_the_connection() {
         (r#"{"type":"message","room":"r","content":1}"#, ErrorCode::NotJoined, Some("message")),
         (r#"{"type":"message","room":"r"}"#, ErrorCode::BadRequest, Some("message")),
     ] {
-        let refusal = refused(&mut ann, text).await;
+        let refusal = error_for(&mut ann, text).await;
         assert_eq!((refusal.code, refusal.frame_type.as_deref()), (code, answers), "{text}");
     }
-    let refusal = refused(&mut ann, r#"{"type":"join","room":7,"ref":"r1"}"#).await;
+    let refusal = error_for(&mut ann, r#"{"type":"join","room":7,"ref":"r1"}"#).await;
     assert_eq!(refusal.reference.unwrap().as_json(), r#""r1""#);
     ann.send_bytes(vec![1]).await.unwrap();
     assert!(matches!(ann.next_frame().await.unwrap(), ServerFrame::Error(_)));
@@ -357,7 +357,7 @@ async fn pings_are_answered_and_silent_peers_closed_with_4002() {
     ann.send_text(r#"{"type":"ping","timestamp":"t1","ref":9}"#).await.unwrap();
     let ServerFrame::Pong(pong) = ann.next_frame().await.unwrap() else { panic!("no pong") };
     assert_eq!(pong.original_timestamp, Some(Value::from("t1")));
-    // Who reads answers pings and lives; three intervals pass.
+    // A client that reads answers pings and stays connected through three intervals.
     for _ in 0..3 {
         loop {
             if let ReceivedMessage::Ping(_) = within(ann.next()).await.unwrap() {
@@ -417,7 +417,7 @@ async fn leaving_a_room_stops_delivery() {
     bob.join(&lobby).await.unwrap();
     let left = bob.request(&frames::OutgoingLeave::new(&lobby)).await.unwrap();
     assert!(matches!(left, ServerFrame::Left(_)));
-    // Leaving a room one is not in is answered as well.
+    // Leaving a room without being a member is answered as well.
     let left = bob.request(&frames::OutgoingLeave::new(&room("elsewhere"))).await.unwrap();
     assert!(matches!(left, ServerFrame::Left(_)));
     say(&mut ann, &lobby, "unheard").await;
@@ -511,7 +511,7 @@ async fn an_ack_out_of_place_moves_no_cursor() {
     ] {
         bob.send_json(&frame).await.unwrap();
     }
-    // Whatever moved bob's cursor did so without a hole.
+    // Every frame that moves bob's cursor moves it by one.
     let mut cursor = 1;
     loop {
         match bob.next_frame().await.unwrap() {
@@ -528,7 +528,7 @@ async fn an_ack_out_of_place_moves_no_cursor() {
             ServerFrame::Ack(ack) if ack.duplicate => {}
             ServerFrame::Ack(ack) => {
                 cursor += 1;
-                assert_eq!(ack.seq, cursor, "the ack jumped");
+                assert_eq!(ack.seq, cursor, "the ack skipped an entry");
             }
             ServerFrame::Left(_) => break,
             other => panic!("{other:?}"),

@@ -1,4 +1,4 @@
-//! Several nodes and one Redis: what one node takes reaches the members on all.
+//! Several nodes and one Redis: a message published on one node reaches members on all nodes.
 
 use std::{
     collections::{BTreeMap, HashMap, HashSet},
@@ -22,16 +22,16 @@ use tokio::{sync::mpsc, task::JoinHandle};
 
 use crate::harness::{Gateway, Nginx, Redis, next_message, room, say, within};
 
-/// What a client saw, per room in the order it came.
+/// Messages that a client received, per room in order of arrival.
 #[derive(Debug, Default)]
-pub struct Seen {
+pub struct ObservedMessages {
     pub rooms: HashMap<RoomId, Vec<(Seq, MessageId)>>,
     pub nodes: Vec<String>,
-    /// Whatever the promise does not allow.
+    /// Events that the delivery promise forbids.
     pub faults: Vec<String>,
 }
 
-impl Seen {
+impl ObservedMessages {
     fn note(&mut self, event: ClientEvent) {
         match event {
             ClientEvent::Connected { node, .. } => self.nodes.push(node.to_string()),
@@ -57,31 +57,31 @@ impl Seen {
         }
     }
 
-    /// Panics unless every acknowledged message of every room came once and in order.
+    /// Panics unless every acknowledged message of every room arrived once and in order.
     #[track_caller]
-    pub fn check(&self, who: &str, acked: &BTreeMap<(RoomId, Seq), MessageId>) {
-        assert!(self.faults.is_empty(), "{who}: {:?}", self.faults);
+    pub fn check(&self, user: &str, acked: &BTreeMap<(RoomId, Seq), MessageId>) {
+        assert!(self.faults.is_empty(), "{user}: {:?}", self.faults);
         for (room, seen) in &self.rooms {
             let seqs: Vec<_> = seen.iter().map(|(seq, _)| *seq).collect();
-            assert!(seqs.is_sorted_by(|a, b| a < b), "{who} in {room}: {seqs:?}");
+            assert!(seqs.is_sorted_by(|a, b| a < b), "{user} in {room}: {seqs:?}");
             let ids: HashSet<_> = seen.iter().map(|(_, id)| id).collect();
-            assert_eq!(ids.len(), seen.len(), "{who} in {room}: an id came twice");
+            assert_eq!(ids.len(), seen.len(), "{user} in {room}: an id arrived twice");
         }
         for ((room, seq), id) in acked {
             let seen = self.rooms.get(room).is_some_and(|seen| seen.contains(&(*seq, *id)));
-            assert!(seen, "{who} in {room}: {seq} was acknowledged and did not come");
+            assert!(seen, "{user} in {room}: {seq} was acknowledged and did not arrive");
         }
     }
 }
 
-/// A client that counts what it sees, and stops when it has seen `total` messages.
-pub struct Witness {
+/// A client that records its messages, and stops after `total` of them.
+pub struct ObservingClient {
     pub client: Client,
-    task: JoinHandle<Seen>,
+    task: JoinHandle<ObservedMessages>,
     enough: mpsc::Sender<usize>,
 }
 
-impl Witness {
+impl ObservingClient {
     pub fn start(urls: Vec<String>, user: &str) -> Self {
         let options = ConnectOptions::new(urls[0].clone()).user(user);
         let settings = ClientOptions {
@@ -93,7 +93,7 @@ impl Witness {
         let (client, mut events) = Client::start(options, settings);
         let (enough, mut total) = mpsc::channel(1);
         let task = tokio::spawn(async move {
-            let (mut seen, mut until) = (Seen::default(), usize::MAX);
+            let (mut seen, mut until) = (ObservedMessages::default(), usize::MAX);
             loop {
                 let count: usize = seen.rooms.values().map(Vec::len).sum();
                 if count >= until {
@@ -111,8 +111,8 @@ impl Witness {
         Self { client, task, enough }
     }
 
-    /// What was seen, once it is `total` messages.
-    pub async fn seen(self, total: usize) -> Seen {
+    /// Waits for `total` messages and returns them.
+    pub async fn seen(self, total: usize) -> ObservedMessages {
         self.enough.send(total).await.unwrap();
         within(self.task).await.unwrap()
     }
@@ -131,17 +131,17 @@ async fn members_on_all_nodes_get_each_message_once_in_order() {
     let url = format!("ws://{}/ws", nginx.address);
     let rooms: Vec<RoomId> = ["a", "b", "c", "d"].map(room).to_vec();
 
-    let mut witnesses = vec![];
+    let mut observers = vec![];
     for i in 0..12 {
-        let witness = Witness::start(vec![url.clone()], &format!("u{i}"));
+        let observer = ObservingClient::start(vec![url.clone()], &format!("u{i}"));
         for room in &rooms {
-            within(witness.client.join(room, StartFrom::Now)).await.unwrap();
+            within(observer.client.join(room, StartFrom::Now)).await.unwrap();
         }
-        witnesses.push(witness);
+        observers.push(observer);
     }
     let mut sends = vec![];
-    for witness in &witnesses {
-        let (client, rooms) = (witness.client.clone(), rooms.clone());
+    for observer in &observers {
+        let (client, rooms) = (observer.client.clone(), rooms.clone());
         sends.push(tokio::spawn(async move {
             let mut acked = vec![];
             for i in 0..50 {
@@ -158,8 +158,8 @@ async fn members_on_all_nodes_get_each_message_once_in_order() {
     }
     assert_eq!(acked.len(), 600);
     let mut spread: HashMap<String, usize> = HashMap::new();
-    for (i, witness) in witnesses.into_iter().enumerate() {
-        let seen = witness.seen(600).await;
+    for (i, observer) in observers.into_iter().enumerate() {
+        let seen = observer.seen(600).await;
         seen.check(&format!("u{i}"), &acked);
         for node in &seen.nodes {
             *spread.entry(node.clone()).or_default() += 1;
@@ -206,14 +206,14 @@ async fn a_client_resumes_on_another_node() {
     let joined = ann.join(&lobby).await.unwrap();
     for i in 1..=10 {
         assert_eq!(say(&mut ann, &lobby, &i.to_string()).await.seq, i);
-        // The other node follows the room only from here on: it reads what it did not hear.
+        // The other node subscribes to the room only now, so it reads earlier entries from the log.
         let since = skein_protocol::position::Position::new(joined.epoch.clone(), i / 2);
         let mut bob = two.connect("bob").await;
         let join =
             frames::OutgoingJoin { since: Some(&since), ..frames::OutgoingJoin::new(&lobby) };
         let joined = bob.join_with(&join).await.unwrap();
         assert!(joined.recovered && joined.epoch == since.epoch, "{joined:?}");
-        // What this node has not heard yet comes live.
+        // Entries that this node has not received yet arrive live.
         let mut got = joined.history.len() as u64;
         while got < i - i / 2 {
             assert_eq!(next_message(&mut bob).await.seq, i / 2 + got + 1);

@@ -1,5 +1,5 @@
-//! What a Redis has to be, what its user has to be allowed there, and who else is on it: said by
-//! name, at the start and while running, without a storm of attempts.
+//! Requirements on Redis: version, eviction policy, permissions, unique node ids. A violation is
+//! named at the start and while running, and retried rarely.
 
 use std::time::Duration;
 
@@ -18,11 +18,11 @@ use tokio::{
 
 use crate::harness::{Gateway, Redis, connect, get, poll_pause, room, say, until, within};
 
-/// What docs/operations.md says that a user of Redis needs, but for `config|get`.
+/// The permissions that docs/operations.md requires, without `config|get`.
 const PERMISSIONS: &str = "~gw:* &gw:* +@all -@dangerous +info";
 
-/// A Redis with a user for gateways, and a gateway that is that user.
-async fn as_user() -> (Redis, String) {
+/// Starts a Redis with an ACL user for gateways. Returns its URL.
+async fn redis_with_gateway_user() -> (Redis, String) {
     let redis = Redis::start().await;
     redis.command(&format!("ACL SETUSER gw on >secret {PERMISSIONS}")).await;
     let url = format!("redis://gw:secret@{}", redis.address());
@@ -51,8 +51,8 @@ async fn connections_received(redis: &Redis) -> u64 {
     line.unwrap().parse().unwrap()
 }
 
-/// The code that a message is refused with.
-async fn refused(connection: &mut ClientConnection, lobby: &RoomId) -> Option<ErrorCode> {
+/// The error code of a rejected publish.
+async fn publish_rejection(connection: &mut ClientConnection, lobby: &RoomId) -> Option<ErrorCode> {
     let message = json!({"type": "message", "room": lobby, "content": "x", "ref": 1});
     match connection.request(&message).await {
         Err(RequestError::Rejected(refusal)) => Some(refusal.code),
@@ -63,7 +63,7 @@ async fn refused(connection: &mut ClientConnection, lobby: &RoomId) -> Option<Er
 
 #[tokio::test(flavor = "multi_thread")]
 async fn an_evicting_policy_is_detected_without_config_permission() {
-    let (redis, url) = as_user().await;
+    let (redis, url) = redis_with_gateway_user().await;
     redis.command("CONFIG SET maxmemory-policy volatile-lru").await;
     let gateway = Gateway::start(&cluster(&url)).await;
     assert!(is_failing(&gateway, "maxmemory_policy").await);
@@ -75,7 +75,7 @@ async fn an_evicting_policy_is_detected_without_config_permission() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_revoked_permission_is_named_and_recovers_when_granted() {
-    let (redis, url) = as_user().await;
+    let (redis, url) = redis_with_gateway_user().await;
     let gateway = Gateway::start(&cluster(&url)).await;
     let lobby = room("lobby");
     let mut ann = gateway.connect("ann").await;
@@ -83,23 +83,27 @@ async fn a_revoked_permission_is_named_and_recovers_when_granted() {
     say(&mut ann, &lobby, "before").await;
     for (taken, given) in [("-evalsha", "+evalsha"), ("-xadd", "+xadd"), ("-publish", "+publish")] {
         redis.command(&format!("ACL SETUSER gw {taken}")).await;
-        // What is not used is looked at now and then; what is, is found at once.
+        // A missing permission is found at its next use, or by a periodic check.
         until(taken, async || {
-            let code = refused(&mut ann, &lobby).await;
+            let code = publish_rejection(&mut ann, &lobby).await;
             assert!(matches!(code, None | Some(ErrorCode::Unavailable)), "{taken}: {code:?}");
             is_failing(&gateway, "redis_permission").await
         })
         .await;
-        assert_eq!(refused(&mut ann, &lobby).await, Some(ErrorCode::Unavailable), "{taken}");
+        assert_eq!(
+            publish_rejection(&mut ann, &lobby).await,
+            Some(ErrorCode::Unavailable),
+            "{taken}"
+        );
         redis.command(&format!("ACL SETUSER gw {given}")).await;
         until(given, async || is_ready(&gateway).await).await;
-        until(given, async || refused(&mut ann, &lobby).await.is_none()).await;
+        until(given, async || publish_rejection(&mut ann, &lobby).await.is_none()).await;
     }
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_missing_channel_permission_is_named_and_retried_rarely() {
-    let (redis, url) = as_user().await;
+    let (redis, url) = redis_with_gateway_user().await;
     redis.command("ACL SETUSER gw resetchannels").await;
     let config = ConfigSources {
         file: None,
@@ -110,7 +114,7 @@ async fn a_missing_channel_permission_is_named_and_retried_rarely() {
             .map(|(key, value)| ((*key).to_owned(), (*value).to_owned()))
             .collect(),
     };
-    // At the start it is waited for.
+    // The start waits for the permission.
     let starting = tokio::spawn(Server::start(Config::load(config).unwrap()));
     sleep_until(Instant::now() + Duration::from_secs(1)).await;
     let before = connections_received(&redis).await;
@@ -120,7 +124,7 @@ async fn a_missing_channel_permission_is_named_and_retried_rarely() {
     redis.command("ACL SETUSER gw &gw:*").await;
     let server = within(starting).await.unwrap().unwrap();
     let ready = async || get(server.admin_listen, "/ready").await;
-    // And while running.
+    // The permission is revoked while the node runs.
     redis.command("ACL SETUSER gw resetchannels").await;
     until("not ready", async || ready().await.body.contains("redis_permission")).await;
     let before = connections_received(&redis).await;
@@ -136,7 +140,7 @@ async fn a_missing_channel_permission_is_named_and_retried_rarely() {
     assert!(server.stop().await);
 }
 
-/// A Redis of which only the version is known.
+/// A fake Redis that only reports its version.
 async fn pretend(version: &'static str) -> String {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let url = format!("redis://{}", listener.local_addr().unwrap());
@@ -205,14 +209,14 @@ async fn a_second_gateway_with_the_same_id_does_not_start() {
     let error = start_error(&with_id).await.to_string();
     assert!(error.contains("node.id is gw-1"), "{error}");
     assert!(begun.elapsed() < Duration::from_secs(5));
-    // The first has lost nothing by that.
+    // The first gateway is unaffected.
     let lobby = room("lobby");
     let mut ann = connect(first.address, "ann").await;
     ann.join(&lobby).await.unwrap();
     say(&mut ann, &lobby, "on").await;
     assert!(is_ready(&first).await);
     first.stop().await;
-    // It has given its lease back.
+    // It has released its lease.
     Gateway::start(&with_id).await.stop().await;
 }
 

@@ -1,5 +1,5 @@
-//! `deploy/rolling-update.sh` against a `docker` that only remembers containers: it can be run
-//! again after whatever failed, and ends with as many gateways as there were, all with the new
+//! `deploy/rolling-update.sh` against a fake `docker` that only stores containers: the script can
+//! be run again after any failure, and ends with the same number of gateways, all with the new
 //! image.
 
 use std::{
@@ -11,10 +11,9 @@ use std::{
 
 use tempfile::TempDir;
 
-/// Knows what the script asks of Docker, as far as it matters here. A container is a file: its
-/// image, status and health. `fail` names a command that fails once: before it has done anything,
-/// or, where `late` stands behind it, after that. `min` keeps the least number of healthy
-/// containers that there ever was.
+/// Implements the Docker commands that the script uses. A container is a file: its image, status
+/// and health. `fail` names a command that fails once: before it has an effect, or, if followed by
+/// `late`, after that. `min` holds the smallest number of healthy containers so far.
 const FAKE: &str = r#"#!/bin/sh
 set -eu
 cd "$STATE"
@@ -101,7 +100,7 @@ struct Docker {
 }
 
 impl Docker {
-    /// Some gateways of image `a`, and a newer image `b`.
+    /// Starts with gateways of image `a`, and a newer image `b`.
     fn with_gateways(count: usize) -> Self {
         let docker = Self { folder: TempDir::new().unwrap() };
         let path = docker.folder.path();
@@ -111,7 +110,7 @@ impl Docker {
         let fake = path.join("bin/docker");
         fs::write(&fake, FAKE).unwrap();
         fs::set_permissions(&fake, fs::Permissions::from_mode(0o755)).unwrap();
-        // It works on the folder above its own.
+        // The script works on its parent folder.
         let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../deploy/rolling-update.sh");
         fs::copy(script, path.join("project/deploy/rolling-update.sh")).unwrap();
         docker.set("image", "b");
@@ -153,7 +152,7 @@ impl Docker {
         (output.status.success(), String::from_utf8_lossy(&text).into_owned())
     }
 
-    /// What each container is, sorted.
+    /// The state of each container, sorted.
     fn containers(&self) -> Vec<String> {
         let files = fs::read_dir(self.state("containers")).unwrap();
         let mut all: Vec<String> = files
@@ -164,9 +163,9 @@ impl Docker {
     }
 
     #[track_caller]
-    fn is_updated(&self, count: usize, (done, told): (bool, String)) {
-        assert!(done, "{told}\n{:?}", self.containers());
-        assert_eq!(self.containers(), vec!["b running healthy"; count], "{told}");
+    fn is_updated(&self, count: usize, (done, output): (bool, String)) {
+        assert!(done, "{output}\n{:?}", self.containers());
+        assert_eq!(self.containers(), vec!["b running healthy"; count], "{output}");
         assert!(!self.folder.path().join("project/deploy/.rolling-update").exists());
     }
 }
@@ -176,17 +175,17 @@ fn a_rolling_update_replaces_each_gateway_once() {
     let docker = Docker::with_gateways(3);
     docker.is_updated(3, docker.update(&[]));
     assert_eq!((docker.get("last"), docker.get("min")), ("6".to_owned(), "3".to_owned()));
-    // Once more there is nothing to do.
+    // A second run has nothing to do.
     fs::remove_file(docker.state("calls")).unwrap();
     docker.is_updated(3, docker.update(&[]));
     let calls = docker.get("calls");
     assert!(!calls.contains("compose up") && !calls.contains("stop"), "{calls}");
-    // Another number on the way.
+    // The number of gateways changes during an update.
     docker.set("image", "b");
     docker.is_updated(2, docker.update(&["2"]));
     docker.is_updated(4, docker.update(&["4"]));
-    let (done, told) = docker.update(&["none"]);
-    assert!(!done && told.contains("COUNT is 'none'"), "{told}");
+    let (done, output) = docker.update(&["none"]);
+    assert!(!done && output.contains("COUNT is 'none'"), "{output}");
 }
 
 #[test]
@@ -196,8 +195,8 @@ fn a_rolling_update_resumes_after_any_failure() {
     {
         let docker = Docker::with_gateways(2);
         docker.set("fail", failure);
-        let (done, told) = docker.update(&[]);
-        assert!(!done, "{failure}: {told}");
+        let (done, output) = docker.update(&[]);
+        assert!(!done, "{failure}: {output}");
         let left = docker.containers().len();
         assert!((2..=3).contains(&left), "{failure}: {:?}", docker.containers());
         docker.is_updated(2, docker.update(&[]));
@@ -212,11 +211,11 @@ fn a_rolling_update_removes_leftovers_of_a_machine_crash() {
     docker.set("containers/c1", "a exited none");
     docker.set("containers/c2", "a running unhealthy");
     docker.is_updated(3, docker.update(&["3"]));
-    // Where none is healthy it is not for an update to stop them.
+    // If no container is healthy, an update stops none.
     let docker = Docker::with_gateways(2);
     for name in ["containers/c1", "containers/c2"] {
         docker.set(name, "a running unhealthy");
     }
-    let (done, told) = docker.update(&[]);
-    assert!(!done && docker.containers() == vec!["a running unhealthy"; 2], "{told}");
+    let (done, output) = docker.update(&[]);
+    assert!(!done && docker.containers() == vec!["a running unhealthy"; 2], "{output}");
 }

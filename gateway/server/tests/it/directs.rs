@@ -1,5 +1,5 @@
-//! What is of one user: directs, the inbox, who is watched, sessions; on a single node, on three
-//! nodes of a cluster, and on two with a Redis Cluster.
+//! State of one user: directs, inbox, watches, sessions; on a single node, on three nodes of a
+//! cluster, and on two with a Redis Cluster.
 
 use std::time::Duration;
 
@@ -21,24 +21,24 @@ use tokio::time::Instant;
 
 use crate::{
     harness::{Gateway, closed, get, next_message, room, say, within},
-    presence::{World, ask, heard, refused},
+    presence::{TestDeployment, ask, next_matching, rejection_code},
 };
 
-/// A connection with its `connected`.
+/// A connection and its `connected` frame.
 pub struct Device {
     pub connection: ClientConnection,
     pub connected: ConnectedFrame,
 }
 
 impl Device {
-    /// Opens one to the `node`th node as `user`, with what `and` adds.
+    /// Connects to the `node`th node as `user`, with the options that `and` sets.
     pub async fn open(
-        world: &World,
+        deployment: &TestDeployment,
         node: usize,
         user: &str,
         and: impl FnOnce(&mut ConnectOptions),
     ) -> Self {
-        let url = world.nodes[node % world.nodes.len()].url("/ws");
+        let url = deployment.nodes[node % deployment.nodes.len()].url("/ws");
         let mut options = ConnectOptions::new(url).user(user);
         and(&mut options);
         let mut connection = ClientConnection::open(&options).await.unwrap();
@@ -46,20 +46,20 @@ impl Device {
         Self { connection, connected }
     }
 
-    async fn new(world: &World, node: usize, user: &str) -> Self {
-        Self::open(world, node, user, |_| {}).await
+    async fn new(deployment: &TestDeployment, node: usize, user: &str) -> Self {
+        Self::open(deployment, node, user, |_| {}).await
     }
 
     /// The next direct.
     pub async fn direct(&mut self) -> DirectFrame {
-        heard(&mut self.connection, |frame| match frame {
+        next_matching(&mut self.connection, |frame| match frame {
             ServerFrame::Direct(direct) => Some(*direct),
             _ => None,
         })
         .await
     }
 
-    /// What the next directs say.
+    /// The contents of the next directs.
     async fn said(&mut self, count: usize) -> Vec<String> {
         let mut said = Vec::new();
         for _ in 0..count {
@@ -81,21 +81,21 @@ impl Device {
 
     pub async fn tell(&mut self, frame: Value) {
         self.connection.send_json(&frame).await.unwrap();
-        // Frames are handled in order: when this is answered that was.
+        // Frames are handled in order, so an answer to this one means the earlier one was handled.
         ask(&mut self.connection, json!({"type": "ping"})).await.unwrap();
     }
 
-    /// Acknowledges, and waits until the next connection finds it done.
-    async fn acknowledge(&mut self, world: &World, seq: u64) {
+    /// Acknowledges, and waits until a new connection sees the position.
+    async fn acknowledge(&mut self, deployment: &TestDeployment, seq: u64) {
         let user = self.connected.user.id.to_string();
         self.tell(json!({"type": "ack", "seq": seq})).await;
         crate::harness::until("the acknowledgement counts", async || {
-            Device::new(world, 1, &user).await.connected.inbox.acked >= seq
+            Device::new(deployment, 1, &user).await.connected.inbox.acked >= seq
         })
         .await;
     }
 
-    /// Nothing of the inbox has come that was not taken: what is sent to itself is next.
+    /// Asserts that no unread inbox entry is left: a direct to itself arrives next.
     async fn nothing_else(&mut self) {
         let me = self.connected.user.id.to_string();
         self.connection
@@ -110,7 +110,7 @@ impl Device {
         self.connection.send_json(&watch).await.unwrap();
     }
 
-    /// What a `watch` of one user is answered.
+    /// The status that a `watch` of one user returns.
     async fn asks_for(&mut self, user: &str) -> OnlineState {
         let watch = json!({"type": "watch", "users": [user]});
         match ask(&mut self.connection, watch).await.unwrap() {
@@ -121,7 +121,7 @@ impl Device {
 
     /// The next `user_status`.
     async fn status(&mut self) -> (String, OnlineState) {
-        heard(&mut self.connection, |frame| match frame {
+        next_matching(&mut self.connection, |frame| match frame {
             ServerFrame::UserStatus(status) => Some((status.user.to_string(), status.status)),
             _ => None,
         })
@@ -148,13 +148,13 @@ pub fn history_of(frame: ServerFrame) -> (Vec<String>, bool) {
 
 #[tokio::test]
 async fn a_direct_reaches_all_devices_of_both_users_only() {
-    World::each(&[], async |world| {
-        let mut ann = Device::new(world, 0, "ann").await;
-        let mut anns_phone = Device::new(world, 1, "ann").await;
-        let mut bob = Device::new(world, 1, "bob").await;
-        let mut bobs_phone = Device::new(world, 2, "bob").await;
-        let mut cat = Device::new(world, 2, "cat").await;
-        // A room of that name is another thing.
+    TestDeployment::each(&[], async |deployment| {
+        let mut ann = Device::new(deployment, 0, "ann").await;
+        let mut anns_phone = Device::new(deployment, 1, "ann").await;
+        let mut bob = Device::new(deployment, 1, "bob").await;
+        let mut bobs_phone = Device::new(deployment, 2, "bob").await;
+        let mut cat = Device::new(deployment, 2, "cat").await;
+        // A room of that name is separate.
         for name in ["u:bob", "bob"] {
             cat.connection.join(&room(name)).await.unwrap();
         }
@@ -179,9 +179,9 @@ async fn a_direct_reaches_all_devices_of_both_users_only() {
 
 #[tokio::test]
 async fn a_repeated_direct_is_one_entry_and_no_echo_leaves_no_gap() {
-    World::each(&[], async |world| {
-        let mut ann = Device::new(world, 0, "ann").await;
-        let mut bob = Device::new(world, 1, "bob").await;
+    TestDeployment::each(&[], async |deployment| {
+        let mut ann = Device::new(deployment, 0, "ann").await;
+        let mut bob = Device::new(deployment, 1, "bob").await;
         let id = MessageId::random();
         let frame = json!({"type": "direct", "to": "bob", "content": "once", "id": id});
         let first = ann.send_frame(frame.clone()).await;
@@ -194,7 +194,7 @@ async fn a_repeated_direct_is_one_entry_and_no_echo_leaves_no_gap() {
         assert_eq!(last.seq, silent.seq + 1);
         assert_eq!(ann.said(2).await, ["once", "last"], "no copy of what was sent without echo");
         assert_eq!(bob.said(3).await, ["once", "silent", "last"]);
-        // To oneself there is one inbox.
+        // A direct to oneself has one inbox.
         let own = ann.send("ann", "note").await;
         assert_eq!(own.seq, last.seq + 1);
     })
@@ -203,9 +203,9 @@ async fn a_repeated_direct_is_one_entry_and_no_echo_leaves_no_gap() {
 
 #[tokio::test]
 async fn a_binary_direct_stays_binary_and_is_base64_in_history() {
-    World::each(&[], async |world| {
-        let mut ann = Device::new(world, 0, "ann").await;
-        let mut bob = Device::new(world, 1, "bob").await;
+    TestDeployment::each(&[], async |deployment| {
+        let mut ann = Device::new(deployment, 0, "ann").await;
+        let mut bob = Device::new(deployment, 1, "bob").await;
         let header = json!({"type": "direct", "to": "bob", "kind": "file"}).to_string();
         let length = (header.len() as u16).to_be_bytes();
         let frame = [&length[..], header.as_bytes(), &[0, 255, 7]].concat();
@@ -233,60 +233,60 @@ async fn a_binary_direct_stays_binary_and_is_base64_in_history() {
 
 #[tokio::test]
 async fn directs_sent_while_away_arrive_from_the_acked_position() {
-    World::each(&[], async |world| {
-        let mut ann = Device::new(world, 0, "ann").await;
+    TestDeployment::each(&[], async |deployment| {
+        let mut ann = Device::new(deployment, 0, "ann").await;
         for text in ["one", "two", "three"] {
             ann.send("bob", text).await;
         }
-        let mut bob = Device::new(world, 1, "bob").await;
+        let mut bob = Device::new(deployment, 1, "bob").await;
         let inbox = &bob.connected.inbox;
         assert_eq!((inbox.seq, inbox.acked, inbox.oldest, inbox.unread), (3, 0, 1, 3));
         let first = bob.direct().await;
         assert!(first.replay && first.seq == 1);
         assert_eq!(bob.said(2).await, ["two", "three"]);
-        bob.acknowledge(world, 2).await;
-        // Acknowledged by one device, it is so for all.
-        let mut other = Device::new(world, 2, "bob").await;
+        bob.acknowledge(deployment, 2).await;
+        // An ack of one device counts for all devices.
+        let mut other = Device::new(deployment, 2, "bob").await;
         let inbox = &other.connected.inbox;
         assert_eq!((inbox.seq, inbox.acked, inbox.unread), (3, 2, 1));
         assert_eq!(other.said(1).await, ["three"]);
-        // It never goes back, and above the top it is the top.
-        bob.acknowledge(world, 1).await;
+        // The position never goes back, and above the top it is the top.
+        bob.acknowledge(deployment, 1).await;
         bob.tell(json!({"type": "ack", "seq": 1000, "epoch": "another"})).await;
-        assert_eq!(Device::new(world, 0, "bob").await.connected.inbox.acked, 2);
+        assert_eq!(Device::new(deployment, 0, "bob").await.connected.inbox.acked, 2);
         bob.tell(json!({"type": "ack", "seq": 1000})).await;
-        bob.acknowledge(world, 3).await;
-        let mut third = Device::new(world, 0, "bob").await;
+        bob.acknowledge(deployment, 3).await;
+        let mut third = Device::new(deployment, 0, "bob").await;
         assert_eq!((third.connected.inbox.acked, third.connected.inbox.unread), (3, 0));
         third.nothing_else().await;
-        // What one sends oneself is never unread.
-        assert_eq!(Device::new(world, 1, "ann").await.connected.inbox.unread, 0);
+        // Directs to oneself are never unread.
+        assert_eq!(Device::new(deployment, 1, "ann").await.connected.inbox.unread, 0);
     })
     .await;
 }
 
 #[tokio::test]
 async fn a_given_inbox_position_overrides_acks_of_other_devices() {
-    World::each(&[], async |world| {
-        let mut ann = Device::new(world, 0, "ann").await;
-        let mut bob = Device::new(world, 1, "bob").await;
+    TestDeployment::each(&[], async |deployment| {
+        let mut ann = Device::new(deployment, 0, "ann").await;
+        let mut bob = Device::new(deployment, 1, "bob").await;
         ann.send("bob", "one").await;
         let had = bob.direct().await;
         for text in ["two", "three"] {
             ann.send("bob", text).await;
         }
-        let mut other = Device::new(world, 2, "bob").await;
+        let mut other = Device::new(deployment, 2, "bob").await;
         assert_eq!(other.said(3).await, ["one", "two", "three"]);
-        other.acknowledge(world, 3).await;
+        other.acknowledge(deployment, 3).await;
         let since = Position::new(had.epoch.clone(), had.seq);
-        let mut back = Device::open(world, 0, "bob", |to| to.inbox = Some(since)).await;
+        let mut back = Device::open(deployment, 0, "bob", |to| to.inbox = Some(since)).await;
         assert_eq!(back.said(2).await, ["two", "three"]);
         back.nothing_else().await;
-        // A position of another log cannot be gone on from, which is told.
+        // A position of another log cannot be resumed, and the client receives a reset.
         let lost = Position::new("0-lost".parse().unwrap(), 1);
-        let mut lost = Device::open(world, 1, "bob", |to| to.inbox = Some(lost)).await;
+        let mut lost = Device::open(deployment, 1, "bob", |to| to.inbox = Some(lost)).await;
         let ResetFrame { room, seq, epoch, .. } =
-            heard(&mut lost.connection, |frame| match frame {
+            next_matching(&mut lost.connection, |frame| match frame {
                 ServerFrame::Reset(reset) => Some(reset),
                 _ => None,
             })
@@ -304,23 +304,23 @@ async fn an_inbox_is_bounded_and_reports_expired_entries() {
         ("history.window", "1ms"),
         ("limits.messages_per_second", "0"),
     ];
-    World::each(&few, async |world| {
-        let mut ann = Device::new(world, 0, "ann").await;
-        // Who was never connected has a smaller one.
-        drop(Device::new(world, 1, "bob").await);
+    TestDeployment::each(&few, async |deployment| {
+        let mut ann = Device::new(deployment, 0, "ann").await;
+        // A user who never connected has a smaller inbox.
+        drop(Device::new(deployment, 1, "bob").await);
         for n in 1..=300 {
             ann.send("bob", &n.to_string()).await;
         }
-        let mut bob = Device::new(world, 1, "bob").await;
+        let mut bob = Device::new(deployment, 1, "bob").await;
         let inbox = bob.connected.inbox.clone();
-        // Redis trims a little late.
+        // Redis trims slightly more than the limit allows.
         assert!(inbox.acked < inbox.oldest - 1 && (101..=201).contains(&inbox.oldest), "{inbox:?}");
         assert_eq!((inbox.seq, inbox.unread), (300, 301 - inbox.oldest));
         assert_eq!(text_of(&bob.direct().await), inbox.oldest.to_string());
-        // A device that was further behind than that is told so.
+        // A device with an older position is reset.
         let since = Position::new(inbox.epoch.clone(), 5);
-        let mut old = Device::open(world, 2, "bob", |to| to.inbox = Some(since)).await;
-        let reset = heard(&mut old.connection, |frame| match frame {
+        let mut old = Device::open(deployment, 2, "bob", |to| to.inbox = Some(since)).await;
+        let reset = next_matching(&mut old.connection, |frame| match frame {
             ServerFrame::Reset(reset) => Some(reset),
             _ => None,
         })
@@ -333,10 +333,10 @@ async fn an_inbox_is_bounded_and_reports_expired_entries() {
 
 #[tokio::test]
 async fn history_with_a_user_has_only_directs_of_the_two() {
-    World::each(&[("limits.messages_per_second", "0")], async |world| {
-        let mut ann = Device::new(world, 0, "ann").await;
-        let mut bob = Device::new(world, 1, "bob").await;
-        let mut cat = Device::new(world, 2, "cat").await;
+    TestDeployment::each(&[("limits.messages_per_second", "0")], async |deployment| {
+        let mut ann = Device::new(deployment, 0, "ann").await;
+        let mut bob = Device::new(deployment, 1, "bob").await;
+        let mut cat = Device::new(deployment, 2, "cat").await;
         for n in 0..5 {
             ann.send("bob", &format!("a{n}")).await;
             cat.send("bob", &format!("c{n}")).await;
@@ -369,8 +369,8 @@ async fn log_reads_of_a_connection_are_rate_limited() {
     let limits = [("limits.read_bytes_per_second", "4KiB"), ("publish.timeout", "900ms")];
     let gateway = Gateway::start(&limits).await;
     let mut ann = gateway.connect("ann").await;
-    // Each costs 4 KiB at least: eight are the burst, the ninth waits for a moment, and then there
-    // is one a second, which is longer than a frame may wait.
+    // Each read costs at least 4 KiB: eight are the burst, the ninth waits briefly, and then one
+    // per second is allowed, which exceeds the wait of a frame.
     let mut taken = 0;
     let refusal = loop {
         match ask(&mut ann, json!({"type": "history", "with": "bob"})).await {
@@ -380,7 +380,7 @@ async fn log_reads_of_a_connection_are_rate_limited() {
     };
     assert_eq!(refusal.code, ErrorCode::RateLimited);
     assert!(refusal.retry_after_ms.is_some_and(|ms| ms > 0));
-    // On a slow machine a few more are earned meanwhile.
+    // On a slow machine the budget refills by a few more meanwhile.
     assert!((9..20).contains(&taken), "{taken}");
     let metrics = get(gateway.admin, "/metrics").await.body;
     assert!(!metrics.contains("gateway_client_reads_delayed_total 0\n"), "{metrics}");
@@ -389,10 +389,10 @@ async fn log_reads_of_a_connection_are_rate_limited() {
 
 #[tokio::test]
 async fn watch_reports_status_at_once_and_on_change() {
-    World::each(&[("presence.grace", "0s")], async |world| {
+    TestDeployment::each(&[("presence.grace", "0s")], async |deployment| {
         let begun = Instant::now();
-        let bob = Device::new(world, 1, "bob").await;
-        let mut ann = Device::new(world, 0, "ann").await;
+        let bob = Device::new(deployment, 1, "bob").await;
+        let mut ann = Device::new(deployment, 0, "ann").await;
         ann.watch(&["bob", "cat"]).await;
         let mut now = [ann.status().await, ann.status().await];
         now.sort_by(|a, b| a.0.cmp(&b.0));
@@ -400,23 +400,23 @@ async fn watch_reports_status_at_once_and_on_change() {
             now,
             [("bob".into(), OnlineState::Online), ("cat".into(), OnlineState::Offline)]
         );
-        let cat = Device::new(world, 2, "cat").await;
+        let cat = Device::new(deployment, 2, "cat").await;
         assert_eq!(ann.status().await, ("cat".into(), OnlineState::Online));
         // A second device changes nothing.
-        let second = Device::new(world, 0, "cat").await;
+        let second = Device::new(deployment, 0, "cat").await;
         drop(cat);
         drop(bob);
         assert_eq!(ann.status().await, ("bob".into(), OnlineState::Offline));
         drop(second);
         assert_eq!(ann.status().await, ("cat".into(), OnlineState::Offline));
-        // Not any more.
+        // Unwatched users cause no more frames.
         let unwatch = json!({"type": "unwatch", "users": ["cat"]});
         ann.connection.send_json(&unwatch).await.unwrap();
         ann.tell(json!({"type": "pong"})).await;
-        let _cat = Device::new(world, 2, "cat").await;
-        let _bob = Device::new(world, 1, "bob").await;
+        let _cat = Device::new(deployment, 2, "cat").await;
+        let _bob = Device::new(deployment, 1, "bob").await;
         assert_eq!(ann.status().await, ("bob".into(), OnlineState::Online));
-        // These nodes have just started: nobody waits until a lease is over to be told.
+        // The nodes have just started: no status waits for the end of a lease.
         assert!(begun.elapsed() < Duration::from_secs(6), "{:?}", begun.elapsed());
     })
     .await;
@@ -424,11 +424,11 @@ async fn watch_reports_status_at_once_and_on_change() {
 
 #[tokio::test]
 async fn a_connected_user_is_online_on_every_node() {
-    World::each(&[("presence.grace", "0s")], async |world| {
-        let mut ann = Device::new(world, 0, "ann").await;
+    TestDeployment::each(&[("presence.grace", "0s")], async |deployment| {
+        let mut ann = Device::new(deployment, 0, "ann").await;
         for round in 0..10 {
             let node = round % 3;
-            let bob = Device::new(world, node, "bob").await;
+            let bob = Device::new(deployment, node, "bob").await;
             assert_eq!(ann.asks_for("bob").await, OnlineState::Online, "round {round}");
             drop(bob);
             crate::harness::until("bob has left", async || {
@@ -442,15 +442,15 @@ async fn a_connected_user_is_online_on_every_node() {
 
 #[tokio::test]
 async fn peers_of_directs_are_watched_automatically() {
-    World::each(&[("presence.grace", "0s")], async |world| {
-        let mut ann = Device::new(world, 0, "ann").await;
-        let mut bob = Device::new(world, 1, "bob").await;
-        let mut cat = Device::new(world, 2, "cat").await;
+    TestDeployment::each(&[("presence.grace", "0s")], async |deployment| {
+        let mut ann = Device::new(deployment, 0, "ann").await;
+        let mut bob = Device::new(deployment, 1, "bob").await;
+        let mut cat = Device::new(deployment, 2, "cat").await;
         ann.send("bob", "hello").await;
         assert_eq!(bob.said(1).await, ["hello"]);
         cat.send("ann", "hello").await;
         assert_eq!(ann.said(2).await, ["hello", "hello"]);
-        // Who has received knows of who has sent as soon as that is followed.
+        // The receiver of a direct watches its sender once the sender's status is subscribed to.
         for user in ["bob", "cat"] {
             ann.watch(&[user]).await;
             assert_eq!(ann.status().await.1, OnlineState::Online);
@@ -467,12 +467,12 @@ async fn peers_of_directs_are_watched_automatically() {
 
 #[tokio::test]
 async fn watches_above_the_limit_are_rejected_as_a_whole() {
-    World::each(&[("limits.watches_per_connection", "3")], async |world| {
-        let mut ann = Device::new(world, 0, "ann").await;
+    TestDeployment::each(&[("limits.watches_per_connection", "3")], async |deployment| {
+        let mut ann = Device::new(deployment, 0, "ann").await;
         ann.watch(&["a", "b", "b"]).await;
         assert_ne!(ann.status().await.0, ann.status().await.0, "one for each user");
         let more = json!({"type": "watch", "users": ["c", "d"]});
-        assert_eq!(refused(&mut ann.connection, more).await, ErrorCode::LimitReached);
+        assert_eq!(rejection_code(&mut ann.connection, more).await, ErrorCode::LimitReached);
         ann.watch(&["c"]).await;
         assert_eq!(ann.status().await.0, "c");
     })
@@ -481,8 +481,9 @@ async fn watches_above_the_limit_are_rejected_as_a_whole() {
 
 #[tokio::test]
 async fn a_session_resumes_on_any_node_with_its_user_and_data() {
-    World::each(&[], async |world| {
-        let mut ann = Device::open(world, 0, "ann", |to| to.name = Some("Ann Lee".into())).await;
+    TestDeployment::each(&[], async |deployment| {
+        let mut ann =
+            Device::open(deployment, 0, "ann", |to| to.name = Some("Ann Lee".into())).await;
         assert!(!ann.connected.resumed && ann.connected.session.len() <= 512);
         let set = json!({"type": "session_set", "data": {"theme": "dark", "old": 1}});
         ask(&mut ann.connection, set).await.unwrap();
@@ -492,11 +493,11 @@ async fn a_session_resumes_on_any_node_with_its_user_and_data() {
         };
         assert_eq!(json!(session.data), json!({"theme": "dark", "n": [1]}));
         let large = json!({"type": "session_set", "data": {"x": "y".repeat(16_360)}});
-        assert_eq!(refused(&mut ann.connection, large).await, ErrorCode::TooLarge);
+        assert_eq!(rejection_code(&mut ann.connection, large).await, ErrorCode::TooLarge);
         let (token, id) = (ann.connected.session.clone(), ann.connected.session_id);
         drop(ann);
-        // The user is the session's where the client does not say who it is.
-        let url = world.nodes[world.nodes.len() - 1].url("/ws");
+        // A client without a user id gets the user of its session.
+        let url = deployment.nodes[deployment.nodes.len() - 1].url("/ws");
         let mut options = ConnectOptions::new(url);
         options.session = Some(token.clone());
         let mut connection = ClientConnection::open(&options).await.unwrap();
@@ -512,14 +513,14 @@ async fn a_session_resumes_on_any_node_with_its_user_and_data() {
 
 #[tokio::test]
 async fn a_session_keeps_its_display_name_across_resumes() {
-    World::each(&[], async |world| {
-        let ann = Device::open(world, 0, "ann", |to| to.name = Some("Ann Lee".into())).await;
+    TestDeployment::each(&[], async |deployment| {
+        let ann = Device::open(deployment, 0, "ann", |to| to.name = Some("Ann Lee".into())).await;
         let token = ann.connected.session.clone();
         drop(ann);
         for node in 0..3 {
             let options = ConnectOptions {
                 session: Some(token.clone()),
-                ..ConnectOptions::new(world.nodes[node % world.nodes.len()].url("/ws"))
+                ..ConnectOptions::new(deployment.nodes[node % deployment.nodes.len()].url("/ws"))
             };
             let mut connection = ClientConnection::open(&options).await.unwrap();
             let connected = connection.expect_connected().await.unwrap();
@@ -531,14 +532,14 @@ async fn a_session_keeps_its_display_name_across_resumes() {
 
 #[tokio::test]
 async fn one_of_two_concurrent_resumes_of_a_session_stays() {
-    World::each(&[], async |world| {
+    TestDeployment::each(&[], async |deployment| {
         for _ in 0..10 {
-            let ann = Device::new(world, 0, "ann").await;
+            let ann = Device::new(deployment, 0, "ann").await;
             let token = ann.connected.session.clone();
             drop(ann);
             let open = |node: usize| {
                 let token = token.clone();
-                Device::open(world, node, "ann", move |to| to.session = Some(token))
+                Device::open(deployment, node, "ann", move |to| to.session = Some(token))
             };
             let (first, second) = tokio::join!(open(0), open(1));
             let mut ends = Vec::new();
@@ -547,7 +548,7 @@ async fn one_of_two_concurrent_resumes_of_a_session_stays() {
                 ends.push(device);
                 drop(ping);
             }
-            // One is told 4000, sooner or later; the other one is not.
+            // One connection is eventually closed with 4000; the other one is not.
             let [mut one, mut other]: [Device; 2] = ends.try_into().ok().unwrap();
             let (code, stays) = within(async {
                 tokio::select! {
@@ -565,14 +566,14 @@ async fn one_of_two_concurrent_resumes_of_a_session_stays() {
 
 #[tokio::test]
 async fn sessions_per_user_are_limited_and_unused_ones_go_first() {
-    World::each(&[("limits.handshakes_per_minute_per_ip", "0")], async |world| {
-        let in_use = Device::new(world, 0, "ann").await;
+    TestDeployment::each(&[("limits.handshakes_per_minute_per_ip", "0")], async |deployment| {
+        let in_use = Device::new(deployment, 0, "ann").await;
         let token = in_use.connected.session.clone();
         for _ in 0..110 {
-            drop(Device::new(world, 0, "ann").await);
+            drop(Device::new(deployment, 0, "ann").await);
         }
         drop(in_use);
-        let back = Device::open(world, 1, "ann", |to| to.session = Some(token)).await;
+        let back = Device::open(deployment, 1, "ann", |to| to.session = Some(token)).await;
         assert!(back.connected.resumed);
     })
     .await;
@@ -580,10 +581,10 @@ async fn sessions_per_user_are_limited_and_unused_ones_go_first() {
 
 #[tokio::test]
 async fn a_session_lives_while_in_use_and_for_its_ttl_after() {
-    World::each(&[("sessions.ttl", "2s")], async |world| {
-        let mut ann = Device::new(world, 0, "ann").await;
+    TestDeployment::each(&[("sessions.ttl", "2s")], async |deployment| {
+        let mut ann = Device::new(deployment, 0, "ann").await;
         let token = ann.connected.session.clone();
-        // Longer in use than that: it is kept.
+        // The session is used for longer than its TTL, and is kept.
         let until = Instant::now() + Duration::from_secs(3);
         while Instant::now() < until {
             ask(&mut ann.connection, json!({"type": "ping"})).await.unwrap();
@@ -592,10 +593,10 @@ async fn a_session_lives_while_in_use_and_for_its_ttl_after() {
         drop(ann);
         let resume = async || {
             let token = token.clone();
-            Device::open(world, 1, "ann", move |to| to.session = Some(token)).await.connected
+            Device::open(deployment, 1, "ann", move |to| to.session = Some(token)).await.connected
         };
         assert!(resume().await.resumed);
-        // Asking is using it, so that it is asked once when its time should be over.
+        // A resume counts as use, so it is tried only once, after the TTL.
         let until = Instant::now() + Duration::from_secs(4);
         while Instant::now() < until {
             crate::harness::poll_pause().await;
@@ -607,23 +608,23 @@ async fn a_session_lives_while_in_use_and_for_its_ttl_after() {
 
 #[tokio::test]
 async fn an_invalid_session_token_creates_a_new_session() {
-    World::each(&[], async |world| {
-        let ann = Device::new(world, 0, "ann").await;
+    TestDeployment::each(&[], async |deployment| {
+        let ann = Device::new(deployment, 0, "ann").await;
         let token = ann.connected.session.clone();
-        let bob = Device::open(world, 1, "bob", |to| to.session = Some(token.clone())).await;
+        let bob = Device::open(deployment, 1, "bob", |to| to.session = Some(token.clone())).await;
         assert!(!bob.connected.resumed && bob.connected.user.id.as_str() == "bob");
         let mut forged = token.clone().into_bytes();
         forged[3] = if forged[3] == b'A' { b'B' } else { b'A' };
         for bad in ["nonsense".to_owned(), String::from_utf8(forged).unwrap()] {
             let options = ConnectOptions {
                 session: Some(bad),
-                ..ConnectOptions::new(world.nodes[0].url("/ws"))
+                ..ConnectOptions::new(deployment.nodes[0].url("/ws"))
             };
             let mut connection = ClientConnection::open(&options).await.unwrap();
             let connected = connection.expect_connected().await.unwrap();
             assert!(!connected.resumed && connected.user.id.as_str().starts_with("guest-"));
         }
-        let again = Device::open(world, 2, "ann", |to| to.session = Some(token)).await;
+        let again = Device::open(deployment, 2, "ann", |to| to.session = Some(token)).await;
         assert!(again.connected.resumed);
     })
     .await;
@@ -631,11 +632,11 @@ async fn an_invalid_session_token_creates_a_new_session() {
 
 #[tokio::test]
 async fn a_session_keeps_only_its_newest_connection() {
-    World::each(&[], async |world| {
-        let mut first = Device::new(world, 0, "ann").await;
-        let mut other = Device::new(world, 0, "ann").await;
+    TestDeployment::each(&[], async |deployment| {
+        let mut first = Device::new(deployment, 0, "ann").await;
+        let mut other = Device::new(deployment, 0, "ann").await;
         let token = first.connected.session.clone();
-        let mut second = Device::open(world, 1, "ann", |to| to.session = Some(token)).await;
+        let mut second = Device::open(deployment, 1, "ann", |to| to.session = Some(token)).await;
         assert!(second.connected.resumed);
         assert_eq!(closed(&mut first.connection).await, (Some(4000), String::new()));
         // Other sessions of the user stay.
@@ -647,19 +648,19 @@ async fn a_session_keeps_only_its_newest_connection() {
 
 #[tokio::test]
 async fn invalid_inbox_frames_are_rejected_and_keep_the_connection() {
-    World::each(&[], async |world| {
-        let mut ann = Device::new(world, 0, "ann").await;
+    TestDeployment::each(&[], async |deployment| {
+        let mut ann = Device::new(deployment, 0, "ann").await;
         let bad = json!({"type": "direct", "to": "_api", "content": 1});
-        assert_eq!(refused(&mut ann.connection, bad).await, ErrorCode::BadRequest);
+        assert_eq!(rejection_code(&mut ann.connection, bad).await, ErrorCode::BadRequest);
         let refresh = json!({"type": "refresh", "token": "x"});
-        assert_eq!(refused(&mut ann.connection, refresh).await, ErrorCode::BadRequest);
+        assert_eq!(rejection_code(&mut ann.connection, refresh).await, ErrorCode::BadRequest);
         ann.connection.join(&room("r")).await.unwrap();
         say(&mut ann.connection, &room("r"), "here").await;
         assert_eq!(next_message(&mut ann.connection).await.content, json!("here"));
-        let url = world.nodes[0].url("/ws?inbox=nonsense");
+        let url = deployment.nodes[0].url("/ws?inbox=nonsense");
         let mut connection = ClientConnection::open(&ConnectOptions::new(url)).await.unwrap();
         connection.expect_connected().await.unwrap();
-        let code = heard(&mut connection, |frame| match frame {
+        let code = next_matching(&mut connection, |frame| match frame {
             ServerFrame::Error(refusal) => Some(refusal.code),
             _ => None,
         });

@@ -1,4 +1,4 @@
-//! The documents say what the code does: options, metrics, codes.
+//! Checks the documentation against the code: options, metrics, codes.
 
 use gateway::config::Config;
 use skein_core::telemetry::metrics::Metrics;
@@ -66,7 +66,7 @@ fn the_durable_state_ledger_names_existing_code() {
         assert!(sources.contains(&format!("fn {test}(")), "no test {test}: {row}");
     }
     assert!(rows > 20, "{rows} rows");
-    // And the other way round: what the code says is a bound of durable state is in the ledger.
+    // And the reverse: every option that bounds durable state is in the ledger.
     for line in options.lines().filter(|line| line.contains("durable") || line.contains("unseen")) {
         let option = line.split('`').nth(1).unwrap();
         assert!(limits.contains(&format!("`{option}`")), "{option} is not in docs/limits.md");
@@ -84,7 +84,7 @@ fn every_error_and_close_code_is_documented() {
     }
 }
 
-/// Every Markdown file of the repository that is documentation, with its text.
+/// Every Markdown page of the documentation, with its text.
 fn pages() -> Vec<(std::path::PathBuf, String)> {
     let root = root();
     let folders = [root.to_owned(), root.join("docs"), root.join("docs/adr")];
@@ -133,7 +133,7 @@ fn every_test_named_in_faults_and_adrs_exists() {
         path.ends_with("docs/faults.md") || path.parent().unwrap().ends_with("docs/adr")
     };
     for (path, text) in pages().into_iter().filter(|(path, _)| names_tests(path)) {
-        // Between backticks: every second piece. A name may be cut short by an ellipsis.
+        // Between backticks: every second piece. A name may end with an ellipsis.
         for name in text.split('`').skip(1).step_by(2) {
             let name = name.rsplit("::").next().unwrap();
             let (start, end) = match name.strip_suffix('…') {

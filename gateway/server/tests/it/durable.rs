@@ -1,6 +1,6 @@
-//! Bounds of durable state: what a client may have the cluster keep, and the answer when that is
-//! reached; on a single node, on three nodes of a cluster, and on two with a Redis Cluster. And
-//! that a Redis with 64 MB goes on to take the publishes of others while it is flooded.
+//! Bounds of durable state: how much a client may store, and the error beyond the bound; on a
+//! single node, on three nodes of a cluster, and on two with a Redis Cluster. Also checks that a
+//! Redis with 64 MB accepts the publishes of other users while it is flooded.
 
 use serde_json::{Value, json};
 use skein_client::connection::ClientConnection;
@@ -13,10 +13,10 @@ use tokio::time::Duration;
 use crate::{
     directs::history_of,
     harness::{Gateway, PATIENCE, Redis, connect, get, poll_pause, room, say, until, within},
-    presence::{World, ask, refused},
+    presence::{TestDeployment, ask, rejection_code},
 };
 
-/// A direct that was taken.
+/// Sends a direct and returns its ack.
 async fn direct(
     connection: &mut ClientConnection,
     to: &str,
@@ -33,10 +33,10 @@ async fn code_of(connection: &mut ClientConnection, to: &str, content: &str) -> 
     direct(connection, to, content).await.expect_err("it is refused").code
 }
 
-/// The oldest entry kept and the newest of a user's inbox, and what is unread, as a new connection
-/// is told.
-async fn inbox_of(world: &World, user: &str) -> (u64, u64, u64) {
-    let url = format!("ws://{}/ws", world.nodes[0].address);
+/// The oldest and newest entry of a user's inbox and the unread count, as a new connection receives
+/// them.
+async fn inbox_of(deployment: &TestDeployment, user: &str) -> (u64, u64, u64) {
+    let url = format!("ws://{}/ws", deployment.nodes[0].address);
     let options = skein_client::options::ConnectOptions::new(url).user(user);
     let mut connection = ClientConnection::open(&options).await.unwrap();
     let inbox = connection.expect_connected().await.unwrap().inbox;
@@ -50,8 +50,8 @@ async fn a_user_who_never_connected_has_a_small_inbox() {
         ("inbox.unseen_max_bytes", "2000"),
         ("limits.new_inboxes_per_hour", "3"),
     ];
-    World::each(&options, async |world| {
-        let mut ann = world.connect(0, "ann").await;
+    TestDeployment::each(&options, async |deployment| {
+        let mut ann = deployment.connect(0, "ann").await;
         let id = "6f1c2a0e-93c4-4c59-a9f5-5f3f2d1b7c10";
         for number in 0..4 {
             direct(&mut ann, "nobody", &number.to_string()).await.unwrap();
@@ -63,7 +63,7 @@ async fn a_user_who_never_connected_has_a_small_inbox() {
             };
             assert_eq!(ack.duplicate, duplicate);
         }
-        // Three are kept, and of them no more than 2,000 bytes.
+        // Three entries are kept, of at most 2,000 bytes together.
         assert_eq!(code_of(&mut ann, "nobody-2", &"x".repeat(2000)).await, ErrorCode::LimitReached);
         for other in ["nobody-2", "nobody-3"] {
             direct(&mut ann, other, &"x".repeat(1000)).await.unwrap();
@@ -72,20 +72,20 @@ async fn a_user_who_never_connected_has_a_small_inbox() {
         let refusal = direct(&mut ann, "nobody-4", "").await.unwrap_err();
         assert_eq!(refusal.code, ErrorCode::RateLimited);
         assert!(refusal.retry_after_ms.is_some_and(|ms| ms > 1000));
-        direct(&mut ann, "nobody-2", "it has been opened").await.unwrap();
-        assert_eq!(inbox_of(world, "nobody-3").await, (2, 2, 1), "the older one made room");
+        direct(&mut ann, "nobody-2", "the inbox exists already").await.unwrap();
+        assert_eq!(inbox_of(deployment, "nobody-3").await, (2, 2, 1), "the older one was trimmed");
 
-        // From the first connection on it is an inbox like any, and ids are known as before.
-        assert_eq!(inbox_of(world, "nobody").await, (3, 5, 3));
+        // From the first connection on the inbox has the normal bounds, and ids stay known.
+        assert_eq!(inbox_of(deployment, "nobody").await, (3, 5, 3));
         let ServerFrame::Ack(ack) = ask(&mut ann, frame).await.unwrap() else { panic!() };
         assert!(ack.duplicate);
         for number in 5..10 {
             direct(&mut ann, "nobody", &number.to_string()).await.unwrap();
         }
         direct(&mut ann, "nobody", &"x".repeat(2000)).await.unwrap();
-        assert_eq!(inbox_of(world, "nobody").await, (3, 11, 9));
-        // And the sender's own is one.
-        assert!(inbox_of(world, "ann").await.1 > 10);
+        assert_eq!(inbox_of(deployment, "nobody").await, (3, 11, 9));
+        // The sender's own inbox has the normal bounds.
+        assert!(inbox_of(deployment, "ann").await.1 > 10);
     })
     .await;
 }
@@ -117,9 +117,9 @@ async fn exceeded_user_quotas_return_their_error_code() {
         ("sessions.data_max_bytes", "1000"),
         ("rooms.read_marks_max", "1"),
     ];
-    World::each(&options, async |world| {
-        // Five rooms come to be at once, and one in a minute.
-        let mut ann = world.connect(0, "ann").await;
+    TestDeployment::each(&options, async |deployment| {
+        // Five rooms may be created at once, then one per minute.
+        let mut ann = deployment.connect(0, "ann").await;
         let join = |name: &str| json!({"type": "join", "room": name});
         for name in ["r1", "r2", "r3", "r4", "r5"] {
             ask(&mut ann, join(name)).await.unwrap();
@@ -127,71 +127,71 @@ async fn exceeded_user_quotas_return_their_error_code() {
         let refusal = ask(&mut ann, join("r6")).await.unwrap_err();
         assert_eq!(refusal.code, ErrorCode::RateLimited);
         assert!(refusal.retry_after_ms.is_some());
-        let mut bob = world.connect(1, "bob").await;
+        let mut bob = deployment.connect(1, "bob").await;
         ask(&mut bob, join("r6")).await.unwrap();
         for name in ["r6", "r1"] {
             ask(&mut ann, join(name)).await.unwrap();
         }
 
-        // How far one has read is kept of one user.
+        // The read mark of only one user is kept.
         let lobby = room("r6");
         let seq = say(&mut bob, &lobby, "hi").await.seq;
         let read = json!({"type": "read", "room": "r6", "seq": seq});
         bob.send_json(&read).await.unwrap();
-        until("one mark is kept", async || marks_in(&mut bob, "r6", seq).await == 1).await;
+        until("one mark is kept", async || read_marks_at(&mut bob, "r6", seq).await == 1).await;
         ann.send_json(&read).await.unwrap();
-        until("the other is counted", async || marks_refused(world).await == 1).await;
-        assert_eq!(marks_in(&mut bob, "r6", seq).await, 1);
+        until("the other is counted", async || rejected_read_marks(deployment).await == 1).await;
+        assert_eq!(read_marks_at(&mut bob, "r6", seq).await, 1);
 
-        // Managed rooms of an owner; one that is deleted makes room.
-        let mut cat = world.connect(2, "cat").await;
+        // Managed rooms of an owner; deleting one allows another.
+        let mut cat = deployment.connect(2, "cat").await;
         let create = |name: &str| json!({"type": "create_room", "room": name});
         for name in ["m1", "m2"] {
             ask(&mut cat, create(name)).await.unwrap();
         }
-        assert_eq!(refused(&mut cat, create("m3")).await, ErrorCode::LimitReached);
-        assert_eq!(refused(&mut cat, create("m1")).await, ErrorCode::RoomExists);
+        assert_eq!(rejection_code(&mut cat, create("m3")).await, ErrorCode::LimitReached);
+        assert_eq!(rejection_code(&mut cat, create("m1")).await, ErrorCode::RoomExists);
         ask(&mut cat, json!({"type": "delete_room", "room": "m1"})).await.unwrap();
         ask(&mut cat, create("m3")).await.unwrap();
-        assert_eq!(refused(&mut cat, create("m4")).await, ErrorCode::LimitReached);
+        assert_eq!(rejection_code(&mut cat, create("m4")).await, ErrorCode::LimitReached);
 
         // Data of all sessions of a user.
         let set = |letter: &str, count| json!({"type": "session_set", "data": {letter: "x".repeat(count)}});
         ask(&mut cat, set("a", 600)).await.unwrap();
-        let mut other = world.connect(0, "cat").await;
-        assert_eq!(refused(&mut other, set("a", 600)).await, ErrorCode::LimitReached);
+        let mut other = deployment.connect(0, "cat").await;
+        assert_eq!(rejection_code(&mut other, set("a", 600)).await, ErrorCode::LimitReached);
         ask(&mut other, set("a", 300)).await.unwrap();
         ask(&mut cat, json!({"type": "session_set", "data": {"a": null}})).await.unwrap();
         ask(&mut other, set("a", 600)).await.unwrap();
 
-        // Bytes kept: twice those of a minute at once, over all connections on a node.
-        let mut dan = world.connect(0, "dan").await;
+        // Stored bytes: a burst of twice the rate per minute, over all connections on a node.
+        let mut dan = deployment.connect(0, "dan").await;
         for _ in 0..2 {
             direct(&mut dan, "ann", &"x".repeat(10_000)).await.unwrap();
         }
-        let mut too = world.connect(0, "dan").await;
+        let mut too = deployment.connect(0, "dan").await;
         for connection in [&mut dan, &mut too] {
             let refusal = direct(connection, "ann", "more").await.unwrap_err();
             assert_eq!(refusal.code, ErrorCode::RateLimited);
             assert!(refusal.retry_after_ms.is_some_and(|ms| ms > 100));
         }
-        assert_eq!(refused(&mut dan, create("m5")).await, ErrorCode::RateLimited);
+        assert_eq!(rejection_code(&mut dan, create("m5")).await, ErrorCode::RateLimited);
         direct(&mut ann, "dan", "others may").await.unwrap();
     })
     .await;
 }
 
-/// How many members of a room have read up to `seq`.
-async fn marks_in(connection: &mut ClientConnection, room: &str, seq: u64) -> usize {
+/// The number of members of a room with a read mark at `seq`.
+async fn read_marks_at(connection: &mut ClientConnection, room: &str, seq: u64) -> usize {
     let who = json!({"type": "presence", "room": room});
     let ServerFrame::Presence(who) = ask(connection, who).await.unwrap() else { panic!() };
     who.users.iter().filter(|user| user.read == Some(seq)).count()
 }
 
-/// How many marks were not kept.
-async fn marks_refused(world: &World) -> u64 {
+/// The number of rejected read marks.
+async fn rejected_read_marks(deployment: &TestDeployment) -> u64 {
     let mut count = 0;
-    for node in &world.nodes {
+    for node in &deployment.nodes {
         count += metric(node, "gateway_storage_rejections_total{reason=\"read_marks\"}").await;
     }
     count
@@ -203,20 +203,20 @@ async fn metric(node: &Gateway, name: &str) -> u64 {
     value.unwrap_or_else(|| panic!("{name} is not in {metrics}"))
 }
 
-/// The ways to fill Redis.
+/// Kinds of state with which clients fill Redis.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Flood {
-    /// Directs to ever new users, as large as those may be.
+    /// Directs of the maximum size, each to a new user.
     LargeDirects,
-    /// The same of a byte.
+    /// Directs of one byte, each to a new user.
     SmallDirects,
     /// Rooms that are joined and left.
     Rooms,
-    /// Managed rooms with as much `meta` as may be.
+    /// Managed rooms with `meta` of the maximum size.
     ManagedRooms,
     /// Users who connect and do nothing.
     Users,
-    /// Sessions with as much data as may be.
+    /// Sessions with data of the maximum size.
     Sessions,
     /// Large messages to a room of one's own.
     Messages,
@@ -235,18 +235,18 @@ const FLOODS: [Flood; 8] = [
     Flood::OwnInbox,
 ];
 
-/// Options of a node whose clients do as they like, so that only the watermark is left.
+/// Options of a node without rate limits, so that only the memory watermark limits clients.
 const UNLIMITED: [(&str, &str); 3] = [
     ("limits.messages_per_second", "0"),
     ("limits.frames_per_second", "0"),
     ("presence.grace", "0s"),
 ];
 
-/// How many requests an attacker has under way.
+/// The number of requests that an attacker has in flight.
 const WINDOW: usize = 8;
 
 impl Flood {
-    /// What the attacker sends as its `number`th frame.
+    /// The `number`th frame of the attacker.
     fn frame(self, attacker: &str, number: usize) -> Value {
         let name = format!("{attacker}-{number}");
         match self {
@@ -271,9 +271,13 @@ impl Flood {
         }
     }
 
-    /// Floods until it is told to stop. Each connection is a user's own where the flood is of
-    /// users.
-    async fn go(self, address: std::net::SocketAddr, attacker: String, ends: tokio::time::Instant) {
+    /// Floods until `ends`. A flood of users has one connection per user.
+    async fn run_until(
+        self,
+        address: std::net::SocketAddr,
+        attacker: String,
+        ends: tokio::time::Instant,
+    ) {
         let mut number = 0;
         while tokio::time::Instant::now() < ends {
             let user = match self {
@@ -282,7 +286,7 @@ impl Flood {
             };
             let url = format!("ws://{address}/ws");
             let options = skein_client::options::ConnectOptions::new(url).user(&user);
-            // It may be refused, as newcomers may be.
+            // The connection may be rejected, as any new one may.
             let Ok(mut connection) = ClientConnection::open(&options).await else { continue };
             if connection.expect_connected().await.is_err() {
                 continue;
@@ -318,13 +322,13 @@ impl Flood {
     }
 }
 
-/// Publishes to a room that is there are acknowledged in the time that they have. Returns how many,
-/// and the longest wait.
+/// Publishes to an existing room and asserts an ack in time for each. Returns the number of
+/// publishes and the longest wait.
 async fn publish_until(
     connection: &mut ClientConnection,
     ends: tokio::time::Instant,
 ) -> (usize, Duration) {
-    let (lobby, mut count, mut longest) = (room("honest"), 0, Duration::ZERO);
+    let (lobby, mut count, mut longest) = (room("legitimate"), 0, Duration::ZERO);
     while tokio::time::Instant::now() < ends {
         let begun = tokio::time::Instant::now();
         say(connection, &lobby, "hello to all who are here").await;
@@ -343,13 +347,13 @@ async fn used(redis: &Redis) -> u64 {
 
 const MEMORY: u64 = 64 << 20;
 
-/// What has no lifetime: of nodes, which forget the fields of those that have ended, and of the
+/// Keys without expiry: of the nodes, which remove the fields of ended processes, and of the
 /// cluster.
 const KEPT: &str =
     "gw:barrier gw:leases gw:partitions gw:incarnations gw:told gw:online:seen gw:rooms";
 
-/// Floods a Redis of 64 MB in one way after another, while others publish. `filled` bytes are taken
-/// already.
+/// Floods a Redis of 64 MB with each kind of state in turn, while other users publish. `filled`
+/// bytes are in use already.
 async fn flood_all(filled: u64, each: Duration) {
     let redis = Redis::start().await;
     redis.command(&format!("CONFIG SET maxmemory {MEMORY}")).await;
@@ -357,10 +361,10 @@ async fn flood_all(filled: u64, each: Duration) {
     let mut ann = node.connect("ann").await;
     let mut bob = node.connect("bob").await;
     for member in [&mut ann, &mut bob] {
-        member.join(&room("honest")).await.unwrap();
+        member.join(&room("legitimate")).await.unwrap();
     }
     for _ in 0..20 {
-        say(&mut ann, &room("honest"), "before").await;
+        say(&mut ann, &room("legitimate"), "before").await;
     }
     if filled > 0 {
         redis.command(&format!("SETRANGE filler {filled} x")).await;
@@ -370,7 +374,7 @@ async fn flood_all(filled: u64, each: Duration) {
         let attackers: Vec<_> = (0..4)
             .map(|number| {
                 let attacker = format!("{flood:?}-{number}");
-                tokio::spawn(flood.go(node.address, attacker, ends))
+                tokio::spawn(flood.run_until(node.address, attacker, ends))
             })
             .collect();
         let (count, longest) = publish_until(&mut ann, ends).await;
@@ -382,8 +386,8 @@ async fn flood_all(filled: u64, each: Duration) {
             "{flood:?}: {count} acknowledged, the slowest after {longest:?}; {used} bytes used"
         );
         assert!(count > 0, "{flood:?}");
-        // Without a bound Redis would refuse at 100 %, and a gateway that makes room goes little
-        // above.
+        // Without a watermark Redis would reject writes at 100 %; a gateway that frees memory
+        // exceeds it only slightly.
         assert!(used < MEMORY + MEMORY / 20, "{flood:?}: {used}");
     }
     assert!(metric(&node, "gateway_storage_rejections_total{reason=\"memory\"}").await > 0);
@@ -391,23 +395,23 @@ async fn flood_all(filled: u64, each: Duration) {
     assert_eq!(metric(&node, "gateway_redis_memory_max_bytes").await, MEMORY);
     let said = get(node.address, "/ready").await;
     assert_eq!(said.status, 200, "{}", said.body);
-    // Who comes back, and who comes, gets in.
+    // Returning and new users are admitted.
     connect(node.address, "ann").await;
     connect(node.address, "a-newcomer").await;
     drop((ann, bob));
-    // Nothing of it is there for good, but who is connected (nobody, soon), when users were seen,
-    // which rooms there are, and what nodes have themselves.
-    let mut kept = kept_for_good(&redis).await;
+    // No key of the flood lacks an expiry, except connected users (none, soon), the times at which
+    // users were last online, the list of rooms, and the state of nodes.
+    let mut kept = keys_without_expiry(&redis).await;
     let deadline = tokio::time::Instant::now() + PATIENCE;
     while !kept.is_empty() {
         assert!(tokio::time::Instant::now() < deadline, "without a lifetime: {kept}");
         poll_pause().await;
-        kept = kept_for_good(&redis).await;
+        kept = keys_without_expiry(&redis).await;
     }
 }
 
-/// The keys without a lifetime, apart from those that there is one of in all, which nodes bound.
-async fn kept_for_good(redis: &Redis) -> String {
+/// The keys without expiry, apart from the single keys of the cluster, which nodes bound.
+async fn keys_without_expiry(redis: &Redis) -> String {
     let script = "local kept = {} for _, key in ipairs(ARGV) do kept[key] = true end \
          local found = {} for _, key in ipairs(redis.call('KEYS', 'gw:*')) do \
          if redis.call('PTTL', key) == -1 and not kept[key] and not string.match(key, 'orders') \
@@ -423,14 +427,15 @@ async fn publishes_are_acknowledged_while_a_full_redis_is_flooded() {
     flood_all(MEMORY * 3 / 4, Duration::from_millis(700)).await;
 }
 
-/// Others find by its incarnations that a process has ended, and forget with them what it has told:
-/// one that is killed soon after its start leaves nothing either.
+/// Other nodes detect by the incarnations that a process has ended, and remove its presence
+/// entries: a process killed soon after its start leaves nothing either.
 #[tokio::test]
 async fn a_node_registers_before_it_writes_presence_entries() {
     let redis = Redis::start().await;
     let _node = Gateway::start_on(&redis, &[]).await;
     let count = async |key| redis.command(&format!("HLEN {key}")).await.unwrap();
-    until("the node has told its seats", async || count("gw:told").await == ":1").await;
+    until("the node has written its presence entries", async || count("gw:told").await == ":1")
+        .await;
     assert_eq!(count("gw:incarnations").await, ":1");
 }
 
@@ -448,7 +453,7 @@ async fn a_full_redis_accepts_writes_that_free_memory() {
     direct(&mut bob, "ann", "hi").await.unwrap();
     ask(&mut bob, json!({"type": "join", "room": "new"})).await.unwrap();
     redis.command("CONFIG SET maxmemory 1").await;
-    // At once: the first that is refused is sent again by the script that makes room.
+    // At once: the first rejected append is sent again with the script that frees memory.
     let ack = say(&mut ann, &lobby, &"y".repeat(3000)).await;
     assert_eq!((ack.seq, ack.duplicate), (11, false));
     let history = json!({"type": "history", "room": "lobby"});
@@ -458,10 +463,10 @@ async fn a_full_redis_accepts_writes_that_free_memory() {
         _ => None,
     };
     let sent: Vec<u64> = page.messages.iter().filter_map(seq).collect();
-    assert_eq!(sent, (3..=11).collect::<Vec<_>>(), "the two oldest made room");
+    assert_eq!(sent, (3..=11).collect::<Vec<_>>(), "the two oldest were trimmed");
     direct(&mut bob, "ann", "still").await.unwrap();
 
-    // What is new is refused, by name. A room that is there is joined.
+    // New state is rejected with `overloaded`. An existing room can be joined.
     ask(&mut bob, json!({"type": "join", "room": "lobby"})).await.unwrap();
     let overloaded = |refusal: Box<ErrorFrame>| {
         assert_eq!(refusal.code, ErrorCode::Overloaded, "{}", refusal.message);
@@ -485,14 +490,14 @@ async fn a_full_redis_accepts_writes_that_free_memory() {
     .await;
 }
 
-/// What an act of a client leaves in Redis, once the client has gone: bytes and the longest
-/// lifetime in ms, of each of 200.
-async fn leaves(act: impl AsyncFn(&mut ClientConnection, usize)) -> (u64, u64) {
+/// State that an action of a client leaves in Redis after the client has left: bytes per action and
+/// the longest expiry in ms, over 200 actions.
+async fn state_left_by(act: impl AsyncFn(&mut ClientConnection, usize)) -> (u64, u64) {
     const COUNT: usize = 200;
     let redis = Redis::start().await;
     let node = Gateway::start_on(&redis, &UNLIMITED).await;
     let mut ann = node.connect("ann").await;
-    // What there is once, and what the sender has of its own, is not counted.
+    // Single keys of the cluster and the sender's own state are not counted.
     for number in 0..20 {
         act(&mut ann, COUNT + number).await;
     }
@@ -509,15 +514,15 @@ async fn leaves(act: impl AsyncFn(&mut ClientConnection, usize)) -> (u64, u64) {
 
 #[tokio::test]
 async fn unread_state_of_a_client_is_small_and_expires() {
-    let (bytes, lifetime) = leaves(async |ann, number| {
+    let (bytes, lifetime) = state_left_by(async |ann, number| {
         direct(ann, &format!("n-{number}"), "").await.unwrap();
     })
     .await;
-    println!("a direct to nobody: {bytes} bytes for {lifetime} ms");
+    println!("a direct to an absent user: {bytes} bytes for {lifetime} ms");
     assert!((1..=5_500).contains(&bytes), "{bytes}");
     assert!((1..=24 * 60 * 60 * 1000).contains(&lifetime), "{lifetime}");
 
-    let (bytes, lifetime) = leaves(async |ann, number| {
+    let (bytes, lifetime) = state_left_by(async |ann, number| {
         for kind in ["join", "leave"] {
             let frame = json!({"type": kind, "room": format!("n-{number}")});
             ask(ann, frame).await.unwrap();
@@ -552,7 +557,7 @@ async fn history_with_a_user_reads_an_inbox_once() {
         let bytes = read().await - before;
         assert!((least..most).contains(&bytes), "{bytes} bytes read");
     }
-    // No more is read than an answer holds.
+    // The node reads no more than fits into one response.
     let before = read().await;
     let with = json!({"type": "history", "with": "ann", "limit": 200});
     let (messages, more) = history_of(ask(&mut bob, with).await.unwrap());

@@ -1,5 +1,5 @@
-//! Clients that send as fast as they can what nobody gains from: they are slowed, then closed with
-//! 1008 `rate_limited`, and others are served meanwhile.
+//! Clients that send useless frames as fast as they can: they are throttled, then closed with 1008
+//! `rate_limited`, and others are served meanwhile.
 
 use crate::{
     harness::{Gateway, Nginx, get, poll_pause, room, say},
@@ -28,14 +28,14 @@ async fn floods_of_useless_frames_close_with_rate_limited() {
         let frames = frames.repeat(1 + 4096 / frames.len());
         floods.push((path, tokio::spawn(async move { client.flood(&frames).await })));
     }
-    let mut honest = gateway.connect("honest").await;
+    let mut legitimate = gateway.connect("legitimate").await;
     let lobby = room("lobby");
-    honest.join(&lobby).await.unwrap();
+    legitimate.join(&lobby).await.unwrap();
     let mut said = 0;
     while floods.iter().any(|(_, flood)| !flood.is_finished()) {
-        say(&mut honest, &lobby, "here").await;
+        say(&mut legitimate, &lobby, "here").await;
         said += 1;
-        // Below its rate.
+        // Stays below the rate limit.
         for _ in 0..5 {
             poll_pause().await;
         }
@@ -59,7 +59,7 @@ async fn a_close_frame_reaches_a_client_that_is_still_sending() {
     for address in [gateway.address, nginx.address] {
         for path in ["/ws/echo", "/ws?user=a"] {
             let mut client = RawClient::open(address, path, &[]).await;
-            // A client that writes all it has before it reads.
+            // A client that writes everything before it reads.
             client.send(&big).await;
             let close = loop {
                 let (first, payload) = client.next().await.expect("the close frame arrives");

@@ -1,4 +1,4 @@
-//! What a handshake has to be, and what is answered where it is not.
+//! Requirements on a handshake, and the responses to invalid ones.
 
 use std::net::SocketAddr;
 
@@ -13,7 +13,7 @@ use crate::harness::{Gateway, Http, Redis, get, http_raw, until};
 
 const KEY: &str = "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==";
 
-/// A handshake with some header lines replaced or added; an empty one is left out.
+/// Sends a handshake with some header lines replaced or added; a value of `-` removes the line.
 async fn handshake(address: SocketAddr, start: &str, headers: &[&str]) -> Http {
     let defaults = ["Upgrade: websocket", "Connection: Upgrade", "Sec-WebSocket-Version: 13", KEY];
     let name = |line: &str| line.split(':').next().unwrap().to_lowercase();
@@ -37,7 +37,7 @@ async fn a_client_that_leaves_during_setup_frees_its_task_at_once() {
         line.unwrap().parse::<usize>().unwrap()
     };
     let before = tasks().await;
-    // Nobody is let in meanwhile.
+    // No client is admitted meanwhile.
     redis.signal("STOP");
     let mut sockets = Vec::new();
     for _ in 0..20 {
@@ -65,7 +65,7 @@ async fn a_handshake_is_answered_as_rfc_6455_requires() {
     let gateway = Gateway::start(&[]).await;
     let ok = handshake(gateway.address, "GET /ws HTTP/1.1", &[]).await;
     assert_eq!(ok.status, 101, "{ok:?}");
-    // The key and its answer are those of RFC 6455, section 1.3.
+    // Key and accept value are those of RFC 6455, section 1.3.
     assert_eq!(ok.header("sec-websocket-accept"), Some("s3pPLMBiTxaQ9kYGzzhZRbK+xOo="));
     let route = ok.header("set-cookie").unwrap();
     assert!(route.starts_with("gw_node=") && route.contains("HttpOnly"), "{route}");
@@ -148,7 +148,7 @@ async fn the_subprotocol_is_chat_v1_or_none() {
         assert_eq!(answer.status, 101);
         assert_eq!(answer.header("sec-websocket-protocol"), chosen, "{offered}");
     }
-    // A browser fails a handshake in which none is chosen, and tells its page nothing.
+    // A browser fails a handshake in which no subprotocol is chosen, without a reason for its page.
     for path in ["/ws", "/ws/rooms/r", "/ws/echo"] {
         for offered in ["bearer.x", "session.x, bearer.x", "other", "Chat.V1", "zürich"] {
             let header = format!("Sec-WebSocket-Protocol: {offered}");

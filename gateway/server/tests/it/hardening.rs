@@ -1,5 +1,5 @@
-//! Peers that mean no good, before they are clients: slow headers, silent sockets in numbers,
-//! requests without an end, and a gateway that has run out of descriptors.
+//! Hostile peers before authentication: slow headers, many silent sockets, endless requests, and a
+//! gateway that has run out of descriptors.
 
 use std::time::Duration;
 
@@ -12,9 +12,9 @@ use tokio::{
 
 use crate::harness::{Gateway, Node, connect, get, http_raw, poll_pause, room, say, until, within};
 
-/// What a header may take, and some more for a machine that is busy.
+/// The time limit of a header, and slack for a busy machine.
 const HEADER_MAX: Duration = Duration::from_secs(10);
-const SOME_MORE: Duration = Duration::from_secs(8);
+const SLACK: Duration = Duration::from_secs(8);
 
 async fn dial_from(gateway: &Gateway, host: u8) -> TcpStream {
     let socket = TcpSocket::new_v4().unwrap();
@@ -22,8 +22,8 @@ async fn dial_from(gateway: &Gateway, host: u8) -> TcpStream {
     socket.connect(gateway.address).await.unwrap()
 }
 
-/// How long until the gateway ends the connection.
-async fn ended(mut socket: TcpStream) -> Duration {
+/// The time until the gateway closes the connection.
+async fn time_until_closed(mut socket: TcpStream) -> Duration {
     use tokio::io::AsyncReadExt as _;
     let begun = Instant::now();
     let mut answer = Vec::new();
@@ -34,10 +34,10 @@ async fn ended(mut socket: TcpStream) -> Duration {
 #[tokio::test]
 async fn a_header_must_arrive_within_10_s() {
     let gateway = Gateway::start(&[]).await;
-    let silent = ended(TcpStream::connect(gateway.address).await.unwrap());
+    let silent = time_until_closed(TcpStream::connect(gateway.address).await.unwrap());
     let mut half = TcpStream::connect(gateway.address).await.unwrap();
     half.write_all(b"GET /ws HTTP/1.1\r\nHost: x\r\nUpgr").await.unwrap();
-    // Byte by byte, each in time for a clock that would begin anew with each.
+    // Byte by byte, each in time for a timeout that restarted with every byte.
     let (mut slow, begun) = (TcpStream::connect(gateway.address).await.unwrap(), Instant::now());
     let drip = async {
         slow.write_all(b"GET /ws HTTP/1.1\r\nHost: x\r\nX-Slow: ").await.unwrap();
@@ -47,12 +47,15 @@ async fn a_header_must_arrive_within_10_s() {
         }
         begun.elapsed()
     };
-    // An answered request does not buy more time.
+    // An answered request does not extend the time limit.
     let mut second = TcpStream::connect(gateway.address).await.unwrap();
     second.write_all(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\nGET /hea").await.unwrap();
-    let all = within(async { tokio::join!(silent, ended(half), drip, ended(second)) }).await;
+    let all = within(async {
+        tokio::join!(silent, time_until_closed(half), drip, time_until_closed(second))
+    })
+    .await;
     for (what, took) in [("silent", all.0), ("half", all.1), ("slow", all.2), ("second", all.3)] {
-        assert!(took > HEADER_MAX / 2 && took < HEADER_MAX + SOME_MORE, "{what}: {took:?}");
+        assert!(took > HEADER_MAX / 2 && took < HEADER_MAX + SLACK, "{what}: {took:?}");
     }
 }
 
@@ -77,7 +80,7 @@ async fn a_header_sent_byte_by_byte_is_accepted() {
 
 #[tokio::test]
 async fn frames_sent_with_a_large_header_are_read() {
-    use crate::soak::wire::{join_frame, message_frame};
+    use crate::soak::raw_client::{join_frame, message_frame};
     let gateway = Gateway::start(&[]).await;
     let mut request = format!(
         "GET /ws HTTP/1.1\r\nHost: x\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n\
@@ -135,7 +138,7 @@ async fn a_missing_request_body_is_not_waited_for() {
         let mut socket = TcpStream::connect(gateway.address).await.unwrap();
         let request = format!("POST /ws HTTP/1.1\r\nHost: x\r\n{length}\r\n\r\n");
         socket.write_all(request.as_bytes()).await.unwrap();
-        assert!(ended(socket).await < HEADER_MAX / 2, "{length}");
+        assert!(time_until_closed(socket).await < HEADER_MAX / 2, "{length}");
     }
 }
 
@@ -154,7 +157,7 @@ async fn a_peer_that_reads_no_responses_is_dropped() {
 
 #[tokio::test]
 async fn silent_connections_of_many_addresses_do_not_block_others() {
-    // 520 places in all, 110 for one address.
+    // 520 pending connections in all, 110 per address.
     let gateway =
         Gateway::start(&[("limits.connections_max", "20"), ("limits.connections_per_ip", "10")])
             .await;
@@ -168,13 +171,13 @@ async fn silent_connections_of_many_addresses_do_not_block_others() {
             }
             silent.push(socket);
         }
-        // There is always a place for who sends a handshake.
+        // A peer that sends a handshake is always accepted.
         let begun = Instant::now();
         let mut bob = gateway.connect("bob").await;
         assert_eq!(bob.close(1000, "").await.code, Some(1000));
         assert!(begun.elapsed() < HEADER_MAX / 2, "bob waited for {:?}", begun.elapsed());
     }
-    // Who has a WebSocket already is not dropped for them.
+    // An established WebSocket is not evicted.
     let lobby = room("lobby");
     ann.join(&lobby).await.unwrap();
     say(&mut ann, &lobby, "still here").await;
@@ -199,7 +202,8 @@ async fn a_node_out_of_descriptors_serves_and_later_accepts_again() {
         assert!(others.len() < 100, "there is no limit");
     }
     assert!(others.len() > 50, "only {} were taken", others.len());
-    // Nobody is taken now; who is there is served, and no processor burns.
+    // No connection is accepted now; existing clients are served, and the accept loop does not
+    // spin.
     let used = cpu_ticks(&node);
     let begun = Instant::now();
     let mut waiting = TcpStream::connect(node.address).await.unwrap();
@@ -221,7 +225,7 @@ async fn a_node_out_of_descriptors_serves_and_later_accepts_again() {
     assert_eq!((code, said.matches("cannot accept").count()), (Some(0), 1), "{said}");
 }
 
-/// The processor time a node has used, in ticks of 10 ms.
+/// CPU time of a node, in ticks of 10 ms.
 fn cpu_ticks(node: &Node) -> u64 {
     let stat = std::fs::read_to_string(format!("/proc/{}/stat", node.process.pid())).unwrap();
     let after_name = stat.rsplit(')').next().unwrap();

@@ -1,4 +1,5 @@
-//! `loadtest` finds each fault that is injected into a gateway, and none where there is none.
+//! Checks that `loadtest` finds each fault that is injected into a gateway, and none without a
+//! fault.
 //!
 //! `SKEIN_INJECTED=full` runs each scenario twenty times against a gateway without a fault.
 
@@ -17,7 +18,7 @@ fn clean_runs() -> usize {
     if std::env::var("SKEIN_INJECTED").is_ok_and(|how| how == "full") { 20 } else { 1 }
 }
 
-/// Runs `loadtest` against a gateway and returns what it says does not hold.
+/// Runs `loadtest` against a gateway and returns the failures that it reports.
 async fn failures(node: &Node, scenario: &[&str]) -> Vec<String> {
     let own = std::env::current_exe().unwrap();
     let loadtest = own.parent().and_then(Path::parent).unwrap().join("loadtest");
@@ -67,8 +68,8 @@ const ROOMS: [&str; 14] = [
     "1",
     "--late-after=100ms",
 ];
-/// 120,000 connections, a few at a time, so that what a server needs for many at once is no matter.
-/// Half of them count, and one huge page more or less is 35 bytes of each.
+/// 120,000 connections, a few at a time, so that the memory of many concurrent ones does not
+/// matter. Half of them count, and one huge page more or less is 35 bytes of each.
 const STORM: [&str; 13] = [
     "storm",
     "-n",
@@ -90,7 +91,7 @@ const STORM: [&str; 13] = [
 async fn loadtest_finds_each_injected_fault_and_no_other() {
     for (name, fault) in DeliveryFault::ALL {
         let (scenarios, words): (&[&[&str]], &[&str]) = match fault {
-            DeliveryFault::Drop => (&[&LEDGER, &ROOMS], &["hole", "lost"]),
+            DeliveryFault::Drop => (&[&LEDGER, &ROOMS], &["gap", "lost"]),
             DeliveryFault::Duplicate => (&[&LEDGER, &ROOMS], &["duplicated"]),
             DeliveryFault::Swap => (&[&LEDGER, &ROOMS], &["out of order"]),
             DeliveryFault::Stall => (&[&LEDGER, &ROOMS], &["took longer than 100 ms"]),
@@ -114,7 +115,7 @@ async fn loadtest_finds_each_injected_fault_and_no_other() {
     }
 }
 
-/// A connection in a room, to a node with injected panics.
+/// Connects to a node with injected panics and joins a room.
 async fn member(node: &Node, user: &str, lobby: &RoomId) -> ClientConnection {
     let mut member = connect(node.address, user).await;
     member.join(lobby).await.unwrap();
@@ -139,7 +140,8 @@ async fn a_panic_in_a_connection_closes_only_that_connection() {
             .unwrap();
         assert_eq!(closed(&mut bob).await, (Some(1011), "internal".to_owned()));
         assert_eq!(panics(&node).await, format!("gateway_connection_panics_total {n}"));
-        // What it held is given back: the user's only connection, and the place in the room.
+        // Its resources are released: the user's only connection permit, and its presence in the
+        // room.
         until("bob has left", async || {
             let asks = json!({"type": "presence", "room": lobby, "ref": 1});
             let ServerFrame::Presence(presence) = ann.request(&asks).await.unwrap() else {

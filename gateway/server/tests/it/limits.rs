@@ -1,4 +1,4 @@
-//! Every limit of section 7 that is there, with the answer it has.
+//! The limits of section 7 of the protocol, and the errors beyond them.
 
 use serde_json::json;
 use skein_client::{
@@ -51,7 +51,7 @@ async fn messages_above_the_rate_are_rejected_with_retry_after() {
             _ => {}
         }
     }
-    // The burst is twice the rate; on a slow machine a few more are earned meanwhile.
+    // The burst is twice the rate; on a slow machine a few more are allowed meanwhile.
     assert!((2..10).contains(&acks), "{acks} taken");
 }
 
@@ -103,7 +103,7 @@ async fn fields_above_their_limit_are_too_large() {
     ann.send_bytes(header).await.unwrap();
     let ServerFrame::Error(refusal) = ann.next_frame().await.unwrap() else { panic!("no error") };
     assert_eq!(refusal.code, ErrorCode::TooLarge);
-    // The largest message there may be still passes.
+    // A message of the maximum size still passes.
     let text = "z".repeat(262_144 - 200);
     assert_eq!(say(&mut ann, &lobby, &text).await.seq, 1);
 }
@@ -138,7 +138,7 @@ async fn rooms_of_a_node_are_limited_and_empty_ones_evicted() {
     );
     ann.request(&frames::OutgoingLeave::new(&room("a"))).await.unwrap();
     ann.join(&room("c")).await.unwrap();
-    // Of two that are left at once, one is still followed.
+    // Of two rooms left at once, one stays subscribed.
     ann.request(&frames::OutgoingLeave::new(&room("b"))).await.unwrap();
     ann.request(&frames::OutgoingLeave::new(&room("c"))).await.unwrap();
     let metrics = get(gateway.admin, "/metrics").await.body;
@@ -170,7 +170,7 @@ async fn users_of_a_watch_count_as_frames_and_leak_nothing() {
     }
     let channels = async || redis.command("PUBSUB CHANNELS gw:s:*").await.unwrap();
     assert_eq!((told, refused, &*channels().await), (150, 1, "*150"));
-    // A frame of 100 names counts as 26: 38 of them are the burst.
+    // A frame of 100 users counts as 26, so the burst is 38 of them.
     for number in 0..30 {
         ann.send_json(&names("unwatch", number * 100)).await.unwrap();
         ann.send_json(&names("watch", number * 100 + 100)).await.unwrap();
@@ -198,7 +198,7 @@ async fn http_requests_and_key_failures_of_an_address_are_limited() {
     .await;
     let call =
         async |key: Option<&str>| call_as(key, gateway.address, "GET /api/v1/nodes", None).await;
-    // Both have a burst of five; on a slow machine a few more are earned meanwhile.
+    // Both have a burst of five; on a slow machine a few more are allowed meanwhile.
     let mut refused = 0;
     for number in 0..12 {
         let http = call(Some("a wrong key of sixteen").filter(|_| number % 2 == 0)).await;
@@ -215,16 +215,16 @@ async fn http_requests_and_key_failures_of_an_address_are_limited() {
     let limited = format!("gateway_api_rejections_total{{reason=\"rate_limited\"}} {refused}\n");
     assert!(metrics.contains(&limited), "{metrics}");
 
-    // Requests over one connection, which ends by the first that is refused.
+    // Requests over one connection, which ends with the first rejected one.
     let mut socket = TcpStream::connect(gateway.address).await.unwrap();
     let request = "GET /nothing HTTP/1.1\r\nHost: x\r\n\r\n".repeat(50);
     socket.write_all(request.as_bytes()).await.unwrap();
     let mut answers = String::new();
-    // The peer may be reset for what it still sent.
+    // The connection may be reset because of unread input.
     let _ = within(socket.read_to_string(&mut answers)).await;
     let count = |status: &str| answers.matches(&format!("HTTP/1.1 {status}")).count();
     assert!((5..=12).contains(&count("404")) && count("429") == 1, "{answers}");
-    // A flood of pages keeps out neither probes nor clients.
+    // A flood of page requests blocks neither probes nor clients.
     assert_eq!(get(gateway.address, "/health").await.status, 200);
     gateway.connect("ann").await;
 }

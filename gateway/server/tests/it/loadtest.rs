@@ -1,4 +1,4 @@
-//! The load generator against a real gateway, small.
+//! Short runs of the load generator against a real gateway.
 
 use std::{path::PathBuf, time::Duration};
 
@@ -13,7 +13,8 @@ fn loadtest() -> PathBuf {
     own.parent().and_then(|deps| deps.parent()).unwrap().join("loadtest")
 }
 
-/// What it reported. Its exit code is 1 on a machine too busy for its times to count.
+/// Runs `loadtest` and returns its report. The exit code is 1 on a machine too busy for valid
+/// times.
 async fn reported(arguments: &[&str]) -> Value {
     let output = Command::new(loadtest()).args(arguments).arg("--json").output();
     let output = timeout(Duration::from_secs(120), output).await.expect("it ends").unwrap();
@@ -27,8 +28,8 @@ async fn reported(arguments: &[&str]) -> Value {
     report
 }
 
-/// The same, where nothing is wrong.
-async fn well(arguments: &[&str]) -> Value {
+/// As [`reported`], and asserts that nothing failed.
+async fn passing_report(arguments: &[&str]) -> Value {
     let report = reported(arguments).await;
     assert_eq!(report["failures"], json!([]), "{report}");
     report
@@ -39,7 +40,7 @@ async fn connections_are_opened_held_and_reported() {
     let gateway = Gateway::start(&[]).await;
     let url = gateway.url("/ws");
     let size = ["-n", "200", "--rooms", "5", "--ramp", "1000/s", "--hold", "200ms"];
-    let report = well(&[&["connect", "--url", &url], &size[..]].concat()).await;
+    let report = passing_report(&[&["connect", "--url", &url], &size[..]].concat()).await;
     assert_eq!(report["opened"], 200, "{report}");
 }
 
@@ -52,14 +53,14 @@ async fn rejected_connections_are_reported() {
     assert_eq!(report["failures"], json!(["5 of 10 connections were held"]));
 }
 
-/// Those that count what they send and what arrives, in one process or in several.
+/// Scenarios that count sent and received messages, in one process or in several.
 #[tokio::test]
 async fn each_scenario_counts_sent_and_received_messages() {
     let gateway = Gateway::start(&[]).await;
     let (url, page) = (gateway.url("/ws"), format!("http://{}/metrics", gateway.admin));
     let talk = ["--url", &url, "--ramp", "1000/s", "--rate", "100/s", "--duration", "1s"];
     let check = async |scenario: &[&str], copies: u64| {
-        let report = well(&[scenario, &talk[..]].concat()).await;
+        let report = passing_report(&[scenario, &talk[..]].concat()).await;
         let acknowledged = report["acknowledged"].as_u64().unwrap();
         assert!((90..=110).contains(&acknowledged), "{report}");
         assert_eq!(report["delivered"], acknowledged * copies, "{report}");
@@ -70,7 +71,7 @@ async fn each_scenario_counts_sent_and_received_messages() {
     assert!(report["gauges"][0]["url"].is_string(), "{report}");
     let report = check(&["rooms", "--rooms", "5", "--members", "4", "--processes", "3"], 4).await;
     assert_eq!(report["generator"]["processes"], 3);
-    // All arrives in the end, since those who did not read do so then.
+    // All messages arrive in the end, because clients that did not read do so then.
     let report = check(&["slow", "--rooms", "2", "--members", "10"], 10).await;
     assert_eq!(report["steps"][0]["result"], "2", "{report}");
 }
@@ -80,7 +81,7 @@ async fn all_clients_return_after_a_storm() {
     let gateway = Gateway::start(&[]).await;
     let url = gateway.url("/ws");
     let size = ["-n", "100", "--rounds", "2", "--pause", "50ms", "--ramp", "1000/s"];
-    let report = well(&[&["storm", "--url", &url], &size[..]].concat()).await;
+    let report = passing_report(&[&["storm", "--url", &url], &size[..]].concat()).await;
     assert!(report["steps"][1]["result"].as_str().unwrap().starts_with("100 of 100 back"));
 }
 
@@ -101,7 +102,7 @@ async fn chat_users_send_and_receive_acks() {
     let gateway = Gateway::start(&[]).await;
     let url = gateway.url("/ws");
     let users = ["--users", "20", "--think", "100ms", "--duration", "2s"];
-    let report = well(&[&["chat", "--url", &url], &users[..]].concat()).await;
+    let report = passing_report(&[&["chat", "--url", &url], &users[..]].concat()).await;
     assert!(report["acknowledged"].as_u64().unwrap() > 100, "{report}");
 }
 
@@ -112,7 +113,7 @@ async fn reports_are_compared_and_rendered_as_html() {
     let page = scratch.path().join("page.html");
     let load = ["--rooms", "2", "--members", "3", "--duration", "2s", "--html"];
     let html = page.to_str().unwrap();
-    let report = well(&[&["ledger", "--url", &url], &load[..], &[html]].concat()).await;
+    let report = passing_report(&[&["ledger", "--url", &url], &load[..], &[html]].concat()).await;
     let page = std::fs::read_to_string(&page).unwrap();
     assert!(page.contains("<svg") && page.contains("loadtest ledger"));
     let file = scratch.path().join("report.json");
@@ -135,18 +136,18 @@ async fn bench_measures_every_kind_of_row() {
         .arg("--json")
         .arg(json.path())
         .output();
-    // It starts 17 servers one after the other, and some 28 s are what that takes.
+    // It starts 17 servers one after the other, which takes about 28 s.
     let output = timeout(4 * PATIENCE, output).await.expect("it ends");
     let output = output.expect("`make build` builds it and what it starts");
     let said = String::from_utf8_lossy(&output.stdout);
     let noted = String::from_utf8_lossy(&output.stderr);
-    // 1: where the machine is busy a row may not count.
+    // 1: on a busy machine a row may be invalid.
     assert!(matches!(output.status.code(), Some(0 | 1)), "{said}\n{noted}");
     assert!(!said.contains("missing or duplicated"), "{said}");
     let table: Value = serde_json::from_reader(json).unwrap();
     let rows = table["rows"].as_array().unwrap();
     let all: &[&str] = &["baseline", "naive", "skein"];
-    // Nothing else is called by the name of a script, and nothing else resumes.
+    // Only scripts have this name, and only this row resumes.
     let candidates = [all, all, all, all, &["baseline", "skein"], &["skein"]];
     assert_eq!(rows.len(), candidates.len(), "{table}");
     for (row, candidates) in rows.iter().zip(candidates) {
@@ -164,7 +165,7 @@ async fn ledger_accounts_for_every_message() {
     let gateway = Gateway::start(&[]).await;
     let url = gateway.url("/ws");
     let load = ["--rooms", "3", "--members", "4", "--rate", "100/s", "--duration", "2s"];
-    let report = well(&[&["ledger", "--url", &url], &load[..]].concat()).await;
+    let report = passing_report(&[&["ledger", "--url", &url], &load[..]].concat()).await;
     let acknowledged = report["acknowledged"].as_u64().unwrap();
     assert!(acknowledged > 150, "{report}");
     assert_eq!(report["delivered"], acknowledged * 4, "{report}");
@@ -173,7 +174,7 @@ async fn ledger_accounts_for_every_message() {
 #[tokio::test]
 async fn chaos_on_a_local_cluster_accounts_for_every_message() {
     let render = concat!(env!("CARGO_MANIFEST_DIR"), "/../../nginx/render.sh");
-    let report = well(&[
+    let report = passing_report(&[
         "chaos",
         "--seed",
         "1",
@@ -197,7 +198,7 @@ async fn chaos_injects_faults_into_an_external_cluster() {
     let urls = [0, 1].map(|node: usize| format!("ws://{}/ws", nodes[node].address));
     let pids = [0, 1].map(|node: usize| nodes[node].process.pid().to_string());
     let redis = redis.address().to_string();
-    let report = well(&[
+    let report = passing_report(&[
         "chaos",
         "--url",
         &urls[0],
@@ -218,14 +219,14 @@ async fn chaos_injects_faults_into_an_external_cluster() {
     assert!(report["acknowledged"].as_u64().unwrap() > 500, "{report}");
 }
 
-/// A share of the catalogue, so short and lenient that it says only that attacks are made,
-/// legitimate clients are measured and answered, and everything is back: `make abuse` judges times.
+/// A share of the catalogue, so short and lenient that it shows only that attacks run, legitimate
+/// clients are measured and answered, and resources are released: `make abuse` judges times.
 #[tokio::test]
 async fn legitimate_clients_are_served_during_attacks() {
     let gateway = env!("CARGO_BIN_EXE_gateway");
     let attacks = ["abuse", "echo-pings", "partial-frames"];
     let short = ["--seconds", "1", "--clients", "20", "--rate", "40/s", "--gateway", gateway];
-    // Whether all is back in time is judged where the machine is quiet: `make abuse`.
+    // Recovery times are judged on a quiet machine, by `make abuse`.
     let short = [&short[..], &["--recovery", "3s"]].concat();
     let lenient = ["--slack", "4s", "--lag-max", "1s"];
     let report = reported(&[&attacks[..], &short[..], &lenient[..]].concat()).await;

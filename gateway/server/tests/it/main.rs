@@ -1,8 +1,8 @@
-//! The gateway from outside: through real sockets, a real redis-server, a real nginx and a real
-//! browser.
+//! Tests of the gateway from outside: through real sockets, a real redis-server, a real nginx and a
+//! real browser.
 //!
-//! One binary, so that it links once. `harness` starts servers on free ports and stops them by
-//! pid; everything else is named after what it shows.
+//! One binary, so that it links once. `harness` starts servers on free ports and stops them by pid;
+//! every other module is named after its subject.
 
 #![allow(clippy::disallowed_methods, reason = "a test's tasks end with its runtime")]
 #![allow(clippy::unwrap_used, reason = "a test that panics has failed")]
@@ -28,7 +28,7 @@ mod redis_bus;
 mod hub;
 mod cluster;
 mod faults;
-mod talk;
+mod steady_traffic;
 mod topology;
 mod nginx;
 mod repair;

@@ -1,5 +1,5 @@
-//! Managed rooms, rooms that come to be by being joined, and rooms without a log; on a single node
-//! and on three of a cluster.
+//! Managed rooms, rooms created by a join, and ephemeral rooms; on a single node and on three of a
+//! cluster.
 
 use serde_json::{Value, json};
 use skein_client::{
@@ -18,7 +18,7 @@ use skein_protocol::{
 
 use crate::{
     harness::{Gateway, closed, get, next_message, room, say, until, within},
-    presence::{World, ask, heard, refused},
+    presence::{TestDeployment, ask, next_matching, rejection_code},
 };
 
 async fn info(connection: &mut ClientConnection, frame: Value) -> RoomInfoFrame {
@@ -60,9 +60,9 @@ async fn join_with(
 
 #[tokio::test]
 async fn a_created_room_is_described_and_listed_on_every_node() {
-    World::each(&[], async |world| {
-        let mut ann = world.connect(0, "ann").await;
-        let mut bob = world.connect(1, "bob").await;
+    TestDeployment::each(&[], async |deployment| {
+        let mut ann = deployment.connect(0, "ann").await;
+        let mut bob = deployment.connect(1, "bob").await;
         let create = json!({
             "type": "create_room", "room": "team:one", "name": "Team One", "max_members": 5,
             "password": "sesame", "meta": {"topic": "all"},
@@ -76,33 +76,33 @@ async fn a_created_room_is_described_and_listed_on_every_node() {
             RoomInfoFrame { reference: None, ..info_of(&mut bob, "team:one").await },
             RoomInfoFrame { reference: None, ..made }
         );
-        assert_eq!(refused(&mut bob, create).await, ErrorCode::RoomExists);
-        // A private one is there for its owner and its members only.
+        assert_eq!(rejection_code(&mut bob, create).await, ErrorCode::RoomExists);
+        // A private room is visible only to its owner and its members.
         let private = json!({"type": "create_room", "room": "team:two", "public": false});
         info(&mut ann, private).await;
         let asks = json!({"type": "room_info", "room": "team:two"});
-        assert_eq!(refused(&mut bob, asks.clone()).await, ErrorCode::NotFound);
+        assert_eq!(rejection_code(&mut bob, asks.clone()).await, ErrorCode::NotFound);
         assert_eq!(listed(&mut bob, "team:", 1).await, ["team:one"]);
         bob.join(&room("team:two")).await.unwrap();
         assert_eq!(info(&mut bob, asks).await.members, 1);
         assert!(!info_of(&mut ann, "team:two").await.public);
         let nothing = json!({"type": "room_info", "room": "nothing"});
-        assert_eq!(refused(&mut bob, nothing).await, ErrorCode::NotFound);
+        assert_eq!(rejection_code(&mut bob, nothing).await, ErrorCode::NotFound);
     })
     .await;
 }
 
 #[tokio::test]
 async fn a_room_with_members_or_a_log_cannot_be_created() {
-    World::each(&[("presence.grace", "0s")], async |world| {
-        let mut ann = world.connect(0, "ann").await;
-        let mut bob = world.connect(1, "bob").await;
+    TestDeployment::each(&[("presence.grace", "0s")], async |deployment| {
+        let mut ann = deployment.connect(0, "ann").await;
+        let mut bob = deployment.connect(1, "bob").await;
         ann.join(&room("lobby")).await.unwrap();
         let create = json!({"type": "create_room", "room": "lobby"});
-        assert_eq!(refused(&mut bob, create.clone()).await, ErrorCode::RoomExists);
+        assert_eq!(rejection_code(&mut bob, create.clone()).await, ErrorCode::RoomExists);
         say(&mut ann, &room("lobby"), "kept").await;
         ann.request(&frames::OutgoingLeave::new(&room("lobby"))).await.unwrap();
-        assert_eq!(refused(&mut bob, create).await, ErrorCode::RoomExists);
+        assert_eq!(rejection_code(&mut bob, create).await, ErrorCode::RoomExists);
     })
     .await;
 }
@@ -114,12 +114,12 @@ async fn password_guesses_are_limited_and_known_ones_pass() {
     let create = json!({"type": "create_room", "room": "vault", "password": "sesame"});
     ask(&mut ann, create).await.unwrap();
     assert_eq!(join_with(&mut ann, "vault", "sesame").await, None);
-    // The fourth of a user has to wait, and so has the third of another: three users who failed
+    // The fourth guess of a user must wait, and so must the third of another: three users failed
     // before.
     let mut told = Vec::new();
     for user in ["eve", "mallory"] {
         for guess in ["a", "b", "c", "d"] {
-            // A connection each, since one may try five passwords only.
+            // One connection each, because a connection may try only five passwords.
             let mut connection = gateway.connect(user).await;
             let guess = format!("{user}{guess}");
             let frame = json!({"type": "join", "room": "vault", "password": guess});
@@ -135,7 +135,7 @@ async fn password_guesses_are_limited_and_known_ones_pass() {
     }
     use ErrorCode::{RateLimited as Later, WrongPassword as Wrong};
     assert_eq!(told, [Wrong, Wrong, Wrong, Later, Wrong, Wrong, Later, Later]);
-    // An honest user of the same address, who has not been here before.
+    // A legitimate user of the same address who has not joined before.
     let mut bob = gateway.connect("bob").await;
     assert_eq!(join_with(&mut bob, "vault", "sesame").await, None);
     let metrics = get(gateway.admin, "/metrics").await.body;
@@ -151,27 +151,27 @@ async fn password_guesses_are_limited_and_known_ones_pass() {
 
 #[tokio::test]
 async fn a_protected_room_is_joined_only_with_its_password() {
-    World::each(&[], async |world| {
-        let mut ann = world.connect(0, "ann").await;
+    TestDeployment::each(&[], async |deployment| {
+        let mut ann = deployment.connect(0, "ann").await;
         let create = json!({"type": "create_room", "room": "vault", "password": "sesame"});
         info(&mut ann, create).await;
         for node in 0..3 {
-            let mut bob = world.connect(node, &format!("bob{node}")).await;
+            let mut bob = deployment.connect(node, &format!("bob{node}")).await;
             assert_eq!(join_with(&mut bob, "vault", "").await, Some(ErrorCode::WrongPassword));
             assert_eq!(
                 join_with(&mut bob, "vault", "barley").await,
                 Some(ErrorCode::WrongPassword)
             );
-            // The connection lives on, not joined.
+            // The connection stays open, without the room.
             let message = json!({"type": "message", "room": "vault", "content": 1});
-            assert_eq!(refused(&mut bob, message).await, ErrorCode::NotJoined);
+            assert_eq!(rejection_code(&mut bob, message).await, ErrorCode::NotJoined);
             assert_eq!(join_with(&mut bob, "vault", "sesame").await, None);
             say(&mut bob, &room("vault"), "in").await;
         }
-        // The owner too has to know it.
+        // The owner needs the password too.
         assert_eq!(join_with(&mut ann, "vault", "").await, Some(ErrorCode::WrongPassword));
         for (query, code) in [("password=sesame", None), ("password=x", Some("wrong_password"))] {
-            let node = world.nodes.last().unwrap();
+            let node = deployment.nodes.last().unwrap();
             let url = node.url(&format!("/ws/rooms/vault?{query}"));
             let mut cat =
                 ClientConnection::open(&ConnectOptions::new(url).user("cat")).await.unwrap();
@@ -188,12 +188,12 @@ async fn a_protected_room_is_joined_only_with_its_password() {
 
 #[tokio::test]
 async fn the_member_limit_of_a_room_holds_across_nodes() {
-    World::each(&[("presence.grace", "0s")], async |world| {
-        let mut ann = world.connect(0, "ann").await;
+    TestDeployment::each(&[("presence.grace", "0s")], async |deployment| {
+        let mut ann = deployment.connect(0, "ann").await;
         info(&mut ann, json!({"type": "create_room", "room": "small", "max_members": 5})).await;
         let mut joins = Vec::new();
         for number in 0..30 {
-            let mut connection = world.connect(number, &format!("u{number}")).await;
+            let mut connection = deployment.connect(number, &format!("u{number}")).await;
             joins.push(async move {
                 let refused = join_with(&mut connection, "small", "").await;
                 (connection, refused)
@@ -205,20 +205,20 @@ async fn the_member_limit_of_a_room_holds_across_nodes() {
         assert_eq!(inside.len(), 5);
         assert!(outside.iter().all(|(_, refused)| *refused == Some(ErrorCode::RoomFull)));
         assert_eq!(info_of(&mut ann, "small").await.members, 5);
-        // Who is counted already comes in with another device.
+        // A user who is counted already may join with another device.
         let inside_user = {
             let mut of_it = inside;
             let (mut connection, _) = of_it.pop().unwrap();
             let presence = ask(&mut connection, json!({"type": "presence", "room": "small"})).await;
             let ServerFrame::Presence(presence) = presence.unwrap() else { panic!("no presence") };
             let user = presence.users[0].id.to_string();
-            let mut again = world.connect(2, &user).await;
+            let mut again = deployment.connect(2, &user).await;
             assert_eq!(join_with(&mut again, "small", "").await, None);
-            // A place that is left is free at once.
+            // A member who leaves frees a place at once.
             connection.request(&frames::OutgoingLeave::new(&room("small"))).await.unwrap();
             of_it
         };
-        let mut late = world.connect(1, "late").await;
+        let mut late = deployment.connect(1, "late").await;
         until("let in", async || join_with(&mut late, "small", "").await.is_none()).await;
         drop(inside_user);
     })
@@ -227,12 +227,12 @@ async fn the_member_limit_of_a_room_holds_across_nodes() {
 
 #[tokio::test]
 async fn a_rejected_join_leaves_no_presence() {
-    World::each(&[], async |world| {
-        let mut ann = world.connect(0, "ann").await;
+    TestDeployment::each(&[], async |deployment| {
+        let mut ann = deployment.connect(0, "ann").await;
         info(&mut ann, json!({"type": "create_room", "room": "one", "max_members": 1})).await;
         ann.join(&room("one")).await.unwrap();
-        let mut devices = [world.connect(1, "bob").await, world.connect(1, "bob").await];
-        // All at once, so that each is asked while another is being refused.
+        let mut devices = [deployment.connect(1, "bob").await, deployment.connect(1, "bob").await];
+        // All at once, so that each join runs while another is being rejected.
         for round in 0..20 {
             for device in &mut devices {
                 device
@@ -243,7 +243,7 @@ async fn a_rejected_join_leaves_no_presence() {
         }
         for device in &mut devices {
             for _ in 0..20 {
-                let code = heard(device, |frame| match frame {
+                let code = next_matching(device, |frame| match frame {
                     ServerFrame::Error(refusal) => Some(refusal.code),
                     ServerFrame::Joined(_) => panic!("let in"),
                     _ => None,
@@ -252,7 +252,7 @@ async fn a_rejected_join_leaves_no_presence() {
             }
         }
         say(&mut ann, &room("one"), "alone").await;
-        let told = heard(&mut ann, |frame| match frame {
+        let told = next_matching(&mut ann, |frame| match frame {
             ServerFrame::MemberJoined(moved) => Some(Some(moved)),
             ServerFrame::Message(_) => Some(None),
             _ => None,
@@ -265,14 +265,14 @@ async fn a_rejected_join_leaves_no_presence() {
 
 #[tokio::test]
 async fn a_join_after_a_deletion_enters_the_new_room_or_none() {
-    World::each(&[], async |world| {
+    TestDeployment::each(&[], async |deployment| {
         for round in 0..20 {
             let name = format!("again{round}");
-            let mut ann = world.connect(round, "ann").await;
+            let mut ann = deployment.connect(round, "ann").await;
             info(&mut ann, json!({"type": "create_room", "room": name})).await;
             ann.join(&room(&name)).await.unwrap();
             ann.send_json(&json!({"type": "delete_room", "room": name})).await.unwrap();
-            // A client that is told to try again later does.
+            // A client that gets `retry_after_ms` retries.
             until("joined", async || {
                 let refused = join_with(&mut ann, &name, "").await;
                 assert!(matches!(refused, None | Some(ErrorCode::Unavailable)), "{refused:?}");
@@ -288,41 +288,41 @@ async fn a_join_after_a_deletion_enters_the_new_room_or_none() {
 
 #[tokio::test]
 async fn a_deleted_room_closes_for_all_and_restarts_empty() {
-    World::each(&[], async |world| {
+    TestDeployment::each(&[], async |deployment| {
         let vault = room("vault");
-        let mut ann = world.connect(0, "ann").await;
+        let mut ann = deployment.connect(0, "ann").await;
         let create = json!({"type": "create_room", "room": "vault"});
         info(&mut ann, create.clone()).await;
         let mut members = Vec::new();
         for node in 0..3 {
-            let mut member = world.connect(node, &format!("m{node}")).await;
+            let mut member = deployment.connect(node, &format!("m{node}")).await;
             member.join(&vault).await.unwrap();
             members.push(member);
         }
         let epoch = ann.join(&vault).await.unwrap().epoch;
-        let said = say(&mut members[1], &vault, "gone soon").await;
+        let said = say(&mut members[1], &vault, "deleted soon").await;
         let delete = json!({"type": "delete_room", "room": "vault"});
-        assert_eq!(refused(&mut members[0], delete.clone()).await, ErrorCode::Forbidden);
+        assert_eq!(rejection_code(&mut members[0], delete.clone()).await, ErrorCode::Forbidden);
         let answer = ask(&mut ann, delete.clone()).await.unwrap();
         let ServerFrame::RoomClosed(closed) = answer else { panic!("{answer:?}") };
         assert!(closed.reference.is_some() && closed.room == vault);
         for member in &mut members {
-            let closed = heard(member, |frame| match frame {
+            let closed = next_matching(member, |frame| match frame {
                 ServerFrame::RoomClosed(closed) => Some(closed),
                 _ => None,
             })
             .await;
             assert_eq!((closed.room, closed.reference), (vault.clone(), None));
             let message = json!({"type": "message", "room": "vault", "content": 1});
-            assert_eq!(refused(member, message).await, ErrorCode::NotJoined);
+            assert_eq!(rejection_code(member, message).await, ErrorCode::NotJoined);
         }
-        assert_eq!(refused(&mut ann, delete).await, ErrorCode::NotFound);
+        assert_eq!(rejection_code(&mut ann, delete).await, ErrorCode::NotFound);
         let again = info(&mut members[2], create).await;
         assert_eq!(again.owner.unwrap().as_str(), "m2");
         let joined = members[0].join(&vault).await.unwrap();
         assert_eq!((joined.seq, joined.members, joined.read), (0, 1, 0));
         assert_ne!(joined.epoch, epoch);
-        // Who was there before is told that its position is of another log.
+        // A former member learns that its position is of another log.
         let since = Position::new(epoch, said.seq);
         let join =
             frames::OutgoingJoin { since: Some(&since), ..frames::OutgoingJoin::new(&vault) };
@@ -335,9 +335,9 @@ async fn a_deleted_room_closes_for_all_and_restarts_empty() {
 #[tokio::test]
 async fn empty_rooms_leave_the_listing_and_managed_ones_later() {
     let options = [("presence.grace", "0s"), ("rooms.empty_ttl", "1s")];
-    World::each(&options, async |world| {
-        let mut ann = world.connect(0, "ann").await;
-        let mut bob = world.connect(1, "bob").await;
+    TestDeployment::each(&options, async |deployment| {
+        let mut ann = deployment.connect(0, "ann").await;
+        let mut bob = deployment.connect(1, "bob").await;
         ann.join(&room("adhoc")).await.unwrap();
         info(&mut ann, json!({"type": "create_room", "room": "kept"})).await;
         ann.join(&room("kept")).await.unwrap();
@@ -349,7 +349,7 @@ async fn empty_rooms_leave_the_listing_and_managed_ones_later() {
         until("one is left", async || listed(&mut bob, "", 10).await == ["kept"]).await;
         assert_eq!(bob.join(&room("adhoc")).await.unwrap().seq, 1);
         bob.request(&frames::OutgoingLeave::new(&room("adhoc"))).await.unwrap();
-        if world.is_cluster {
+        if deployment.is_cluster {
             until("none is left", async || listed(&mut bob, "", 10).await.is_empty()).await;
         }
     })
@@ -358,11 +358,11 @@ async fn empty_rooms_leave_the_listing_and_managed_ones_later() {
 
 #[tokio::test]
 async fn joining_an_unknown_room_fails_without_create_on_join() {
-    World::each(&[("rooms.create_on_join", "false")], async |world| {
-        let mut ann = world.connect(0, "ann").await;
+    TestDeployment::each(&[("rooms.create_on_join", "false")], async |deployment| {
+        let mut ann = deployment.connect(0, "ann").await;
         assert_eq!(join_with(&mut ann, "lobby", "").await, Some(ErrorCode::NotFound));
         info(&mut ann, json!({"type": "create_room", "room": "lobby"})).await;
-        let mut bob = world.connect(1, "bob").await;
+        let mut bob = deployment.connect(1, "bob").await;
         assert_eq!(join_with(&mut bob, "lobby", "").await, None);
     })
     .await;
@@ -370,10 +370,10 @@ async fn joining_an_unknown_room_fails_without_create_on_join() {
 
 #[tokio::test]
 async fn an_ephemeral_room_delivers_and_keeps_nothing() {
-    World::each(&[("rooms.ephemeral", "live:*,cursors")], async |world| {
+    TestDeployment::each(&[("rooms.ephemeral", "live:*,cursors")], async |deployment| {
         let live = room("live:1");
-        let mut ann = world.connect(0, "ann").await;
-        let mut bob = world.connect(1, "bob").await;
+        let mut ann = deployment.connect(0, "ann").await;
+        let mut bob = deployment.connect(1, "bob").await;
         let joined = ann.join(&live).await.unwrap();
         assert_eq!((joined.durable, joined.seq, joined.members), (false, 0, 1));
         bob.join(&live).await.unwrap();
@@ -383,7 +383,7 @@ async fn an_ephemeral_room_delivers_and_keeps_nothing() {
             "id": "6f1c2a0e-93c4-4c59-a9f5-5f3f2d1b7c10",
         });
         for _ in 0..2 {
-            // An id is not de-duplicated where nothing is kept.
+            // Without a log ids are not deduplicated.
             ann.send_json(&send).await.unwrap();
             let (text, frame) = within(async {
                 loop {
@@ -410,11 +410,11 @@ async fn an_ephemeral_room_delivers_and_keeps_nothing() {
         let ServerFrame::History(page) = answer else { panic!("{answer:?}") };
         assert!(page.messages.is_empty() && !page.more);
         let since = Position::new("1-abc".parse().unwrap(), 7);
-        let mut cat = world.connect(2, "cat").await;
+        let mut cat = deployment.connect(2, "cat").await;
         let join = frames::OutgoingJoin { since: Some(&since), ..frames::OutgoingJoin::new(&live) };
         let joined = cat.join_with(&join).await.unwrap();
         assert!(!joined.recovered && joined.history.is_empty() && joined.seq == 0);
-        // Order holds here too.
+        // Order is kept here too.
         for number in 0..50 {
             ann.send_json(&json!({"type": "message", "room": "live:1", "content": number}))
                 .await
@@ -429,10 +429,10 @@ async fn an_ephemeral_room_delivers_and_keeps_nothing() {
 
 #[tokio::test]
 async fn kind_reply_to_and_meta_arrive_unchanged() {
-    World::each(&[], async |world| {
+    TestDeployment::each(&[], async |deployment| {
         let lobby = room("lobby");
-        let mut ann = world.connect(0, "ann").await;
-        let mut bob = world.connect(1, "bob").await;
+        let mut ann = deployment.connect(0, "ann").await;
+        let mut bob = deployment.connect(1, "bob").await;
         ann.join(&lobby).await.unwrap();
         bob.join(&lobby).await.unwrap();
         let mut last = None;
@@ -457,7 +457,7 @@ async fn kind_reply_to_and_meta_arrive_unchanged() {
             last = Some(message.id);
         }
         let system = json!({"type": "message", "room": "lobby", "kind": "system", "content": 1});
-        assert_eq!(refused(&mut ann, system).await, ErrorCode::BadRequest);
+        assert_eq!(rejection_code(&mut ann, system).await, ErrorCode::BadRequest);
     })
     .await;
 }

@@ -1,5 +1,5 @@
-//! Behind nginx: new clients are spread, returning ones come back, and a node that is gone is
-//! passed over.
+//! Gateways behind nginx: new clients are spread, returning ones are sticky, and an unavailable
+//! node is passed over.
 
 use std::{collections::HashMap, net::SocketAddr, time::Duration};
 
@@ -11,23 +11,23 @@ use tokio::time::Instant;
 
 use crate::{
     harness::{Http, Nginx, Node, Redis, free_port, get, http_raw, until, within},
-    sse::Stream,
+    sse::EventStream,
 };
 
-struct Cluster {
+struct NginxCluster {
     nodes: Vec<Node>,
     nginx: Nginx,
     redis: Redis,
 }
 
-/// A client behind nginx, and where it is.
-struct Client {
+/// A client behind nginx, and its node.
+struct StickyClient {
     _connection: ClientConnection,
     node: String,
     route: String,
 }
 
-impl Cluster {
+impl NginxCluster {
     async fn start() -> Self {
         let redis = Redis::start().await;
         let mut nodes = vec![];
@@ -41,20 +41,20 @@ impl Cluster {
     async fn try_connect(
         &self,
         change: impl Fn(&mut ConnectOptions),
-    ) -> Result<Client, ConnectError> {
+    ) -> Result<StickyClient, ConnectError> {
         let mut options = ConnectOptions::new(format!("ws://{}/ws", self.nginx.address));
         change(&mut options);
         let mut connection = ClientConnection::open(&options).await?;
         let connected = connection.expect_connected().await.unwrap();
         let node = connected.node.to_string();
-        Ok(Client { _connection: connection, node, route: connected.route })
+        Ok(StickyClient { _connection: connection, node, route: connected.route })
     }
 
-    async fn connect(&self, change: impl Fn(&mut ConnectOptions)) -> Client {
+    async fn connect(&self, change: impl Fn(&mut ConnectOptions)) -> StickyClient {
         within(self.try_connect(change)).await.unwrap()
     }
 
-    async fn connect_new(&self, count: usize) -> Vec<Client> {
+    async fn connect_new(&self, count: usize) -> Vec<StickyClient> {
         let mut clients = vec![];
         for _ in 0..count {
             clients.push(self.connect(|_| {}).await);
@@ -63,7 +63,7 @@ impl Cluster {
     }
 }
 
-fn spread(clients: &[Client]) -> HashMap<&str, usize> {
+fn spread(clients: &[StickyClient]) -> HashMap<&str, usize> {
     let mut spread = HashMap::new();
     for client in clients {
         *spread.entry(client.node.as_str()).or_default() += 1;
@@ -81,7 +81,7 @@ fn with_query(route: &str) -> impl Fn(&mut ConnectOptions) {
 
 #[tokio::test]
 async fn new_clients_are_spread_and_returning_ones_are_sticky() {
-    let cluster = Cluster::start().await;
+    let cluster = NginxCluster::start().await;
     let clients = cluster.connect_new(30).await;
     let even: HashMap<_, _> = [("n0", 10), ("n1", 10), ("n2", 10)].into();
     assert_eq!(spread(&clients), even);
@@ -90,7 +90,7 @@ async fn new_clients_are_spread_and_returning_ones_are_sticky() {
         let by_query = cluster.connect(with_query(&client.route)).await;
         assert_eq!((&by_cookie.node, &by_query.node), (&client.node, &client.node));
     }
-    // The query outranks the cookie, and what names no node is a new client.
+    // The query outranks the cookie, and a route without a node means a new client.
     let [a, b] = [0, 1].map(|i| clients[i].route.clone());
     let both = |options: &mut ConnectOptions| {
         with_cookie(&a)(options);
@@ -104,9 +104,9 @@ async fn new_clients_are_spread_and_returning_ones_are_sticky() {
 
 #[tokio::test]
 async fn a_killed_nodes_clients_move_in_3_s_and_new_ones_fill_it() {
-    let mut cluster = Cluster::start().await;
+    let mut cluster = NginxCluster::start().await;
     let clients = cluster.connect_new(30).await;
-    let lost: Vec<&Client> = clients.iter().filter(|client| client.node == "n1").collect();
+    let lost: Vec<&StickyClient> = clients.iter().filter(|client| client.node == "n1").collect();
     cluster.nodes[1].process.kill().await;
     let mut slowest = Duration::ZERO;
     for client in &lost {
@@ -138,11 +138,11 @@ async fn a_killed_nodes_clients_move_in_3_s_and_new_ones_fill_it() {
 
 #[tokio::test]
 async fn a_draining_node_is_passed_over() {
-    let cluster = Cluster::start().await;
+    let cluster = NginxCluster::start().await;
     let clients = cluster.connect_new(3).await;
     let client = clients.iter().find(|client| client.node == "n2").unwrap();
     cluster.nodes[2].process.signal("TERM");
-    until("it drains or is gone", async || {
+    until("it drains or has exited", async || {
         let Ok(_) = tokio::net::TcpStream::connect(cluster.nodes[2].address).await else {
             return true;
         };
@@ -151,7 +151,7 @@ async fn a_draining_node_is_passed_over() {
     .await;
     assert_ne!(cluster.connect(with_cookie(&client.route)).await.node, "n2");
     let query = format!("node={}", client.route);
-    let mut stream = Stream::open(cluster.nginx.address, &query, None).await;
+    let mut stream = EventStream::open(cluster.nginx.address, &query, None).await;
     assert_ne!(stream.frame().await["node"], "n2");
 }
 
@@ -159,7 +159,7 @@ async fn a_draining_node_is_passed_over() {
 async fn event_streams_get_a_retry_time_when_no_node_is_up() {
     let nowhere = SocketAddr::from(([127, 0, 0, 1], free_port()));
     let nginx = Nginx::start(&[nowhere]).await;
-    let mut stream = Stream::open(nginx.address, "rooms=a", None).await;
+    let mut stream = EventStream::open(nginx.address, "rooms=a", None).await;
     assert!(stream.head.starts_with("HTTP/1.1 200"), "{}", stream.head);
     assert!(stream.head.contains("text/event-stream"), "{}", stream.head);
     assert_eq!(stream.line().await, "retry: 5000");
@@ -167,7 +167,7 @@ async fn event_streams_get_a_retry_time_when_no_node_is_up() {
 
 #[tokio::test]
 async fn pages_are_proxied_and_admin_paths_are_not() {
-    let cluster = Cluster::start().await;
+    let cluster = NginxCluster::start().await;
     let nginx = cluster.nginx.address;
     for path in ["/", "/chat", "/health", "/ready"] {
         assert_eq!(get(nginx, path).await.status, 200, "{path}");
@@ -175,7 +175,7 @@ async fn pages_are_proxied_and_admin_paths_are_not() {
     for path in ["/metrics", "/metrics/", "//metrics", "/%6detrics", "/x/../metrics"] {
         assert_eq!(get(nginx, path).await.status, 404, "{path}");
     }
-    // Host keeps its port, so that a page of nginx's own address is of the gateway's own origin.
+    // Host keeps its port, so a page from nginx's address has the gateway's own origin.
     let handshake = async |origin: String| -> Http {
         let head = format!(
             "GET /ws/rooms/x HTTP/1.1\r\nHost: {nginx}\r\nOrigin: {origin}\r\n\

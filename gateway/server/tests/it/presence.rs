@@ -1,5 +1,5 @@
-//! Who is in a room: who comes and goes, who is there, who types, how far each has read; on a
-//! single node, and on three nodes of a cluster.
+//! Presence: joins and leaves, listings, typing and read marks; on a single node, and on three
+//! nodes of a cluster.
 
 use std::collections::BTreeSet;
 
@@ -18,22 +18,22 @@ use tokio::time::{Duration, Instant};
 
 use crate::{
     harness::{Gateway, Redis, next_message, room, say, until, with_redis, within},
-    servers::{Instance, alone_in_a_cluster},
+    servers::{RedisInstance, single_node_redis_cluster},
 };
 
 /// A single node, three of a cluster, or two on a Redis Cluster.
-pub struct World {
+pub struct TestDeployment {
     pub nodes: Vec<Gateway>,
-    /// Whether more than one node is there.
+    /// Whether there is more than one node.
     pub is_cluster: bool,
     _redis: Option<Redis>,
-    _sharded: Option<Instance>,
+    _sharded: Option<RedisInstance>,
 }
 
-/// Over how many partitions rooms are spread on a Redis Cluster here.
+/// The number of partitions on a Redis Cluster in these tests.
 const PARTITIONS: u16 = 16;
 
-impl World {
+impl TestDeployment {
     async fn embedded(options: &[(&str, &str)]) -> Self {
         let nodes = vec![Gateway::start(options).await];
         Self { nodes, is_cluster: false, _redis: None, _sharded: None }
@@ -49,7 +49,7 @@ impl World {
     }
 
     async fn sharded(options: &[(&str, &str)]) -> Self {
-        let server = alone_in_a_cluster(PARTITIONS).await;
+        let server = single_node_redis_cluster(PARTITIONS).await;
         let (url, partitions) = (server.cluster_url(), PARTITIONS.to_string());
         let cluster = [
             ("cluster.redis_url", url.as_str()),
@@ -64,8 +64,8 @@ impl World {
     }
 
     /// Runs a check on a single node, on a cluster, and on one with a Redis Cluster, at the same
-    /// time. Only on the single node where no Redis is wanted.
-    pub async fn each(options: &[(&str, &str)], check: impl AsyncFn(&World)) {
+    /// time. Runs only on the single node if tests run without Redis.
+    pub async fn each(options: &[(&str, &str)], check: impl AsyncFn(&TestDeployment)) {
         let embedded = Box::pin(async { check(&Self::embedded(options).await).await });
         if !with_redis() {
             return embedded.await;
@@ -81,9 +81,9 @@ impl World {
     }
 }
 
-/// The next frame that `pick` takes, whatever else comes before it.
+/// The next frame that `pick` accepts; earlier ones are dropped.
 #[track_caller]
-pub fn heard<T>(
+pub fn next_matching<T>(
     connection: &mut ClientConnection,
     mut pick: impl FnMut(ServerFrame) -> Option<T>,
 ) -> impl Future<Output = T> {
@@ -98,11 +98,11 @@ pub fn heard<T>(
     })
 }
 
-/// Who comes (`+`) and goes (`-`) next, and how many are there then.
-async fn next_move(connection: &mut ClientConnection) -> (String, u64) {
+/// The next user who joins (`+`) or leaves (`-`), and the count after it.
+async fn next_member_change(connection: &mut ClientConnection) -> (String, u64) {
     let told =
         |sign: char, moved: &MemberChangeFrame| (format!("{sign}{}", moved.user), moved.count);
-    heard(connection, |frame| match frame {
+    next_matching(connection, |frame| match frame {
         ServerFrame::MemberJoined(moved) => Some(told('+', &moved)),
         ServerFrame::MemberLeft(moved) => Some(told('-', &moved)),
         _ => None,
@@ -110,7 +110,7 @@ async fn next_move(connection: &mut ClientConnection) -> (String, u64) {
     .await
 }
 
-/// The answer to a frame, or why it was refused.
+/// The response to a frame, or its rejection.
 pub async fn ask(
     connection: &mut ClientConnection,
     frame: Value,
@@ -122,19 +122,19 @@ pub async fn ask(
     }
 }
 
-pub async fn refused(connection: &mut ClientConnection, frame: Value) -> ErrorCode {
+pub async fn rejection_code(connection: &mut ClientConnection, frame: Value) -> ErrorCode {
     ask(connection, frame).await.expect_err("it is refused").code
 }
 
-pub async fn present(connection: &mut ClientConnection, frame: Value) -> PresencePageFrame {
+pub async fn presence_page(connection: &mut ClientConnection, frame: Value) -> PresencePageFrame {
     match ask(connection, frame).await.unwrap() {
         ServerFrame::Presence(presence) => *presence,
         other => panic!("{other:?}"),
     }
 }
 
-pub async fn present_in(connection: &mut ClientConnection, name: &str) -> PresencePageFrame {
-    present(connection, json!({"type": "presence", "room": name})).await
+pub async fn presence_of_room(connection: &mut ClientConnection, name: &str) -> PresencePageFrame {
+    presence_page(connection, json!({"type": "presence", "room": name})).await
 }
 
 pub fn names(users: &[PresenceUser]) -> Vec<&str> {
@@ -150,46 +150,46 @@ async fn join(
 
 #[tokio::test]
 async fn joins_and_leaves_are_reported_once_per_user() {
-    World::each(&[("presence.grace", "0s")], async |world| {
-        let mut ann = world.connect(0, "ann").await;
+    TestDeployment::each(&[("presence.grace", "0s")], async |deployment| {
+        let mut ann = deployment.connect(0, "ann").await;
         assert_eq!(join(&mut ann, "lobby").await.members, 1);
-        let mut phone = world.connect(1, "bob").await;
+        let mut phone = deployment.connect(1, "bob").await;
         assert_eq!(join(&mut phone, "lobby").await.members, 2);
-        assert_eq!(next_move(&mut ann).await, ("+bob".into(), 2));
-        let mut laptop = world.connect(2, "bob").await;
+        assert_eq!(next_member_change(&mut ann).await, ("+bob".into(), 2));
+        let mut laptop = deployment.connect(2, "bob").await;
         assert_eq!(join(&mut laptop, "lobby").await.members, 2);
         phone.close(1000, "").await;
-        let mut cat = world.connect(1, "cat").await;
+        let mut cat = deployment.connect(1, "cat").await;
         assert_eq!(join(&mut cat, "lobby").await.members, 3);
-        // Neither bob's second device nor the end of his first is told.
-        assert_eq!(next_move(&mut ann).await, ("+cat".into(), 3));
+        // Neither bob's second device nor the end of his first causes an event.
+        assert_eq!(next_member_change(&mut ann).await, ("+cat".into(), 3));
         laptop.request(&frames::OutgoingLeave::new(&room("lobby"))).await.unwrap();
-        assert_eq!(next_move(&mut ann).await, ("-bob".into(), 2));
-        assert_eq!(next_move(&mut cat).await, ("-bob".into(), 2));
-        assert_eq!(names(&present_in(&mut cat, "lobby").await.users), ["ann", "cat"]);
+        assert_eq!(next_member_change(&mut ann).await, ("-bob".into(), 2));
+        assert_eq!(next_member_change(&mut cat).await, ("-bob".into(), 2));
+        assert_eq!(names(&presence_of_room(&mut cat, "lobby").await.users), ["ann", "cat"]);
     })
     .await;
 }
 
 #[tokio::test]
 async fn presence_outlives_the_first_device_of_a_user() {
-    World::each(&[("presence.grace", "0s")], async |world| {
-        let mut phone = world.connect(0, "bob").await;
+    TestDeployment::each(&[("presence.grace", "0s")], async |deployment| {
+        let mut phone = deployment.connect(0, "bob").await;
         join(&mut phone, "lobby").await;
-        let mut laptop = world.connect(1, "bob").await;
+        let mut laptop = deployment.connect(1, "bob").await;
         join(&mut laptop, "lobby").await;
         phone.close(1000, "").await;
         until("one device is left", async || {
-            present_in(&mut laptop, "lobby").await.users[0].connections <= 1
+            presence_of_room(&mut laptop, "lobby").await.users[0].connections <= 1
         })
         .await;
-        // A node that reads all of it for the first time.
-        let mut cat = world.connect(2, "cat").await;
+        // This node reads the presence of the room for the first time.
+        let mut cat = deployment.connect(2, "cat").await;
         join(&mut cat, "lobby").await;
-        let presence = present_in(&mut cat, "lobby").await;
+        let presence = presence_of_room(&mut cat, "lobby").await;
         assert_eq!(names(&presence.users), ["bob", "cat"]);
         assert_eq!(presence.users[0].name.as_str(), "bob");
-        let all = present(&mut cat, json!({"type": "presence"})).await;
+        let all = presence_page(&mut cat, json!({"type": "presence"})).await;
         assert_eq!(names(&all.users), ["bob", "cat"]);
     })
     .await;
@@ -197,49 +197,52 @@ async fn presence_outlives_the_first_device_of_a_user() {
 
 #[tokio::test]
 async fn a_page_reload_is_no_leave() {
-    World::each(&[("presence.grace", "400ms")], async |world| {
-        let mut ann = world.connect(0, "ann").await;
+    TestDeployment::each(&[("presence.grace", "400ms")], async |deployment| {
+        let mut ann = deployment.connect(0, "ann").await;
         join(&mut ann, "lobby").await;
-        let mut bob = world.connect(1, "bob").await;
+        let mut bob = deployment.connect(1, "bob").await;
         join(&mut bob, "lobby").await;
-        assert_eq!(next_move(&mut ann).await.0, "+bob");
+        assert_eq!(next_member_change(&mut ann).await.0, "+bob");
         bob.close(1001, "").await;
-        let mut bob = world.connect(2, "bob").await;
+        let mut bob = deployment.connect(2, "bob").await;
         assert_eq!(join(&mut bob, "lobby").await.members, 2);
         // Cat's grace ends after bob's would have.
-        let mut cat = world.connect(1, "cat").await;
+        let mut cat = deployment.connect(1, "cat").await;
         join(&mut cat, "lobby").await;
         cat.close(1000, "").await;
-        assert_eq!(next_move(&mut ann).await.0, "+cat");
-        assert_eq!(next_move(&mut ann).await, ("-cat".into(), 2));
+        assert_eq!(next_member_change(&mut ann).await.0, "+cat");
+        assert_eq!(next_member_change(&mut ann).await, ("-cat".into(), 2));
         drop(bob);
-        assert_eq!(next_move(&mut ann).await, ("-bob".into(), 1));
+        assert_eq!(next_member_change(&mut ann).await, ("-bob".into(), 1));
     })
     .await;
 }
 
 #[tokio::test]
 async fn a_joined_user_is_in_the_presence_of_every_node() {
-    World::each(&[], async |world| {
+    TestDeployment::each(&[], async |deployment| {
         let mut watchers = Vec::new();
         for node in 0..3 {
-            let mut watcher = world.connect(node, &format!("w{node}")).await;
+            let mut watcher = deployment.connect(node, &format!("w{node}")).await;
             join(&mut watcher, "lobby").await;
             watchers.push(watcher);
         }
         for number in 0..20 {
             let user = format!("u{number:02}");
-            let mut connection = world.connect(number, &user).await;
+            let mut connection = deployment.connect(number, &user).await;
             let members = join(&mut connection, "lobby").await.members;
             assert_eq!(members, 3 + 1);
             for watcher in &mut watchers {
-                let presence = present_in(watcher, "lobby").await;
+                let presence = presence_of_room(watcher, "lobby").await;
                 assert_eq!(presence.count, 4, "{presence:?}");
                 assert!(names(&presence.users).contains(&&*user), "{presence:?}");
             }
             connection.request(&frames::OutgoingLeave::new(&room("lobby"))).await.unwrap();
             for watcher in &mut watchers {
-                until("gone", async || present_in(watcher, "lobby").await.count <= 3).await;
+                until("the user has left", async || {
+                    presence_of_room(watcher, "lobby").await.count <= 3
+                })
+                .await;
             }
         }
     })
@@ -248,18 +251,20 @@ async fn a_joined_user_is_in_the_presence_of_every_node() {
 
 #[tokio::test]
 async fn presence_lists_connections_times_and_read_marks() {
-    World::each(&[], async |world| {
+    TestDeployment::each(&[], async |deployment| {
         let lobby = room("lobby");
-        let mut ann = world.connect(0, "ann").await;
-        let mut again = world.connect(1, "ann").await;
+        let mut ann = deployment.connect(0, "ann").await;
+        let mut again = deployment.connect(1, "ann").await;
         join(&mut ann, "lobby").await;
         join(&mut again, "lobby").await;
         let seq = say(&mut ann, &lobby, "hello").await.seq;
         ann.send_json(&json!({"type": "read", "room": "lobby", "seq": seq})).await.unwrap();
-        // Its answer comes behind the mark.
-        until("marked", async || present_in(&mut ann, "lobby").await.users[0].read == Some(seq))
-            .await;
-        let presence = present_in(&mut again, "lobby").await;
+        // The response comes after the mark.
+        until("marked", async || {
+            presence_of_room(&mut ann, "lobby").await.users[0].read == Some(seq)
+        })
+        .await;
+        let presence = presence_of_room(&mut again, "lobby").await;
         let [user] = &presence.users[..] else { panic!("{presence:?}") };
         assert_eq!((user.connections, presence.count, user.name.as_str()), (2, 1, "ann"));
         assert!(user.since <= user.last_active && user.since.ends_with('Z'), "{user:?}");
@@ -270,10 +275,10 @@ async fn presence_lists_connections_times_and_read_marks() {
 
 #[tokio::test]
 async fn presence_is_paged() {
-    World::each(&[], async |world| {
+    TestDeployment::each(&[], async |deployment| {
         let mut connections = Vec::new();
         for number in 0..25 {
-            let mut connection = world.connect(number, &format!("u{number:02}")).await;
+            let mut connection = deployment.connect(number, &format!("u{number:02}")).await;
             join(&mut connection, "lobby").await;
             connections.push(connection);
         }
@@ -282,7 +287,7 @@ async fn presence_is_paged() {
             loop {
                 let frame =
                     json!({"type": "presence", "room": place, "limit": 10, "cursor": cursor});
-                let page = present(&mut connections[0], frame).await;
+                let page = presence_page(&mut connections[0], frame).await;
                 assert!(page.users.len() <= 10 && page.count == 25, "{page:?}");
                 seen.extend(page.users.iter().map(|user| user.id.to_string()));
                 cursor = page.cursor;
@@ -299,19 +304,20 @@ async fn presence_is_paged() {
 #[tokio::test]
 async fn a_large_room_gets_presence_diffs() {
     let options = [("presence.event_members_max", "3"), ("presence.grace", "0s")];
-    World::each(&options, async |world| {
-        let mut ann = world.connect(0, "ann").await;
+    TestDeployment::each(&options, async |deployment| {
+        let mut ann = deployment.connect(0, "ann").await;
         join(&mut ann, "lobby").await;
         let mut others = Vec::new();
         for number in 0..30 {
-            let mut other = world.connect(number, &format!("u{number:02}")).await;
+            let mut other = deployment.connect(number, &format!("u{number:02}")).await;
             join(&mut other, "lobby").await;
             others.push(other);
         }
         let (mut here, mut diffs, begun) = (BTreeSet::from(["ann".to_owned()]), 0, Instant::now());
-        // Each leads from what was known to what is, and the count is that of what is known then.
+        // Each diff leads from the known state to the current one, and its count is that of the new
+        // state.
         while here.len() < 31 {
-            heard(&mut ann, |frame| match frame {
+            next_matching(&mut ann, |frame| match frame {
                 ServerFrame::MemberJoined(moved) => {
                     assert!(here.len() < 3, "{moved:?}");
                     here.insert(moved.user.to_string());
@@ -329,15 +335,15 @@ async fn a_large_room_gets_presence_diffs() {
             })
             .await;
         }
-        // A listing is whole, and what is told behind it is news.
-        assert_eq!(present_in(&mut ann, "lobby").await.count, 31);
+        // A listing is complete, and later events are relative to it.
+        assert_eq!(presence_of_room(&mut ann, "lobby").await.count, 31);
         let most = 2 + begun.elapsed().as_millis() / 250;
         assert!(diffs <= most + 12, "{diffs} diffs");
         for other in others.drain(..20) {
             drop(other);
         }
         while here.len() > 11 {
-            heard(&mut ann, |frame| {
+            next_matching(&mut ann, |frame| {
                 let ServerFrame::PresenceDiff(diff) = frame else { return None };
                 for user in &diff.left {
                     assert!(here.remove(user.as_str()), "twice: {user}");
@@ -346,7 +352,7 @@ async fn a_large_room_gets_presence_diffs() {
             })
             .await;
         }
-        assert_eq!(present_in(&mut ann, "lobby").await.count, 11);
+        assert_eq!(presence_of_room(&mut ann, "lobby").await.count, 11);
     })
     .await;
 }
@@ -358,17 +364,17 @@ async fn a_very_large_room_gets_only_the_count() {
         ("presence.diff_members_max", "5"),
         ("presence.grace", "0s"),
     ];
-    World::each(&options, async |world| {
-        let mut ann = world.connect(0, "ann").await;
+    TestDeployment::each(&options, async |deployment| {
+        let mut ann = deployment.connect(0, "ann").await;
         join(&mut ann, "lobby").await;
         let mut others = Vec::new();
         for number in 0..20 {
-            let mut other = world.connect(number, &format!("u{number:02}")).await;
+            let mut other = deployment.connect(number, &format!("u{number:02}")).await;
             join(&mut other, "lobby").await;
             others.push(other);
         }
         let mut until = async |count: u64| {
-            heard(&mut ann, |frame| {
+            next_matching(&mut ann, |frame| {
                 let ServerFrame::PresenceDiff(diff) = frame else { return None };
                 assert!(diff.count <= 5 || diff.joined.is_empty() && diff.left.is_empty());
                 (diff.count == count).then_some(())
@@ -378,7 +384,7 @@ async fn a_very_large_room_gets_only_the_count() {
         until(21).await;
         others.truncate(8);
         until(9).await;
-        let presence = present_in(&mut ann, "lobby").await;
+        let presence = presence_of_room(&mut ann, "lobby").await;
         assert_eq!((presence.count, presence.users.len()), (9, 9));
     })
     .await;
@@ -386,20 +392,22 @@ async fn a_very_large_room_gets_only_the_count() {
 
 #[tokio::test]
 async fn online_users_of_the_cluster_are_listed_or_only_counted() {
-    World::each(&[("presence.grace", "0s")], async |world| {
-        let mut ann = world.connect(0, "ann").await;
-        let bob = world.connect(1, "bob").await;
-        let all = present(&mut ann, json!({"type": "presence"})).await;
+    TestDeployment::each(&[("presence.grace", "0s")], async |deployment| {
+        let mut ann = deployment.connect(0, "ann").await;
+        let bob = deployment.connect(1, "bob").await;
+        let all = presence_page(&mut ann, json!({"type": "presence"})).await;
         assert_eq!((names(&all.users), all.count, all.room), (vec!["ann", "bob"], 2, None));
         drop(bob);
-        until("gone", async || present(&mut ann, json!({"type": "presence"})).await.count <= 1)
-            .await;
+        until("the user has left", async || {
+            presence_page(&mut ann, json!({"type": "presence"})).await.count <= 1
+        })
+        .await;
     })
     .await;
-    World::each(&[("presence.public", "false")], async |world| {
-        let mut ann = world.connect(0, "ann").await;
-        let _bob = world.connect(1, "bob").await;
-        let all = present(&mut ann, json!({"type": "presence"})).await;
+    TestDeployment::each(&[("presence.public", "false")], async |deployment| {
+        let mut ann = deployment.connect(0, "ann").await;
+        let _bob = deployment.connect(1, "bob").await;
+        let all = presence_page(&mut ann, json!({"type": "presence"})).await;
         assert_eq!((all.users.len(), all.count, all.cursor), (0, 2, None));
     })
     .await;
@@ -407,8 +415,8 @@ async fn online_users_of_the_cluster_are_listed_or_only_counted() {
 
 #[tokio::test]
 async fn room_frames_are_rejected_before_the_join() {
-    World::each(&[], async |world| {
-        let mut ann = world.connect(0, "ann").await;
+    TestDeployment::each(&[], async |deployment| {
+        let mut ann = deployment.connect(0, "ann").await;
         for frame in [
             json!({"type": "typing", "room": "lobby", "is_typing": true}),
             json!({"type": "read", "room": "lobby", "seq": 1}),
@@ -427,7 +435,7 @@ async fn room_frames_are_rejected_before_the_join() {
 }
 
 async fn next_typing(connection: &mut ClientConnection) -> (String, bool) {
-    heard(connection, |frame| match frame {
+    next_matching(connection, |frame| match frame {
         ServerFrame::Typing(typing) => Some((typing.user.to_string(), typing.is_typing)),
         _ => None,
     })
@@ -436,10 +444,10 @@ async fn next_typing(connection: &mut ClientConnection) -> (String, bool) {
 
 #[tokio::test]
 async fn typing_reaches_other_members_and_expires() {
-    World::each(&[], async |world| {
-        let mut ann = world.connect(0, "ann").await;
-        let mut phone = world.connect(1, "bob").await;
-        let mut laptop = world.connect(2, "bob").await;
+    TestDeployment::each(&[], async |deployment| {
+        let mut ann = deployment.connect(0, "ann").await;
+        let mut phone = deployment.connect(1, "bob").await;
+        let mut laptop = deployment.connect(2, "bob").await;
         for connection in [&mut ann, &mut phone, &mut laptop] {
             join(connection, "lobby").await;
         }
@@ -449,7 +457,7 @@ async fn typing_reaches_other_members_and_expires() {
             phone.send_json(&types(true)).await.unwrap();
         }
         assert_eq!(next_typing(&mut ann).await, ("bob".into(), true));
-        // Said twenty times at once it is told once, and then that it has ended.
+        // Twenty frames at once cause one event, and then the event of the end.
         assert_eq!(next_typing(&mut ann).await, ("bob".into(), false));
         let took = begun.elapsed();
         assert!((Duration::from_secs(5)..Duration::from_secs(9)).contains(&took), "{took:?}");
@@ -459,9 +467,9 @@ async fn typing_reaches_other_members_and_expires() {
         phone.send_json(&types(false)).await.unwrap();
         assert_eq!(next_typing(&mut ann).await, ("bob".into(), false));
         assert!(begun.elapsed() < Duration::from_secs(4), "it does not wait for its end");
-        // To bob's own devices nothing of it was told.
+        // Bob's own devices got no typing event.
         say(&mut ann, &room("lobby"), "well?").await;
-        let told = heard(&mut laptop, |frame| match frame {
+        let told = next_matching(&mut laptop, |frame| match frame {
             ServerFrame::Typing(_) => Some(true),
             ServerFrame::Message(_) => Some(false),
             _ => None,
@@ -473,10 +481,10 @@ async fn typing_reaches_other_members_and_expires() {
 
 #[tokio::test]
 async fn a_read_mark_only_rises_and_persists() {
-    World::each(&[], async |world| {
+    TestDeployment::each(&[], async |deployment| {
         let lobby = room("lobby");
-        let mut ann = world.connect(0, "ann").await;
-        let mut bob = world.connect(1, "bob").await;
+        let mut ann = deployment.connect(0, "ann").await;
+        let mut bob = deployment.connect(1, "bob").await;
         assert_eq!(join(&mut ann, "lobby").await.read, 0);
         join(&mut bob, "lobby").await;
         for text in ["one", "two", "three"] {
@@ -485,21 +493,21 @@ async fn a_read_mark_only_rises_and_persists() {
         let mut read = async |seq: u64| {
             bob.send_json(&json!({"type": "read", "room": "lobby", "seq": seq})).await.unwrap();
         };
-        // Going back says nothing, and what is above the top counts as the top.
+        // A lower mark causes no event, and a mark above the top counts as the top.
         read(2).await;
         read(1).await;
         read(99).await;
         for expected in [2, 3] {
-            let (user, seq) = heard(&mut ann, |frame| match frame {
+            let (user, seq) = next_matching(&mut ann, |frame| match frame {
                 ServerFrame::Read(read) => Some((read.user.to_string(), read.seq)),
                 _ => None,
             })
             .await;
             assert_eq!((user.as_str(), seq), ("bob", expected));
         }
-        let mut again = world.connect(2, "bob").await;
+        let mut again = deployment.connect(2, "bob").await;
         assert_eq!(join(&mut again, "lobby").await.read, 3);
-        let shown = present_in(&mut ann, "lobby").await;
+        let shown = presence_of_room(&mut ann, "lobby").await;
         let marks: Vec<_> = shown.users.iter().map(|user| user.read).collect();
         assert_eq!(marks, [Some(0), Some(3)]);
     })
@@ -508,10 +516,10 @@ async fn a_read_mark_only_rises_and_persists() {
 
 #[tokio::test]
 async fn joining_a_joined_room_again_returns_its_state() {
-    World::each(&[], async |world| {
+    TestDeployment::each(&[], async |deployment| {
         let lobby = room("lobby");
-        let mut ann = world.connect(0, "ann").await;
-        let mut bob = world.connect(1, "bob").await;
+        let mut ann = deployment.connect(0, "ann").await;
+        let mut bob = deployment.connect(1, "bob").await;
         join(&mut ann, "lobby").await;
         join(&mut bob, "lobby").await;
         say(&mut ann, &lobby, "one").await;
@@ -519,19 +527,19 @@ async fn joining_a_joined_room_again_returns_its_state() {
         let again = join(&mut ann, "lobby").await;
         assert!(again.recovered && again.history.is_empty());
         assert_eq!((again.members, again.seq), (2, 1));
-        assert_eq!(present_in(&mut bob, "lobby").await.users[0].connections, 1);
+        assert_eq!(presence_of_room(&mut bob, "lobby").await.users[0].connections, 1);
     })
     .await;
 }
 
-/// Which of two users are in rooms of the same name as an inbox or a place of the server's own.
+/// Rooms named like an inbox or an internal key are ordinary rooms.
 #[tokio::test]
 async fn room_names_cannot_reach_internal_keys() {
-    World::each(&[], async |world| {
-        let mut ann = world.connect(0, "ann").await;
+    TestDeployment::each(&[], async |deployment| {
+        let mut ann = deployment.connect(0, "ann").await;
         for name in ["u:bob", "rooms", "online", "users", "incarnations"] {
             assert_eq!(join(&mut ann, name).await.members, 1, "{name}");
-            assert_eq!(names(&present_in(&mut ann, name).await.users), ["ann"]);
+            assert_eq!(names(&presence_of_room(&mut ann, name).await.users), ["ann"]);
         }
     })
     .await;

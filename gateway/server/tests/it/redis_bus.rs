@@ -1,5 +1,5 @@
-//! What only a bus on Redis does: nodes that differ, a Redis that is away or evicts, and the
-//! presence of a node that has stopped.
+//! Behaviour of a bus on Redis only: differing nodes, a Redis that is down or evicts, and the presence
+//! of a node that has stopped.
 
 use std::{sync::Arc, time::Duration};
 
@@ -24,7 +24,7 @@ use crate::{
     harness::{Redis, retention, room, until, within},
 };
 
-/// So many that a hash of them is scanned through many empty places.
+/// So many that HSCAN passes many empty buckets of their hash.
 const MANY: usize = 12_000;
 
 #[tokio::test(flavor = "multi_thread")]
@@ -56,7 +56,7 @@ async fn many_users_of_a_stopped_node_leave() {
     }
 }
 
-/// A node on Redis, of which the registry is asked.
+/// A node on Redis whose presence store is tested.
 struct RedisRegistry {
     bus: RedisBus,
     tasks: Tasks,

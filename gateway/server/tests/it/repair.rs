@@ -1,4 +1,4 @@
-//! A node that has stopped hearing finds that out by itself, and makes good what it missed.
+//! A node that no longer receives entries detects that itself, and repairs the gaps.
 
 use std::{
     sync::{
@@ -30,26 +30,28 @@ use crate::harness::{
     until, within,
 };
 
-/// A way to Redis that can swallow what Redis sends to subscribers, while every connection stands.
-struct Wire {
+/// A relay to Redis that can drop everything Redis sends to subscribers, while connections stay
+/// open.
+struct SilencingRelay {
     port: u16,
-    deaf: Arc<AtomicBool>,
+    silent: Arc<AtomicBool>,
 }
 
-impl Wire {
+impl SilencingRelay {
     async fn to(redis: &Redis) -> Self {
         let (listener, target) = (TcpListener::bind("127.0.0.1:0").await.unwrap(), redis.port);
         let port = listener.local_addr().unwrap().port();
-        let deaf = Arc::new(AtomicBool::new(false));
-        let is_deaf = deaf.clone();
+        let silent = Arc::new(AtomicBool::new(false));
+        let is_silent = silent.clone();
         tokio::spawn(async move {
             while let Ok((near, _)) = listener.accept().await {
                 let far = TcpStream::connect(("127.0.0.1", target)).await.unwrap();
-                // Only a connection that had subscribed before is deaf, not the one made after it.
-                tokio::spawn(relay(near, far, is_deaf.clone()));
+                // Only a connection that had subscribed before is silenced, not the one made after
+                // it.
+                tokio::spawn(relay(near, far, is_silent.clone()));
             }
         });
-        Self { port, deaf }
+        Self { port, silent }
     }
 
     fn url(&self) -> String {
@@ -57,10 +59,10 @@ impl Wire {
     }
 }
 
-async fn relay(near: TcpStream, far: TcpStream, deaf: Arc<AtomicBool>) {
+async fn relay(near: TcpStream, far: TcpStream, silent: Arc<AtomicBool>) {
     let ((mut near_in, mut near_out), (mut far_in, mut far_out)) =
         (near.into_split(), far.into_split());
-    let (old, subscribes) = (!deaf.load(Ordering::Relaxed), Arc::new(AtomicBool::new(false)));
+    let (old, subscribes) = (!silent.load(Ordering::Relaxed), Arc::new(AtomicBool::new(false)));
     let has_subscribed = subscribes.clone();
     tokio::spawn(async move {
         let mut buffer = vec![0; 65536];
@@ -75,7 +77,7 @@ async fn relay(near: TcpStream, far: TcpStream, deaf: Arc<AtomicBool>) {
     });
     let mut buffer = vec![0; 65536];
     while let Ok(count @ 1..) = far_in.read(&mut buffer).await {
-        if old && subscribes.load(Ordering::Relaxed) && deaf.load(Ordering::Relaxed) {
+        if old && subscribes.load(Ordering::Relaxed) && silent.load(Ordering::Relaxed) {
             continue;
         }
         if near_out.write_all(&buffer[..count]).await.is_err() {
@@ -87,26 +89,26 @@ async fn relay(near: TcpStream, far: TcpStream, deaf: Arc<AtomicBool>) {
 #[tokio::test]
 async fn a_silent_pubsub_link_is_detected_and_replaced() {
     let redis = Redis::start().await;
-    let wire = Wire::to(&redis).await;
-    let url = wire.url();
+    let relay_to_redis = SilencingRelay::to(&redis).await;
+    let url = relay_to_redis.url();
     let cluster = [("cluster.redis_url", url.as_str()), ("auth.allow_anonymous", "true")];
-    let (deaf, other) = (Gateway::start(&cluster).await, Gateway::start_on(&redis, &[]).await);
+    let (silent, other) = (Gateway::start(&cluster).await, Gateway::start_on(&redis, &[]).await);
     let lobby = room("lobby");
-    let (mut ann, mut bob) = (deaf.connect("ann").await, other.connect("bob").await);
+    let (mut ann, mut bob) = (silent.connect("ann").await, other.connect("bob").await);
     ann.join(&lobby).await.unwrap();
     bob.join(&lobby).await.unwrap();
-    say(&mut bob, &lobby, "heard").await;
+    say(&mut bob, &lobby, "received").await;
     assert_eq!(next_message(&mut ann).await.seq, 1);
 
-    wire.deaf.store(true, Ordering::Relaxed);
+    relay_to_redis.silent.store(true, Ordering::Relaxed);
     let since = Instant::now();
-    assert_eq!(say(&mut bob, &lobby, "swallowed").await.seq, 2);
+    assert_eq!(say(&mut bob, &lobby, "dropped").await.seq, 2);
     assert_eq!(next_message(&mut ann).await.seq, 2);
-    println!("a deaf pub/sub link: noticed and made good after {:?}", since.elapsed());
-    let metrics = get(deaf.admin, "/metrics").await.body;
+    println!("a silent pub/sub link: detected and repaired after {:?}", since.elapsed());
+    let metrics = get(silent.admin, "/metrics").await.body;
     assert!(metrics.contains("gateway_bus_probe_timeouts_total 1"), "{metrics}");
-    // The new link hears.
-    assert_eq!(say(&mut bob, &lobby, "heard again").await.seq, 3);
+    // The new link delivers.
+    assert_eq!(say(&mut bob, &lobby, "received again").await.seq, 3);
     assert_eq!(next_message(&mut ann).await.seq, 3);
 }
 
@@ -150,7 +152,7 @@ async fn a_thousand_rooms_are_repaired_after_a_link_outage() {
     assert_eq!(metrics.rooms.get(), ROOMS as i64);
     redis.command("ACL SETUSER default -subscribe").await;
     redis.command("CLIENT KILL TYPE pubsub").await;
-    until("deaf", async || bus.failed_check().is_some()).await;
+    until("not subscribed", async || bus.failed_check().is_some()).await;
     for room in &rooms {
         let (done, appended) = oneshot::channel();
         let id = MessageId::random();
@@ -174,9 +176,12 @@ async fn a_thousand_rooms_are_repaired_after_a_link_outage() {
     }
     assert_eq!(metrics.deliveries.get(), 0);
     redis.command("ACL SETUSER default +subscribe").await;
-    until("hearing", async || bus.failed_check().is_none()).await;
+    until("subscribed again", async || bus.failed_check().is_none()).await;
     let back = Instant::now();
     until("repaired", async || metrics.deliveries.get() == ROOMS as u64).await;
-    println!("{ROOMS} rooms with a hole each: whole {:?} after the link was back", back.elapsed());
+    println!(
+        "{ROOMS} rooms with a gap each: repaired {:?} after the link was back",
+        back.elapsed()
+    );
     assert!(tasks.finish(Duration::from_secs(5)).await);
 }

@@ -1,4 +1,4 @@
-//! Redis servers in arrangements: behind TLS, watched by Sentinels.
+//! Redis servers in several topologies: behind TLS, watched by Sentinels, in a Redis Cluster.
 //!
 //! As in `harness`, each server has a free port and a folder of its own, and ends with its handle.
 
@@ -14,26 +14,26 @@ use tokio::process::Command;
 
 use crate::harness::{PATIENCE, Process, free_port, until};
 
-/// How long a server, which may be frozen, is waited for.
+/// Timeout for a response of a server, which may be frozen.
 const ANSWER_MAX: Duration = Duration::from_secs(1);
 /// The password of servers that have one, and that of Sentinels.
 pub const PASSWORD: &str = "p@ss/word";
 pub const SENTINEL_PASSWORD: &str = "sentinels";
-/// The same in a URL.
+/// The password as it is escaped in a URL.
 const PASSWORD_ESCAPED: &str = "p%40ss%2Fword";
-/// What the documentation gives a user of the gateway's own.
+/// The permissions that the documentation gives the gateway's user.
 const PERMISSIONS: &str = "+@all -@dangerous +info +config|get";
-/// What Sentinels call the primary.
+/// The name of the primary in Sentinel.
 const PRIMARY: &str = "main";
 
 /// A redis-server, or one as a Sentinel.
-pub struct Instance {
+pub struct RedisInstance {
     pub process: Process,
     pub port: u16,
     password: &'static str,
 }
 
-impl Instance {
+impl RedisInstance {
     /// Starts redis-server with a configuration of these lines.
     async fn start(password: &'static str, sentinel: bool, lines: &[String]) -> Self {
         let (port, folder) = (free_port(), TempDir::new().unwrap());
@@ -58,12 +58,12 @@ impl Instance {
         Self::start(PASSWORD, false, &lines).await
     }
 
-    /// As a node of a Redis Cluster.
+    /// The URL of this server as a node of a Redis Cluster.
     pub fn cluster_url(&self) -> String {
         format!("redis+cluster://:{PASSWORD_ESCAPED}@127.0.0.1:{}", self.port)
     }
 
-    /// What it answers to a command.
+    /// The reply to a command.
     pub async fn ask<T: FromRedisValue>(&self, command: &[&str]) -> RedisResult<T> {
         let mut question = redis::cmd(command[0]);
         question.arg(&command[1..]).query_async(&mut self.connect(ANSWER_MAX).await?).await
@@ -97,15 +97,15 @@ fn spawn(folder: TempDir, sentinel: bool, configuration: &str) -> Process {
 }
 
 /// A primary with one replica, and three Sentinels that watch them.
-pub struct Watched {
-    pub servers: [Instance; 2],
-    pub sentinels: [Instance; 3],
+pub struct SentinelSetup {
+    pub servers: [RedisInstance; 2],
+    pub sentinels: [RedisInstance; 3],
 }
 
-impl Watched {
+impl SentinelSetup {
     pub async fn start() -> Self {
-        let primary = Instance::server(None).await;
-        let replica = Instance::server(Some(primary.port)).await;
+        let primary = RedisInstance::server(None).await;
+        let replica = RedisInstance::server(Some(primary.port)).await;
         let lines = [
             format!("sentinel monitor {PRIMARY} 127.0.0.1 {} 2", primary.port),
             format!("sentinel auth-pass {PRIMARY} {PASSWORD}"),
@@ -113,16 +113,17 @@ impl Watched {
             format!("sentinel failover-timeout {PRIMARY} 4000"),
             format!("sentinel sentinel-pass {SENTINEL_PASSWORD}"),
         ];
-        let sentinel = || Instance::start(SENTINEL_PASSWORD, true, &lines);
+        let sentinel = || RedisInstance::start(SENTINEL_PASSWORD, true, &lines);
         let sentinels = [sentinel().await, sentinel().await, sentinel().await];
         let watched = Self { servers: [primary, replica], sentinels };
         for sentinel in &watched.sentinels {
-            until("the Sentinels know all", async || watched.knows_all(sentinel).await).await;
+            until("the Sentinels know each other", async || watched.knows_all(sentinel).await)
+                .await;
         }
         watched
     }
 
-    async fn knows_all(&self, sentinel: &Instance) -> bool {
+    async fn knows_all(&self, sentinel: &RedisInstance) -> bool {
         let ask =
             async |what| sentinel.ask::<Vec<redis::Value>>(&["SENTINEL", what, PRIMARY]).await;
         ask("SENTINELS").await.is_ok_and(|others| others.len() == 2)
@@ -134,7 +135,7 @@ impl Watched {
                 .is_ok_and(|info| info.contains("master_link_status:up"))
     }
 
-    /// The URL with the Sentinels from `first` on.
+    /// The URL that lists the Sentinels from index `first` on.
     pub fn url(&self, first: usize) -> String {
         let sentinels: Vec<String> = self.sentinels[first..]
             .iter()
@@ -147,12 +148,12 @@ impl Watched {
     }
 
     /// Whether a server has a replica that has caught up with it.
-    pub async fn is_followed(&self, server: usize) -> bool {
+    pub async fn has_synced_replica(&self, server: usize) -> bool {
         let info = self.servers[server].ask::<String>(&["INFO", "replication"]).await;
         info.is_ok_and(|info| info.contains("connected_slaves:1") && info.contains("state=online"))
     }
 
-    /// Has the replica take over while the primary lives.
+    /// Promotes the replica while the primary lives.
     pub async fn fail_over(&self, sentinel: usize) {
         let question = ["SENTINEL", "FAILOVER", PRIMARY];
         let asked = &self.sentinels[sentinel];
@@ -160,18 +161,19 @@ impl Watched {
     }
 }
 
-/// A Redis Cluster of one node, on which nobody remembers anything of so many partitions.
-pub async fn alone_in_a_cluster(partitions: u16) -> Instance {
+/// A Redis Cluster of one node whose barriers are open, so that gateways with this many partitions
+/// start at once.
+pub async fn single_node_redis_cluster(partitions: u16) -> RedisInstance {
     let lines = [
         "save \"\"".to_owned(),
         "cluster-enabled yes".to_owned(),
         format!("cluster-port {}", free_port()),
     ];
-    let node = Instance::start(PASSWORD, false, &lines).await;
+    let node = RedisInstance::start(PASSWORD, false, &lines).await;
     let mut connection = node.connect(PATIENCE).await.unwrap();
     let add = redis::cmd("CLUSTER").arg(&["ADDSLOTSRANGE", "0", "16383"]).to_owned();
     add.exec_async(&mut connection).await.unwrap();
-    until("the cluster stands", async || {
+    until("the cluster is ok", async || {
         let info = node.ask::<String>(&["CLUSTER", "INFO"]).await;
         info.is_ok_and(|info| info.contains("cluster_state:ok"))
     })
@@ -192,11 +194,11 @@ pub async fn alone_in_a_cluster(partitions: u16) -> Instance {
 }
 
 /// A Redis Cluster of three primaries with a replica each.
-pub struct Clustered {
-    pub nodes: Vec<Instance>,
+pub struct RedisClusterSetup {
+    pub nodes: Vec<RedisInstance>,
 }
 
-impl Clustered {
+impl RedisClusterSetup {
     pub async fn start() -> Self {
         let mut nodes = vec![];
         for _ in 0..6 {
@@ -207,7 +209,7 @@ impl Clustered {
                 format!("cluster-port {}", free_port()),
                 "cluster-node-timeout 1500".to_owned(),
             ];
-            nodes.push(Instance::start(PASSWORD, false, &lines).await);
+            nodes.push(RedisInstance::start(PASSWORD, false, &lines).await);
         }
         let addresses = nodes.iter().map(|node| format!("127.0.0.1:{}", node.port));
         let output = Command::new("redis-cli")
@@ -219,7 +221,7 @@ impl Clustered {
             .expect("redis-cli comes with redis-server");
         assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stdout));
         let cluster = Self { nodes };
-        until("the cluster stands", async || {
+        until("the cluster is ok", async || {
             for node in &cluster.nodes {
                 let info = node.ask::<String>(&["CLUSTER", "INFO"]).await.unwrap();
                 if !info.contains("cluster_state:ok") || cluster.nodes_of(node).await.len() != 6 {
@@ -230,7 +232,8 @@ impl Clustered {
         })
         .await;
         for primary in cluster.primaries().await {
-            until("a primary is followed", async || cluster.is_followed(primary).await).await;
+            until("a primary is followed", async || cluster.has_synced_replica(primary).await)
+                .await;
         }
         cluster
     }
@@ -240,22 +243,22 @@ impl Clustered {
         format!("redis+cluster://:{PASSWORD_ESCAPED}@127.0.0.1:{port},127.0.0.1:1")
     }
 
-    /// The lines by which a node describes all nodes.
-    async fn nodes_of(&self, node: &Instance) -> Vec<String> {
+    /// The lines of `CLUSTER NODES`.
+    async fn nodes_of(&self, node: &RedisInstance) -> Vec<String> {
         let text = node.ask::<String>(&["CLUSTER", "NODES"]).await.unwrap_or_default();
         text.lines().map(str::to_owned).collect()
     }
 
-    /// What a node answers to `INFO replication`.
+    /// The reply of a node to `INFO replication`.
     async fn replication(&self, node: usize) -> String {
         self.nodes[node].ask(&["INFO", "replication"]).await.unwrap_or_default()
     }
 
-    /// The places in `nodes` of those that are primaries and answer.
+    /// The indexes in `nodes` of reachable primaries.
     pub async fn primaries(&self) -> Vec<usize> {
         let mut primaries = vec![];
         for node in 0..self.nodes.len() {
-            if self.leads(node).await {
+            if self.is_primary(node).await {
                 primaries.push(node);
             }
         }
@@ -263,11 +266,11 @@ impl Clustered {
     }
 
     /// Whether a node is a primary.
-    pub async fn leads(&self, node: usize) -> bool {
+    pub async fn is_primary(&self, node: usize) -> bool {
         self.replication(node).await.contains("role:master")
     }
 
-    pub async fn is_followed(&self, node: usize) -> bool {
+    pub async fn has_synced_replica(&self, node: usize) -> bool {
         self.replication(node).await.contains("state=online")
     }
 
@@ -298,7 +301,7 @@ impl Clustered {
                 return self.nodes.iter().position(|node| node.port == port).unwrap();
             }
         }
-        panic!("nobody serves {slot}");
+        panic!("no node serves slot {slot}");
     }
 
     /// Moves a slot to another primary key by key, and calls `between` in the middle.
@@ -307,7 +310,7 @@ impl Clustered {
         let (source, target) = (&self.nodes[from], &self.nodes[to]);
         let (source_id, target_id) = (self.id_of(from).await, self.id_of(to).await);
         let slot = slot.to_string();
-        let setslot = async |node: &Instance, state: &str, id: &str| {
+        let setslot = async |node: &RedisInstance, state: &str, id: &str| {
             node.ask::<String>(&["CLUSTER", "SETSLOT", &slot, state, id]).await.unwrap();
         };
         setslot(target, "IMPORTING", &source_id).await;
@@ -332,14 +335,14 @@ impl Clustered {
 }
 
 /// A server behind TLS with one user, and the files to reach it.
-pub struct Encrypted {
+pub struct TlsRedis {
     _process: Process,
     pub port: u16,
     pub ca: PathBuf,
     pub own: (PathBuf, PathBuf),
 }
 
-impl Encrypted {
+impl TlsRedis {
     pub async fn start() -> Self {
         let (port, folder) = (free_port(), TempDir::new().unwrap());
         let file = |name: &str| folder.path().join(name);

@@ -10,18 +10,18 @@ use tokio::{
 
 use crate::{
     harness::{Gateway, Http, get, http_raw, room, say, within},
-    presence::World,
+    presence::TestDeployment,
 };
 
 /// An open stream.
-pub struct Stream {
+pub struct EventStream {
     reader: BufReader<TcpStream>,
     pub head: String,
-    /// The id of the last event that had one.
+    /// The last event id.
     id: String,
 }
 
-impl Stream {
+impl EventStream {
     pub async fn open(address: SocketAddr, query: &str, last: Option<&str>) -> Self {
         let mut socket = TcpStream::connect(address).await.unwrap();
         let last = last.map(|id| format!("Last-Event-ID: {id}\r\n")).unwrap_or_default();
@@ -45,7 +45,7 @@ impl Stream {
         line.trim_end().to_owned()
     }
 
-    /// The next frame. Sizes of chunks stand between, which no event begins like.
+    /// The next frame. Lines with chunk sizes are skipped; no event line looks like one.
     pub async fn frame(&mut self) -> Value {
         loop {
             let line = self.line().await;
@@ -69,14 +69,14 @@ impl Stream {
 
 #[tokio::test]
 async fn a_stream_resumes_its_rooms_and_inbox() {
-    World::each(&[], async |world| {
-        let mut ann = world.connect(0, "ann").await;
+    TestDeployment::each(&[], async |deployment| {
+        let mut ann = deployment.connect(0, "ann").await;
         for name in ["a", "b"] {
             ann.join(&room(name)).await.unwrap();
             say(&mut ann, &room(name), "before").await;
         }
-        let address = |node: usize| world.nodes[node % world.nodes.len()].address;
-        let mut stream = Stream::open(address(1), "rooms=a,b&user=bob", None).await;
+        let address = |node: usize| deployment.nodes[node % deployment.nodes.len()].address;
+        let mut stream = EventStream::open(address(1), "rooms=a,b&user=bob", None).await;
         assert!(stream.head.starts_with("HTTP/1.1 200"), "{}", stream.head);
         assert!(stream.head.to_lowercase().contains("content-type: text/event-stream"));
         assert_eq!(stream.frame().await["type"], "connected");
@@ -94,7 +94,7 @@ async fn a_stream_resumes_its_rooms_and_inbox() {
         let header = json!({"type": "message", "room": "a"});
         ann.send_binary(&header, &[0, 255]).await.unwrap();
         ann.request(&json!({"type": "direct", "to": "bob", "content": "and more"})).await.unwrap();
-        let mut stream = Stream::open(address(2), "rooms=a,b&user=bob", Some(&id)).await;
+        let mut stream = EventStream::open(address(2), "rooms=a,b&user=bob", Some(&id)).await;
         let (mut missed, mut recovered) = (Vec::new(), 0);
         while missed.len() < 3 || recovered < 2 {
             let frame = stream.frame().await;
@@ -114,9 +114,9 @@ async fn a_stream_resumes_its_rooms_and_inbox() {
         assert_eq!(said, [r#""AP8=""#, r#""and more""#, r#""two""#]);
         let binary = missed.iter().find(|frame| frame["encoding"] == "base64");
         assert!(binary.is_some());
-        // As a query as well, and a binary entry live.
+        // The event id in the query works too, and a binary entry arrives live.
         let again = format!("rooms=a&user=bob&last_event_id={}", stream.id);
-        let mut stream = Stream::open(address(0), &again, None).await;
+        let mut stream = EventStream::open(address(0), &again, None).await;
         stream.frame_of("joined").await;
         ann.send_binary(&header, &[7]).await.unwrap();
         let live = stream.frame_of("message").await;
@@ -127,22 +127,22 @@ async fn a_stream_resumes_its_rooms_and_inbox() {
 
 #[tokio::test]
 async fn a_resumed_stream_ignores_acks_of_other_devices() {
-    World::each(&[], async |world| {
-        let address = |node: usize| world.nodes[node % world.nodes.len()].address;
-        let mut ann = world.connect(0, "ann").await;
+    TestDeployment::each(&[], async |deployment| {
+        let address = |node: usize| deployment.nodes[node % deployment.nodes.len()].address;
+        let mut ann = deployment.connect(0, "ann").await;
         ann.join(&room("a")).await.unwrap();
-        let mut stream = Stream::open(address(1), "rooms=a&user=bob", None).await;
+        let mut stream = EventStream::open(address(1), "rooms=a&user=bob", None).await;
         stream.frame_of("joined").await;
-        // Nothing of the inbox has come, and its position is part of the id all the same.
+        // No inbox entry has arrived, but the event id contains the inbox position.
         say(&mut ann, &room("a"), "of the room").await;
         stream.frame_of("message").await;
         let id = stream.id.clone();
         drop(stream);
         ann.request(&json!({"type": "direct", "to": "bob", "content": "missed?"})).await.unwrap();
-        let mut phone = world.connect(2, "bob").await;
+        let mut phone = deployment.connect(2, "bob").await;
         phone.send_text(r#"{"type":"ack","seq":1}"#).await.unwrap();
         phone.request(&json!({"type": "ping"})).await.unwrap();
-        let mut stream = Stream::open(address(2), "rooms=a&user=bob", Some(&id)).await;
+        let mut stream = EventStream::open(address(2), "rooms=a&user=bob", Some(&id)).await;
         assert_eq!(stream.frame_of("direct").await["content"], "missed?");
     })
     .await;
@@ -158,7 +158,7 @@ async fn clients_that_leave_while_a_stream_opens_leak_nothing() {
             format!("GET /sse?rooms={rooms} HTTP/1.1\r\nHost: {}\r\n\r\n", gateway.address);
         socket.write_all(request.as_bytes()).await.unwrap();
     }
-    crate::harness::until("nobody is left", async || {
+    crate::harness::until("no member is left", async || {
         let metrics = get(gateway.admin, "/metrics").await.body;
         let is = |line: &str| metrics.lines().any(|found| found == line);
         is("gateway_members 0") && is("gateway_connections 0")
@@ -179,15 +179,16 @@ async fn permanent_rejections_are_http_statuses() {
     assert_eq!(status(&format!("rooms=a%20b&token={token}")).await, 400);
     let many = (0..21).map(|n| format!("r{n}")).collect::<Vec<_>>().join(",");
     assert_eq!(status(&format!("rooms={many}&token={token}")).await, 400);
-    let open = Stream::open(gateway.address, &format!("token={token}"), None).await;
+    let open = EventStream::open(gateway.address, &format!("token={token}"), None).await;
     assert!(open.head.starts_with("HTTP/1.1 200"));
-    // What passes is a stream that says when to come back: a browser gives up on any other answer.
+    // A temporary rejection is a stream with a retry time: a browser gives up after any other
+    // response.
     let full = get(gateway.address, &format!("/sse?token={token}")).await;
-    assert_come_back(&full, "limit_reached");
+    assert_retry_stream(&full, "limit_reached");
 }
 
 #[track_caller]
-fn assert_come_back(answer: &Http, code: &str) {
+fn assert_retry_stream(answer: &Http, code: &str) {
     assert_eq!(answer.status, 200, "{answer:?}");
     assert_eq!(answer.header("content-type"), Some("text/event-stream"));
     let wait: u64 =
@@ -204,21 +205,21 @@ async fn temporary_rejections_are_streams_with_a_retry_time() {
     let full = Gateway::start(&[("limits.connections_max", "1")]).await;
     let mut ann = full.connect("ann").await;
     ann.request(&json!({"type": "ping"})).await.unwrap();
-    assert_come_back(&get(full.address, "/sse").await, "unavailable");
-    // A proxy that asks the next node is to know.
+    assert_retry_stream(&get(full.address, "/sse").await, "unavailable");
+    // A proxy that tries the next node gets the status.
     let proxied =
         "GET /sse HTTP/1.1\r\nHost: x\r\nX-Skein-Failover: 503\r\nConnection: close\r\n\r\n";
     let proxied = http_raw(full.address, proxied).await;
     assert!(proxied.status == 503 && proxied.header("retry-after").is_some(), "{proxied:?}");
     let busy = Gateway::start(&[("limits.handshakes_per_minute_per_ip", "1")]).await;
     assert_eq!(get(busy.address, "/sse?rooms=a%20b").await.status, 400);
-    assert_come_back(&get(busy.address, "/sse").await, "rate_limited");
+    assert_retry_stream(&get(busy.address, "/sse").await, "rate_limited");
 }
 
 #[tokio::test]
 async fn a_stream_of_a_draining_node_gets_a_retry_time() {
     let gateway = Gateway::start(&[("drain.delay", "0s")]).await;
-    let mut stream = Stream::open(gateway.address, "rooms=a", None).await;
+    let mut stream = EventStream::open(gateway.address, "rooms=a", None).await;
     stream.frame_of("joined").await;
     let stopping = gateway.stop();
     let told = async {
@@ -298,7 +299,7 @@ async fn pages_of_allowed_origins_may_read_every_response() {
     }
 }
 
-/// The history of 20 rooms is 5 MiB, of which a stream that is not read holds what an outbox may.
+/// The history of 20 rooms is 5 MiB, of which an unread stream holds at most one outbox.
 #[tokio::test]
 async fn an_unread_stream_holds_at_most_one_outbox() {
     const KEY: &str = "a key of the application";
@@ -320,7 +321,7 @@ async fn an_unread_stream_holds_at_most_one_outbox() {
         assert_eq!(http_raw(host, &request).await.status, 201);
     }
     let query = format!("user=ann&rooms={}", rooms.join(","));
-    let mut stream = Stream::open(gateway.address, &query, None).await;
+    let mut stream = EventStream::open(gateway.address, &query, None).await;
     let queued = async || {
         let host = gateway.address;
         let request = format!(
@@ -330,7 +331,7 @@ async fn an_unread_stream_holds_at_most_one_outbox() {
         let user: Value = serde_json::from_str(&http_raw(host, &request).await.body).unwrap();
         user["connections"][0]["queued_bytes"].as_u64().unwrap()
     };
-    // One `joined` may stand above the bound, which has 256 KiB of history at most.
+    // One `joined` frame, with at most 256 KiB of history, may exceed the bound.
     let (mut last, mut most) = (0, 0);
     crate::harness::until("the kernel takes no more", async || {
         let now = queued().await;
@@ -355,10 +356,10 @@ async fn a_stalled_stream_is_closed() {
     let gateway = Gateway::start(&[("heartbeat.write_timeout", "200ms")]).await;
     let mut ann = gateway.connect("ann").await;
     ann.join(&room("a")).await.unwrap();
-    let _stream = Stream::open(gateway.address, "rooms=a", None).await;
+    let _stream = EventStream::open(gateway.address, "rooms=a", None).await;
     let content = "x".repeat(200_000);
     let mut said = 0;
-    crate::harness::until("the stream is given up", async || {
+    crate::harness::until("the stream is closed", async || {
         // Until the buffers of both kernels are full.
         if said < 60 {
             say(&mut ann, &room("a"), &content).await;
@@ -382,7 +383,7 @@ async fn errors_of_rooms_not_yet_joined_are_http_statuses() {
     say(&mut ann, &room("a"), &"x".repeat(5_000)).await;
     let status = async |rooms: &str| get(gateway.address, &format!("/sse?rooms={rooms}")).await;
     assert_eq!(status("a,d").await.status, 404);
-    let mut stream = Stream::open(gateway.address, "rooms=a,b", None).await;
+    let mut stream = EventStream::open(gateway.address, "rooms=a,b", None).await;
     assert_eq!(stream.frame_of("joined").await["room"], "a");
     assert_eq!(stream.frame_of("joined").await["room"], "b");
 }

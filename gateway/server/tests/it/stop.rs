@@ -1,4 +1,5 @@
-//! A plain stop: what is queued gets out, clients are sent elsewhere, and the process ends with 0.
+//! An orderly stop: queued frames are sent, clients are sent elsewhere, and the process exits with
+//! 0.
 
 use std::{collections::BTreeSet, net::SocketAddr, time::Duration};
 
@@ -33,7 +34,7 @@ async fn sigterm_sends_clients_elsewhere_and_exits_with_0() {
     let late = ConnectOptions::new(format!("ws://{}/ws", node.address));
     let refused = ClientConnection::open(&late).await;
     assert!(refused.is_err(), "a new client was taken");
-    // Who is here is served until the end, and told where to go.
+    // Connected clients are served until the end, and get a `reconnect`.
     crate::harness::say(&mut ann, &lobby, "still here").await;
     let mut reconnect = None;
     let end = loop {
@@ -61,7 +62,7 @@ async fn messages_sent_before_sigterm_are_acknowledged() {
         let frame = skein_client::frames::OutgoingMessage::text(&lobby, &content);
         ann.send_json(&frame).await.unwrap();
     }
-    // The first answer shows that the burst was read.
+    // The first ack shows that the burst was read.
     while !matches!(ann.next_frame().await.unwrap(), ServerFrame::Ack(_)) {}
     node.process.signal("TERM");
     let mut acks = 1;
@@ -114,7 +115,7 @@ async fn keep_alive(address: SocketAddr) -> TcpStream {
     socket
 }
 
-/// Sends a request and reads what comes at once of its answer.
+/// Sends a request and reads the first part of its response.
 async fn ask(socket: &mut TcpStream, start: &str) -> String {
     socket.write_all(format!("{start} HTTP/1.1\r\nHost: a\r\n\r\n").as_bytes()).await.unwrap();
     let mut answer = [0; 4096];
@@ -123,7 +124,7 @@ async fn ask(socket: &mut TcpStream, start: &str) -> String {
 }
 
 #[track_caller]
-fn is_sent_elsewhere(answer: &Http) {
+fn assert_sent_elsewhere(answer: &Http) {
     assert_eq!((answer.status, answer.header("connection")), (503, Some("close")), "{answer:?}");
     let seconds: u64 = answer.header("retry-after").unwrap().parse().unwrap();
     assert!((1..=3).contains(&seconds), "{answer:?}");
@@ -141,7 +142,7 @@ async fn a_draining_node_answers_503_until_the_process_ends() {
     assert!(within(silent.read(&mut [0; 4096])).await.unwrap() > 0);
 
     node.process.signal("TERM");
-    until("clients are sent away", async || get(address, "/chat").await.status == 503).await;
+    until("clients are rejected", async || get(address, "/chat").await.status == 503).await;
     let body = "x".repeat(100_000);
     let post = format!(
         "POST /api/v1/publish HTTP/1.1\r\nHost: a\r\nContent-Length: {}\r\n\r\n{body}",
@@ -155,7 +156,7 @@ async fn a_draining_node_answers_503_until_the_process_ends() {
         http_raw(address, &HANDSHAKE.replace("/ws", "/ws/rooms/lobby")).await,
         http_raw(address, &HANDSHAKE.replace("/ws", "/ws/echo")).await,
     ] {
-        is_sent_elsewhere(&answer);
+        assert_sent_elsewhere(&answer);
     }
     for (address, path, status) in
         [(address, "/health", 200), (address, "/ready", 503), (admin, "/metrics", 200)]
@@ -163,7 +164,7 @@ async fn a_draining_node_answers_503_until_the_process_ends() {
         let answer = get(address, path).await;
         assert_eq!((answer.status, answer.header("connection")), (status, Some("close")), "{path}");
     }
-    // Connections from before are served once more, and told that it was the last time.
+    // Earlier connections are served once more, with `Connection: close`.
     let head = ask(&mut busy, "GET /chat").await.to_lowercase();
     assert!(head.starts_with("http/1.1 200") && head.contains("connection: close"), "{head}");
 
@@ -178,19 +179,22 @@ async fn a_draining_node_answers_503_until_the_process_ends() {
     assert!(answered > 0, "the port was closed at once");
     let (code, said) = ended.await.unwrap();
     assert_eq!(code, Some(0), "{said}");
-    // An idle connection ends in order, not by a reset.
+    // An idle connection ends with a FIN, not with an RST.
     assert_eq!(within(idle.read(&mut [0; 64])).await.unwrap(), 0);
 }
 
-/// The node's `reconnect` to one client, and when it came.
-async fn sent_away(mut client: ClientConnection, since: Instant) -> (Duration, ReconnectFrame) {
+/// The `reconnect` frame to one client, and its time.
+async fn reconnect_frame(
+    mut client: ClientConnection,
+    since: Instant,
+) -> (Duration, ReconnectFrame) {
     let mut told = None;
     while let Ok(received) = within(client.next()).await {
         if let ReceivedMessage::Frame(ServerFrame::Reconnect(frame), _) = received {
             told = Some((since.elapsed(), frame));
         }
     }
-    told.expect("the client was told nothing")
+    told.expect("no reconnect frame")
 }
 
 #[tokio::test]
@@ -200,7 +204,7 @@ async fn clients_drain_no_faster_than_other_nodes_accept() {
     let client = async |i| gateway.connect(&format!("u{i}")).await;
     let clients = join_all((0..10).map(client)).await;
     let begun = Instant::now();
-    let left = join_all(clients.into_iter().map(|client| sent_away(client, begun)));
+    let left = join_all(clients.into_iter().map(|client| reconnect_frame(client, begun)));
     let (left, ()) = tokio::join!(left, gateway.stop());
     let tenths: BTreeSet<_> = left.iter().map(|(at, _)| at.as_millis() / 100).collect();
     let last = left.iter().map(|(at, _)| *at).max().unwrap();
@@ -218,7 +222,7 @@ async fn every_terminating_signal_drains_the_node() {
         for i in 0..10 {
             clients.push(connect(node.address, &format!("u{i}")).await);
         }
-        // These mean nothing.
+        // These signals have no effect.
         node.process.signal("USR1");
         node.process.signal("USR2");
         assert_eq!(get(node.address, "/ready").await.status, 200);
@@ -233,7 +237,7 @@ async fn every_terminating_signal_drains_the_node() {
         // Ten clients are not spread over the whole window.
         assert!(begun.elapsed() < Duration::from_secs(3), "{:?}", begun.elapsed());
     };
-    // Under `nohup` a gateway started from here outlives it, as it is to (below).
+    // Under `nohup` a gateway started from here ignores SIGHUP, as it must (below).
     let status = std::fs::read_to_string("/proc/self/status").unwrap();
     let ignored = status.lines().find_map(|line| line.strip_prefix("SigIgn:")).unwrap();
     let ignores_hup = u64::from_str_radix(ignored.trim(), 16).unwrap() & 1 == 1;

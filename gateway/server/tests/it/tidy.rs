@@ -1,4 +1,4 @@
-//! The shape of the code: layers, headers, limits on what a file may do.
+//! Checks the structure of the code: layers, module docs, restrictions on files, retired words.
 
 use std::{
     fs,
@@ -47,7 +47,7 @@ fn uses(text: &str) -> Vec<String> {
     for (at, _) in text.match_indices("crate::") {
         let rest = &text[at + "crate::".len()..];
         if let Some(list) = rest.strip_prefix('{') {
-            // `use crate::{a::B, c::{d, e}};`: the names at the first level.
+            // `use crate::{a::B, c::{d, e}};`: takes the names at the first level.
             let (mut depth, mut name) = (0, String::new());
             for c in list.chars() {
                 match c {
@@ -124,7 +124,7 @@ fn the_architecture_page_names_the_files_of_the_message_path() {
         "gateway/core/src/hub/mod.rs",
         "gateway/core/src/outbox.rs",
     ] {
-        assert!(root().join(file).exists(), "{file} is gone");
+        assert!(root().join(file).exists(), "{file} does not exist");
         assert!(map.contains(file), "ARCHITECTURE.md does not name {file}");
     }
 }
@@ -139,10 +139,10 @@ fn every_file_has_a_module_doc() {
 
 #[test]
 fn no_code_is_marked_unfinished_and_no_test_ignored() {
-    // Put together here, so that this file does not find itself.
+    // Concatenated here, so that this file does not match itself.
     let banned =
         [["TO", "DO"], ["FIX", "ME"], ["#[ign", "ore"], ["should_", "panic"]].map(|p| p.concat());
-    // The tests that a run of every test leaves to `make test-full`.
+    // Tests that `cargo test` skips and `make test-full` runs.
     let long = ["#[ign", "ore = \"make test-full\"]"].concat();
     for (file, text) in all() {
         let text = text.replace(&long, "");
@@ -157,7 +157,7 @@ fn no_test_sleeps_to_wait() {
     let sleep = ["time::", "sleep("].concat();
     for (file, text) in sources("gateway/server/tests") {
         for (number, line) in text.lines().enumerate() {
-            // The pause of a poll, and the pace of a load, are not waits for something.
+            // The pause of a poll and the interval of a load do not wait for a condition.
             let allowed = ["from_millis(10)", "from_millis(5)", "sleep_until"];
             let fine = allowed.iter().any(|allowed| line.contains(allowed));
             assert!(!line.contains(&sleep) || fine, "{file}:{}: {line}", number + 1);
@@ -196,7 +196,7 @@ fn the_top_level_has_only_agreed_names() {
         "rustfmt.toml",
         "shared",
     ];
-    // What a checkout has of its owner's own: build output and private settings.
+    // Untracked files of a checkout: build output and private settings.
     let private = ["target", ".env", "gateway.toml", ".vscode", ".idea"];
     for entry in fs::read_dir(root()).unwrap() {
         let name = entry.unwrap().file_name().into_string().unwrap();
@@ -205,8 +205,8 @@ fn the_top_level_has_only_agreed_names() {
     }
 }
 
-/// Files that may name what things were called before: the glossary, the history, the names that
-/// are still accepted or exported for one release, and the keys in Redis, which do not change.
+/// Files that may contain retired words: the glossary, the history, the names that are still
+/// accepted or exported for one release, and the keys in Redis, which do not change.
 const MAY_NAME_RETIRED: [&str; 5] = [
     "docs/glossary.md",
     "CHANGELOG.md",

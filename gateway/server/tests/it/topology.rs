@@ -1,4 +1,4 @@
-//! Redis in the arrangements that `cluster.redis_url` can name.
+//! Redis in the topologies that `cluster.redis_url` supports.
 
 use std::{sync::Arc, time::Duration};
 
@@ -10,8 +10,8 @@ use skein_redis::topology::{self, Dial, TlsFiles, Topology};
 
 use crate::{
     harness::{Gateway, get, next_message, room, say, until, within},
-    servers::{Clustered, Encrypted, Watched},
-    talk::{Talk, talk_for},
+    servers::{RedisClusterSetup, SentinelSetup, TlsRedis},
+    steady_traffic::{SteadyTraffic, run_traffic_for},
 };
 
 fn open(url: &str, tls: &TlsFiles) -> Arc<dyn Dial> {
@@ -22,13 +22,13 @@ fn open(url: &str, tls: &TlsFiles) -> Arc<dyn Dial> {
     }
 }
 
-/// The port of the server that a new connection leads to.
+/// The port of the server of a new connection.
 async fn port(dial: &Arc<dyn Dial>) -> RedisResult<u16> {
     let mut connection = dial.connect(AsyncConnectionConfig::new()).await?;
     port_of(redis::cmd("INFO").arg("server").query_async(&mut connection).await?)
 }
 
-/// The same of a connection to read by.
+/// The port of the server of a read connection.
 async fn reader_port(dial: &Arc<dyn Dial>) -> RedisResult<u16> {
     let mut reader = dial.read_connection().await?;
     port_of(redis::cmd("INFO").arg("server").query_async(&mut *reader).await?)
@@ -41,7 +41,7 @@ fn port_of(info: String) -> RedisResult<u16> {
 
 #[tokio::test]
 async fn tls_verifies_both_sides_and_users_log_in() {
-    let server = Encrypted::start().await;
+    let server = TlsRedis::start().await;
     let files = |ca: bool, own: bool| TlsFiles {
         ca: ca.then(|| server.ca.clone()),
         identity: own.then(|| server.own.clone()),
@@ -72,7 +72,7 @@ async fn tls_verifies_both_sides_and_users_log_in() {
 
 #[tokio::test]
 async fn messages_pass_over_tls_with_minimal_permissions() {
-    let server = Encrypted::start().await;
+    let server = TlsRedis::start().await;
     let path = |path: &std::path::Path| path.to_str().unwrap().to_owned();
     let (url, ca) = (server.url(), path(&server.ca));
     let (cert, key) = (path(&server.own.0), path(&server.own.1));
@@ -119,14 +119,14 @@ async fn missing_and_invalid_tls_files_fail_at_the_start() {
 
 #[tokio::test]
 async fn the_primary_is_the_one_that_sentinels_report() {
-    let mut watched = Watched::start().await;
+    let mut watched = SentinelSetup::start().await;
     let (first, second) = (watched.servers[0].port, watched.servers[1].port);
     let dial = open(&watched.url(0), &TlsFiles::default());
     assert!(dial.read_connection().await.is_err(), "where to read is known when a primary is");
     assert_eq!(within(port(&dial)).await.unwrap(), first);
     assert_eq!(within(reader_port(&dial)).await.unwrap(), first);
 
-    // A failover in which the old primary lives on: its connections would stand.
+    // A failover in which the old primary stays up: its connections would stay open.
     let moved = dial.moved();
     watched.fail_over(0).await;
     within(moved).await;
@@ -134,8 +134,8 @@ async fn the_primary_is_the_one_that_sentinels_report() {
         .await;
     assert_eq!(within(reader_port(&dial)).await.unwrap(), second);
 
-    // Where it dies.
-    until("the old primary follows", async || watched.is_followed(1).await).await;
+    // A failover after the primary has died.
+    until("the old primary is a replica", async || watched.has_synced_replica(1).await).await;
     let moved = dial.moved();
     watched.servers[1].process.kill().await;
     within(moved).await;
@@ -145,15 +145,15 @@ async fn the_primary_is_the_one_that_sentinels_report() {
 
 #[tokio::test]
 async fn sentinels_are_discovered_and_a_frozen_one_delays_nothing() {
-    let mut watched = Watched::start().await;
+    let mut watched = SentinelSetup::start().await;
     let (first, second) = (watched.servers[0].port, watched.servers[1].port);
-    // One is configured, and learns of the others before it dies.
+    // Only one Sentinel is configured; it reports the others before it is killed.
     let dial = open(&watched.url(2), &TlsFiles::default());
     assert_eq!(within(port(&dial)).await.unwrap(), first);
     watched.sentinels[2].process.kill().await;
     assert_eq!(within(port(&dial)).await.unwrap(), first);
 
-    // One that answers nothing holds nobody up, also while another primary takes over.
+    // A frozen Sentinel delays nothing, even during a failover.
     watched.sentinels[1].process.signal("STOP");
     watched.fail_over(0).await;
     until("the new primary is reached", async || port(&dial).await.is_ok_and(|p| p == second))
@@ -162,14 +162,14 @@ async fn sentinels_are_discovered_and_a_frozen_one_delays_nothing() {
 
 #[tokio::test]
 async fn a_primary_name_unknown_to_sentinels_is_reported() {
-    let watched = Watched::start().await;
+    let watched = SentinelSetup::start().await;
     let url = watched.url(0).replace("/main?", "/mian?");
     let dial = open(&url, &TlsFiles::default());
     let error = within(port(&dial)).await.unwrap_err().to_string();
     assert!(error.contains("mian"), "{error}");
 }
 
-/// Two nodes on what `url` names, with room for the time that a failover takes.
+/// Starts two nodes on the Redis at `url`, with a publish timeout longer than a failover.
 async fn two_nodes(url: &str) -> [Gateway; 2] {
     let options = [
         ("cluster.redis_url", url),
@@ -180,8 +180,8 @@ async fn two_nodes(url: &str) -> [Gateway; 2] {
     [Gateway::start(&options).await, Gateway::start(&options).await]
 }
 
-/// Waits until clients are served, by a server that agrees `agreed` times with its nodes.
-async fn served_after_agreement(gateway: &Gateway, agreed: usize) {
+/// Waits until the node is ready and has taken part in `agreed` recovery rounds.
+async fn until_ready_after_rounds(gateway: &Gateway, agreed: usize) {
     until("the nodes agree", async || {
         let metrics = get(gateway.admin, "/metrics").await.body;
         let count =
@@ -196,7 +196,7 @@ async fn served_after_agreement(gateway: &Gateway, agreed: usize) {
 
 #[tokio::test]
 async fn publishes_wait_while_a_primary_has_too_few_replicas() {
-    let watched = Watched::start().await;
+    let watched = SentinelSetup::start().await;
     let [node, _] = two_nodes(&watched.url(0)).await;
     let lobby = room("lobby");
     let mut ann = node.connect("ann").await;
@@ -221,39 +221,40 @@ async fn publishes_wait_while_a_primary_has_too_few_replicas() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn nothing_is_lost_when_sentinels_fail_over() {
-    let mut watched = Watched::start().await;
+    let mut watched = SentinelSetup::start().await;
     let nodes = two_nodes(&watched.url(0)).await;
-    let talk = Talk::start(&nodes.each_ref().map(|node| node.address)).await;
-    let acked = talk
+    let traffic = SteadyTraffic::start(&nodes.each_ref().map(|node| node.address)).await;
+    let acked = traffic
         .check_while(async {
-            talk_for(Duration::from_millis(500)).await;
-            // The old primary is told to follow, and closes no connection before that.
+            run_traffic_for(Duration::from_millis(500)).await;
+            // The old primary becomes a replica, and closes no connection before that.
             watched.fail_over(0).await;
-            served_after_agreement(&nodes[0], 2).await;
-            until("the old primary follows", async || watched.is_followed(1).await).await;
-            talk_for(Duration::from_millis(500)).await;
+            until_ready_after_rounds(&nodes[0], 2).await;
+            until("the old primary is a replica", async || watched.has_synced_replica(1).await)
+                .await;
+            run_traffic_for(Duration::from_millis(500)).await;
             watched.servers[1].process.kill().await;
-            served_after_agreement(&nodes[0], 3).await;
-            talk_for(Duration::from_millis(500)).await;
+            until_ready_after_rounds(&nodes[0], 3).await;
+            run_traffic_for(Duration::from_millis(500)).await;
         })
         .await;
     println!("2 failovers behind Sentinels: {acked} acknowledged, 0 lost, 0 duplicated");
 }
 
-/// Rooms in many partitions, and with that on all primaries.
+/// Rooms in many partitions, and so on all primaries.
 fn many_rooms() -> Vec<RoomId> {
     (0..12).map(|i| room(&format!("room-{i}"))).collect()
 }
 
-/// What a node counts under a name and a result.
-async fn counted(node: &Gateway, name: &str, result: &str) -> usize {
+/// The counter of a node with this name and `result`.
+async fn counter_of(node: &Gateway, name: &str, result: &str) -> usize {
     let metrics = get(node.admin, "/metrics").await.body;
     let line = format!("{name}{{result=\"{result}\"}} ");
     let count = metrics.lines().find_map(|text| text.strip_prefix(&line));
     count.and_then(|count| count.parse().ok()).unwrap_or_else(|| panic!("{metrics}"))
 }
 
-/// The slot of a room, as the documentation of the keys says.
+/// The slot of a room, computed as docs/redis-keys.md describes.
 fn slot_of(room: &RoomId) -> u16 {
     slot_of_partition(partition_of(room))
 }
@@ -274,38 +275,40 @@ async fn all_ready(nodes: &[Gateway]) {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn nothing_is_lost_when_a_redis_cluster_primary_fails_over() {
-    let mut cluster = Clustered::start().await;
+    let mut cluster = RedisClusterSetup::start().await;
     let nodes = two_nodes(&cluster.url()).await;
-    let talk = Talk::start_in(&nodes.each_ref().map(|node| node.address), many_rooms()).await;
-    let acked = talk
+    let traffic =
+        SteadyTraffic::start_in(&nodes.each_ref().map(|node| node.address), many_rooms()).await;
+    let acked = traffic
         .check_while(async {
-            talk_for(Duration::from_millis(500)).await;
-            // The one that has the leases too. It lives on as a replica.
+            run_traffic_for(Duration::from_millis(500)).await;
+            // The primary that also has the leases. It stays up as a replica.
             let first = cluster.owner_of(slot_of_partition(0)).await;
             let second = cluster.replica_of(first).await;
             cluster.nodes[second].ask::<String>(&["CLUSTER", "FAILOVER"]).await.unwrap();
-            until("a replica takes over", async || cluster.is_followed(second).await).await;
-            talk_for(Duration::from_millis(1500)).await;
+            until("a replica takes over", async || cluster.has_synced_replica(second).await).await;
+            run_traffic_for(Duration::from_millis(1500)).await;
             all_ready(&nodes).await;
-            // It freezes, and wakes up as one that has not heard of its successor.
+            // It freezes, and wakes up without knowing its successor.
             cluster.nodes[second].process.signal("STOP");
-            until("a replica takes over", async || cluster.leads(first).await).await;
-            talk_for(Duration::from_millis(1500)).await;
+            until("a replica takes over", async || cluster.is_primary(first).await).await;
+            run_traffic_for(Duration::from_millis(1500)).await;
             all_ready(&nodes).await;
             cluster.nodes[second].process.signal("CONT");
-            until("the old primary follows", async || cluster.is_followed(first).await).await;
-            talk_for(Duration::from_millis(500)).await;
+            until("the old primary is a replica", async || cluster.has_synced_replica(first).await)
+                .await;
+            run_traffic_for(Duration::from_millis(500)).await;
             // It dies.
             cluster.nodes[first].process.kill().await;
-            until("a replica takes over", async || cluster.leads(second).await).await;
-            talk_for(Duration::from_millis(1500)).await;
+            until("a replica takes over", async || cluster.is_primary(second).await).await;
+            run_traffic_for(Duration::from_millis(1500)).await;
             all_ready(&nodes).await;
-            talk_for(Duration::from_millis(500)).await;
+            run_traffic_for(Duration::from_millis(500)).await;
         })
         .await;
     for node in &nodes {
-        // Most are heard, and not only found in the logs now and then.
-        let delivered = counted(node, "gateway_bus_entries_received_total", "delivered").await;
+        // Most entries arrive by pub/sub, and are not only found in the logs.
+        let delivered = counter_of(node, "gateway_bus_entries_received_total", "delivered").await;
         assert!(delivered > acked / 2, "{delivered} of {acked}");
     }
     println!("3 failovers in a Redis Cluster: {acked} acknowledged, 0 lost, 0 duplicated");
@@ -313,44 +316,45 @@ async fn nothing_is_lost_when_a_redis_cluster_primary_fails_over() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn nothing_is_lost_when_slots_of_a_redis_cluster_migrate() {
-    let cluster = Clustered::start().await;
+    let cluster = RedisClusterSetup::start().await;
     let nodes = two_nodes(&cluster.url()).await;
     let rooms = many_rooms();
-    let talk = Talk::start_in(&nodes.each_ref().map(|node| node.address), rooms.clone()).await;
-    let acked = talk
+    let traffic =
+        SteadyTraffic::start_in(&nodes.each_ref().map(|node| node.address), rooms.clone()).await;
+    let acked = traffic
         .check_while(async {
-            talk_for(Duration::from_millis(500)).await;
+            run_traffic_for(Duration::from_millis(500)).await;
             for room in &rooms[..3] {
                 let (slot, primaries) = (slot_of(room), cluster.primaries().await);
                 let from = cluster.owner_of(slot).await;
                 let to = primaries.into_iter().find(|node| *node != from).unwrap();
-                // Half of it is with one, half with the other for a while.
+                // For a while each primary has half of the slot.
                 cluster
-                    .migrate(slot, to, async || talk_for(Duration::from_millis(700)).await)
+                    .migrate(slot, to, async || run_traffic_for(Duration::from_millis(700)).await)
                     .await;
-                // It is heard there by both, and not only found in the log now and then.
+                // Both nodes are subscribed there, and do not only read the log.
                 let channel = format!("gw:{{{}}}:r:{room}", partition_of(room));
-                until("the room is heard where it is", async || {
+                until("both nodes are subscribed at the new primary", async || {
                     let question = ["PUBSUB", "SHARDNUMSUB", &channel];
                     let heard: (String, u64) = cluster.nodes[to].ask(&question).await.unwrap();
                     heard.1 == 2
                 })
                 .await;
-                talk_for(Duration::from_millis(500)).await;
+                run_traffic_for(Duration::from_millis(500)).await;
             }
             all_ready(&nodes).await;
         })
         .await;
     for node in &nodes {
-        // A send to a slot on its way waits, and its sender hears nothing of that.
-        assert_eq!(counted(node, "gateway_publishes_total", "unavailable").await, 0);
+        // A publish to a migrating slot waits, without an error for its sender.
+        assert_eq!(counter_of(node, "gateway_publishes_total", "unavailable").await, 0);
     }
     println!("3 slot migrations in a Redis Cluster: {acked} acknowledged, 0 lost, 0 duplicated");
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn nodes_agree_again_on_a_flushed_redis_cluster_primary() {
-    let cluster = Clustered::start().await;
+    let cluster = RedisClusterSetup::start().await;
     let [node, _] = two_nodes(&cluster.url()).await;
     let leases = cluster.owner_of(slot_of_partition(0)).await;
     let mut elsewhere = vec![];
@@ -365,7 +369,7 @@ async fn nodes_agree_again_on_a_flushed_redis_cluster_primary() {
     ann.join(room).await.unwrap();
     assert_eq!(say(&mut ann, room, "before").await.seq, 1);
     cluster.nodes[*owner].ask::<String>(&["FLUSHALL"]).await.unwrap();
-    // It needs that server, and is answered without anybody publishing there.
+    // A join needs that server; it succeeds although no client publishes there.
     until("a join is answered", async || ann.join(other).await.is_ok()).await;
     assert_eq!(say(&mut ann, room, "after").await.seq, 2);
 }

@@ -137,7 +137,7 @@ pub fn check(world: &Simulation) -> Findings {
             }
             check_acks(&who, &place.observer, &mut findings);
             check_sender_order(&who, client.number, &place.observer, &mut findings);
-            findings.count("breaks told", place.observer.breaks.len());
+            findings.count("signalled discontinuities", place.observer.breaks.len());
         }
     }
     check_breaks(world, &mut findings);
@@ -154,7 +154,7 @@ fn check_breaks(world: &Simulation, findings: &mut Findings) {
     let missing = faults.iter().any(|fault| fault.changes_redis() || planned)
         && faults.iter().filter(others).any(|fault| fault.takes_a_gateway())
         || planned && faults.iter().any(|fault| fault.changes_redis());
-    let told = findings.counts.get("breaks told").copied().unwrap_or(0);
+    let told = findings.counts.get("signalled discontinuities").copied().unwrap_or(0);
     // A jump of the clock ends leases, and so changes which nodes a recovery round waits for.
     if told > 0 && !missing && !world.shape.short_log && !faults.contains(&SimFault::Clock) {
         findings.violation("NEEDLESS_BREAK", format!("{told} times with {faults:?}"));
@@ -174,9 +174,9 @@ fn check_losses(world: &Simulation, logged: &BTreeMap<Id, i32>, findings: &mut F
         if !witness.breaks.iter().any(|time| *time >= appended) {
             findings.violation("SILENT_LOSS", text);
         } else if logged.contains_key(&id) || world.shape.short_log {
-            findings.count("missed by one, told", 1);
+            findings.count("missed by one, signalled", 1);
         } else if may_go && !held(id) {
-            findings.count("gone with its holders, told", 1);
+            findings.count("lost with its holders, signalled", 1);
         } else {
             findings.violation("GONE", text);
         }
@@ -211,7 +211,7 @@ fn check_positions(world: &Simulation, findings: &mut Findings) {
                 }
                 if let Some(first) = first.get(&seen.id) {
                     if witness.broke_between(first.time, seen.time) {
-                        findings.count("a second time after a break", 1);
+                        findings.count("a second time after a discontinuity", 1);
                     } else {
                         let text = format!(
                             "{who}: {} at {} and {}",
@@ -246,7 +246,7 @@ fn check_acked_positions(
                     let (who, is_told) =
                         (client.number, place.observer.breaks.iter().any(|b| b >= time));
                     if there != id && is_told {
-                        findings.count("another at an acknowledged number, told", 1);
+                        findings.count("another at an acknowledged number, signalled", 1);
                     } else if there != id {
                         let text =
                             format!("c{who}: {epoch}:{seq} is {} and {}", name(*id), name(*there));
@@ -265,7 +265,7 @@ fn check_acks(who: &str, witness: &RoomObserver, findings: &mut Findings) {
             if witness.breaks.is_empty() {
                 findings.violation("ACK_TWO_POSITIONS", text);
             } else {
-                findings.count("acknowledged anew after a break", 1);
+                findings.count("acknowledged again after a discontinuity", 1);
             }
         }
     }

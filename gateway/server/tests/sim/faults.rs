@@ -183,7 +183,7 @@ impl Simulation {
                 world.hosts[host].believed_primary = None;
             }
             world.end_server(old);
-            world.log(&format!("{old_token} is gone"));
+            world.log(&format!("{old_token} has ended"));
         });
     }
 
@@ -225,7 +225,7 @@ impl Simulation {
         }
         self.after(time, move |world| {
             gate.thaw();
-            world.log(&format!("G{number} goes on"));
+            world.log(&format!("G{number} continues"));
         });
     }
 

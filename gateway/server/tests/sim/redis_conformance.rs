@@ -73,7 +73,10 @@ impl ServerPair {
             if let Some(reply) = take_reply(&mut self.unread) {
                 return reply;
             }
-            assert!(self.real.read_buf(&mut self.unread).await.unwrap() > 0, "Redis has gone");
+            assert!(
+                self.real.read_buf(&mut self.unread).await.unwrap() > 0,
+                "Redis closed the connection"
+            );
         }
     }
 

@@ -1,4 +1,4 @@
-//! A room that was deleted stays deleted: a node that was cut off does not bring it back.
+//! A deleted room stays deleted: a node that was cut off does not restore it.
 
 use std::{sync::Arc, time::Duration};
 
@@ -20,14 +20,14 @@ use crate::harness::{
     Gateway, Redis, get, hub_options, next_message, nobody, retention, room, say, until, within,
 };
 
-/// A node without a listener, for what no frame can ask yet.
-struct Bare {
+/// A node without a listener, for calls that no frame can make.
+struct NodeWithoutListener {
     bus: Arc<dyn Bus>,
     _hub: Hub,
     tasks: Tasks,
 }
 
-impl Bare {
+impl NodeWithoutListener {
     async fn start(redis: &Redis) -> Self {
         let (metrics, tasks) = (Arc::new(Metrics::new()), Tasks::default());
         let (mailboxes, letters) = Mailboxes::new(1, MAILBOX_LEN, metrics.clone());
@@ -63,7 +63,7 @@ async fn delete_while_cut_off(mut redis: Redis, restarts: bool) {
     let proxy = Proxy::to(redis.address()).await.unwrap();
     let url = proxy.redis_url();
     let cut_off = Gateway::start_on(&redis, &[("cluster.redis_url", url.as_str())]).await;
-    let other = Bare::start(&redis).await;
+    let other = NodeWithoutListener::start(&redis).await;
     let lobby = room("lobby");
     let mut ann = cut_off.connect("ann").await;
     let joined = ann.join(&lobby).await.unwrap();

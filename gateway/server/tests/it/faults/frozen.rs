@@ -1,5 +1,5 @@
-//! A gateway is stopped in its tracks and goes on later: it delivers nothing that it has not
-//! checked.
+//! A gateway is frozen and continues later: it delivers only entries that it has checked against
+//! the log.
 
 use std::time::Duration;
 
@@ -15,7 +15,7 @@ use super::{
 };
 use crate::harness::{Node, Redis, connect, next_message, room, say};
 
-/// The usual clients, and one that stays with the first node whatever happens.
+/// The default clients, and one that always stays with the first node.
 async fn clients_with_one_that_stays(nodes: &[Node]) -> TestClients {
     let mut profiles = default_profiles(&addresses(nodes));
     profiles.push(ClientProfile { idle_timeout: Duration::from_secs(3600), ..profiles[0].clone() });
@@ -39,7 +39,7 @@ async fn freeze_for(time: Duration, start: impl AsyncFn(&Redis, usize) -> Vec<No
     assert_eq!(report.connections[6], 1);
     for reader in [1, 2, 4, 5] {
         assert_eq!(report.connections[reader], 1);
-        // Clients that leave take 2 s to find out; the others speak meanwhile.
+        // Clients that reconnect need 2 s to notice; the others send meanwhile.
         assert!(report.silences[reader] < super::SHORT, "{:?}", report.silences);
     }
 }
@@ -68,29 +68,29 @@ async fn a_node_without_a_lease_delivers_nothing_until_it_renews() {
     let mut bob = connect(other.address, "bob").await;
     ann.join(&lobby).await.unwrap();
     bob.join(&lobby).await.unwrap();
-    say(&mut bob, &lobby, "heard").await;
+    say(&mut bob, &lobby, "received").await;
     assert_eq!(next_message(&mut ann).await.seq, 1);
 
     frozen.process.signal("STOP");
     let over = Instant::now() + lease();
     for seq in 2..=20 {
-        // They wait in the socket of the frozen node.
+        // The entries wait in the socket of the frozen node.
         assert_eq!(say(&mut bob, &lobby, "while it is frozen").await.seq, seq);
     }
     sleep_until(over).await;
-    // It cannot ask whether the others went on without it, and they may have.
+    // The node cannot check whether the others continued without it.
     proxy.set(Mode::HoldRequests);
     frozen.process.signal("CONT");
     let too_early = timeout(Duration::from_millis(1500), next_message(&mut ann)).await;
-    assert!(too_early.is_err(), "passed on unasked: {too_early:?}");
+    assert!(too_early.is_err(), "delivered without a lease: {too_early:?}");
     proxy.set(Mode::Open);
     for seq in 2..=20 {
         assert_eq!(next_message(&mut ann).await.seq, seq);
     }
 }
 
-/// Redis is restarted while a node is frozen: the others wait for it as long as its lease, then go
-/// on without it, in a new epoch, announced.
+/// Redis restarts while a node is frozen: the others wait for its lease to end, then continue
+/// without it in a new epoch, which `reset` signals.
 async fn freeze_while_redis_restarts(
     mut redis: Redis,
     what: &str,
@@ -102,7 +102,7 @@ async fn freeze_while_redis_restarts(
     clients.wait_for_acks(100).await.unwrap();
     redis.kill().await;
     redis.restart().await;
-    // It is acknowledged again only when the lease of the frozen one is over.
+    // Publishes are acknowledged again only after the frozen node's lease has ended.
     clients.wait_for_acks(200).await.unwrap();
     nodes[0].process.signal("CONT");
     until_ready(&nodes).await;
@@ -111,14 +111,14 @@ async fn freeze_while_redis_restarts(
     report.check(what);
     for reader in [1, 2, 4, 5] {
         assert_eq!(report.connections[reader], 1);
-        // The lease, and what it takes to send and connect again.
+        // The lease, and the time to send and reconnect.
         assert!(
             report.silences[reader] < lease() + Duration::from_secs(5),
             "{:?}",
             report.silences
         );
     }
-    assert!(report.resets > 0, "nobody was told: {report}");
+    assert!(report.resets > 0, "no reset was sent: {report}");
     assert!(report.rejected_sends > 0, "sends were not refused meanwhile: {report}");
     report
 }

@@ -1,4 +1,4 @@
-//! The link between one gateway and Redis fails in every way a link can, while Redis stays.
+//! The link between one gateway and Redis fails in every way, while Redis stays up.
 
 use std::time::Duration;
 
@@ -11,8 +11,8 @@ use super::{
 };
 use crate::harness::{Gateway, Node, Redis, get, next_message, room, say, until};
 
-/// One of two nodes has its link fail for a while.
-async fn fail(mode: Mode, time: Duration, what: &str) {
+/// Makes the link of one of two nodes fail for a while.
+async fn fail_link(mode: Mode, time: Duration, what: &str) {
     let redis = Redis::start().await;
     let proxy = Proxy::to(redis.address()).await.unwrap();
     let url = proxy.redis_url();
@@ -25,7 +25,7 @@ async fn fail(mode: Mode, time: Duration, what: &str) {
     for _ in 0..rounds {
         clients.wait_for_acks(200).await.unwrap();
         proxy.set(mode);
-        until("the node knows", async || !ready(nodes[0].address).await).await;
+        until("the node is not ready", async || !ready(nodes[0].address).await).await;
         clients.run_for(time).await;
         proxy.set(Mode::Open);
         until_ready(&nodes).await;
@@ -33,7 +33,8 @@ async fn fail(mode: Mode, time: Duration, what: &str) {
     }
     let report = clients.finish().await.unwrap();
     report.check_seamless(&format!("{rounds} x {what} for {time:?}"));
-    // Open connections stay, and the clients of the other node hear each other all the time.
+    // Connections stay open, and clients of the other node receive each other's messages all the
+    // time.
     assert!(report.connections.iter().all(|count| *count == 1), "{:?}", report.connections);
     for reader in [1, 3] {
         assert!(report.silences[reader] < super::SHORT, "{:?}", report.silences);
@@ -42,33 +43,33 @@ async fn fail(mode: Mode, time: Duration, what: &str) {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_black_holed_redis_link_loses_nothing() {
-    fail(Mode::BlackHole, Duration::from_secs(4), "black hole").await;
+    fail_link(Mode::BlackHole, Duration::from_secs(4), "black hole").await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_redis_link_black_holed_past_its_lease_loses_nothing() {
     let time = length(lease() + Duration::from_secs(1), Duration::from_secs(20));
-    fail(Mode::BlackHole, time, "black hole").await;
+    fail_link(Mode::BlackHole, time, "black hole").await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_cut_redis_link_loses_nothing() {
-    fail(Mode::Cut, Duration::from_secs(3), "cut").await;
+    fail_link(Mode::Cut, Duration::from_secs(3), "cut").await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn held_redis_requests_lose_nothing() {
-    fail(Mode::HoldRequests, Duration::from_secs(4), "one-way cut towards Redis").await;
+    fail_link(Mode::HoldRequests, Duration::from_secs(4), "one-way cut towards Redis").await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn held_redis_responses_lose_nothing() {
-    fail(Mode::HoldResponses, Duration::from_secs(4), "one-way cut from Redis").await;
+    fail_link(Mode::HoldResponses, Duration::from_secs(4), "one-way cut from Redis").await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn dropped_redis_responses_lose_nothing() {
-    fail(Mode::DropResponses, Duration::from_secs(4), "answers of Redis lost").await;
+    fail_link(Mode::DropResponses, Duration::from_secs(4), "answers of Redis lost").await;
 }
 
 #[tokio::test]
@@ -82,10 +83,10 @@ async fn messages_missed_without_pubsub_arrive_after_resubscribing() {
     redis.command("ACL SETUSER default -subscribe").await;
     redis.command("CLIENT KILL TYPE pubsub").await;
     for gateway in [&one, &two] {
-        until("deaf", async || get(gateway.address, "/ready").await.status == 503).await;
+        until("not ready", async || get(gateway.address, "/ready").await.status == 503).await;
     }
-    // Publishing goes on, and nothing is said after it: only the reconnect can bring it.
-    assert_eq!(say(&mut ann, &lobby, "unheard").await.seq, 1);
+    // Publishing works, and no later entry follows: only the resubscription can deliver this one.
+    assert_eq!(say(&mut ann, &lobby, "not received").await.seq, 1);
     redis.command("ACL SETUSER default +subscribe").await;
     for connection in [&mut ann, &mut bob] {
         assert_eq!(next_message(connection).await.seq, 1);

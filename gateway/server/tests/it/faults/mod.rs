@@ -1,8 +1,8 @@
-//! Everything that may go wrong around the nodes, with real processes: nobody misses anything that
-//! was acknowledged, or is told so. `docs/faults.md` has the table.
+//! Faults around the nodes, with real processes: clients miss no acknowledged message, or receive a
+//! signalled discontinuity. `docs/faults.md` has the table.
 //!
-//! [`checker`] judges what its members see, [`proxy`] fails. `make test` runs short trials;
-//! `make faults` sets `SKEIN_FAULTS=full` for those at full length.
+//! [`checker`] judges the frames that clients receive; [`proxy`] injects link faults. `make test`
+//! runs short trials; `make faults` sets `SKEIN_FAULTS=full` for those at full length.
 
 use std::{net::SocketAddr, time::Duration};
 
@@ -14,11 +14,11 @@ use skein_testkit::{
 
 use crate::harness::{Node, Redis, SHORT_LEASE, SHORT_LEASE_OPTION, get, until};
 
-mod judged;
+mod delivery_checker;
 mod nodes;
 mod frozen;
-mod server;
-mod both;
+mod redis_server;
+mod gateway_and_redis;
 mod links;
 mod slow;
 mod sends;
@@ -27,9 +27,9 @@ mod deleted;
 mod presence;
 mod one_user;
 mod mixed;
-mod outside;
+mod independent_checker;
 
-/// Options of nodes whose clients speak as fast as they like.
+/// Options of nodes without rate limits.
 const UNLIMITED: [(&str, &str); 2] =
     [("limits.messages_per_second", "0"), ("limits.frames_per_second", "0")];
 
@@ -38,7 +38,7 @@ pub fn is_full() -> bool {
     std::env::var("SKEIN_FAULTS").is_ok_and(|value| value == "full")
 }
 
-/// `full` where trials have their full length, else `short`.
+/// `full` if trials have their full length, else `short`.
 fn length<T>(short: T, full: T) -> T {
     if is_full() { full } else { short }
 }
@@ -47,8 +47,8 @@ async fn start_nodes(redis: &Redis, count: usize) -> Vec<Node> {
     start_nodes_with(redis, count, &UNLIMITED).await
 }
 
-/// As [`start_nodes`], for a trial that waits for the end of a lease: at full length that of the
-/// product, else a short one, before which sends are refused as before the other.
+/// As [`start_nodes`], for a trial that waits for the end of a lease: at full length the default
+/// lease, else a short one, with a publish timeout below it as by default.
 async fn start_nodes_with_lease(redis: &Redis, count: usize) -> Vec<Node> {
     let times = [lease_option(), length(("publish.timeout", "2s"), ("publish.timeout", "5s"))];
     start_nodes_with(redis, count, &[&UNLIMITED[..], &times].concat()).await
@@ -85,7 +85,7 @@ async fn until_ready(nodes: &[Node]) {
     }
 }
 
-/// A metric of a node; 0 where nothing was counted under its labels yet.
+/// A metric of a node; 0 if its labels have no value yet.
 async fn metric(node: &Node, name: &str) -> f64 {
     let metrics = get(node.admin, "/metrics").await.body;
     let family = name.split('{').next().unwrap();
@@ -94,12 +94,12 @@ async fn metric(node: &Node, name: &str) -> f64 {
     value.map_or(0.0, |value| value.parse().unwrap())
 }
 
-/// What a node has in memory.
+/// Resident memory of a node, in bytes.
 fn resident_bytes(node: &Node) -> u64 {
     let status = std::fs::read_to_string(format!("/proc/{}/status", node.process.pid())).unwrap();
     let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).unwrap();
     line.trim().trim_end_matches(" kB").parse::<u64>().unwrap() * 1024
 }
 
-/// For comparison with how long clients were without a delivery.
+/// Upper bound for the time without a delivery of clients that a fault does not affect.
 const SHORT: Duration = Duration::from_secs(2);

@@ -1,5 +1,5 @@
-//! What is of one user while nodes, links and Redis fail: orders reach nodes that were cut off,
-//! directs and notifications come once on every device.
+//! State of one user while nodes, links and Redis fail: control commands reach nodes that were cut
+//! off, directs and notifications arrive once on every device.
 
 use std::collections::BTreeMap;
 
@@ -39,7 +39,7 @@ async fn a_cut_off_node_applies_a_late_command_to_old_devices_only() {
         devices.push(node.connect("ann").await);
     }
     let disconnect = "POST /api/v1/users/ann/disconnect";
-    // Every node is heard of before one is cut off.
+    // Every node must be known before one is cut off.
     until("all nodes take orders", async || {
         let nobody = "POST /api/v1/users/nobody/disconnect";
         call_as(Some(KEY), nodes[0].address, nobody, None).await.body
@@ -53,7 +53,7 @@ async fn a_cut_off_node_applies_a_late_command_to_old_devices_only() {
         assert_eq!(closed(device).await, (Some(1008), "kicked".into()));
     }
     proxy.set(Mode::Open);
-    // Who comes back may be there before the order is.
+    // The user may have reconnected before the command arrives.
     let options = ConnectOptions::new(nodes[2].url("/ws")).user("ann");
     let mut back = loop {
         if let Ok(mut connection) = ClientConnection::open(&options).await
@@ -73,7 +73,7 @@ async fn a_cut_off_node_applies_a_late_command_to_old_devices_only() {
     back.request(&json!({"type": "ping"})).await.unwrap();
 }
 
-/// A device that comes back by itself, and counts what it gets.
+/// A device that reconnects by itself, and counts its entries.
 struct Device {
     events: mpsc::Receiver<ClientEvent>,
     _client: Client,
@@ -91,7 +91,7 @@ impl Device {
         Self { events, _client: client, got: BTreeMap::new() }
     }
 
-    /// Reads on until something of each of `ids` has come.
+    /// Reads until an entry of each of `ids` has arrived.
     async fn gets(&mut self, ids: &[MessageId]) {
         within(async {
             while !ids.iter().all(|id| self.got.contains_key(id)) {
@@ -107,7 +107,7 @@ impl Device {
     }
 }
 
-/// Sends a direct until it is acknowledged, over whichever node takes it.
+/// Sends a direct until it is acknowledged, through any node that accepts it.
 async fn direct(nodes: &[Node], connection: &mut Option<ClientConnection>, id: MessageId) {
     let frame = json!({"type": "direct", "to": "bob", "content": "x", "id": id});
     within(async {
@@ -136,7 +136,7 @@ async fn direct(nodes: &[Node], connection: &mut Option<ClientConnection>, id: M
     .await;
 }
 
-/// Sends a notification until the API has taken it.
+/// Sends a notification until the API accepts it.
 async fn notify(node: &Node, id: MessageId) {
     let body = json!({"payload": "x", "id": id});
     until("a notification is taken", async || {
@@ -192,7 +192,7 @@ async fn inbox_entries_arrive_once_per_device_across_restarts() {
     })
     .await;
     assert!(ready(nodes[1].address).await);
-    // What is sent now is unread for who is not there, and own entries never are.
+    // A direct is unread for an offline receiver, and never for its sender.
     let mut bob = connect(nodes[1].address, "bob").await;
     bob.request(&json!({"type": "direct", "to": "dan", "content": "x"})).await.unwrap();
     let dan = ConnectOptions::new(format!("ws://{}/ws", nodes[2].address)).user("dan");

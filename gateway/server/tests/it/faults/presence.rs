@@ -1,5 +1,5 @@
-//! Who is present while servers, links and nodes fail: what members are told leads from one true
-//! state to the next, and ends where everybody is.
+//! Presence while servers, links and nodes fail: the events that members receive lead from one true
+//! state to the next, and end at the actual state.
 
 use std::{collections::BTreeSet, time::Duration};
 
@@ -19,16 +19,16 @@ use super::{
 };
 use crate::{
     harness::{Gateway, Node, Redis, connect, room, say, until, within},
-    presence::{heard, names, present, present_in},
+    presence::{names, next_matching, presence_of_room, presence_page},
 };
 
-/// A member of the lobby that keeps up with who is there, and holds every notice against that.
-struct Watcher {
+/// A member of the lobby that tracks presence, and checks every event against it.
+struct PresenceObserver {
     connection: ClientConnection,
     here: BTreeSet<String>,
 }
 
-impl Watcher {
+impl PresenceObserver {
     async fn join(mut connection: ClientConnection) -> Self {
         connection.join(&room("lobby")).await.unwrap();
         let here = listing(&mut connection).await;
@@ -41,9 +41,9 @@ impl Watcher {
         assert!(is_news, "{user}, joined: {joined}, is no news: {:?}", self.here);
     }
 
-    /// Reads on until everybody is there that should be, and nobody else.
+    /// Reads events until exactly the expected users are present.
     #[track_caller]
-    fn sees<'a>(&'a mut self, expected: &'a [&str]) -> impl Future<Output = ()> + 'a {
+    fn reads_until<'a>(&'a mut self, expected: &'a [&str]) -> impl Future<Output = ()> + 'a {
         let expected: BTreeSet<String> = expected.iter().map(|user| (*user).to_owned()).collect();
         within(async move {
             while self.here != expected {
@@ -74,10 +74,10 @@ impl Watcher {
         }
     }
 
-    /// Reads what was said up to now, and holds the listing against it.
-    async fn is_right(&mut self) {
+    /// Reads all events up to now, and compares a presence listing with them.
+    async fn check_listing(&mut self) {
         say(&mut self.connection, &room("lobby"), "now").await;
-        // The answer is read first; what came before it is kept and read now.
+        // The response is read first; earlier frames were kept and are read now.
         let listed = listing(&mut self.connection).await;
         say(&mut self.connection, &room("lobby"), "then").await;
         let mut left = 0;
@@ -124,7 +124,7 @@ async fn member(node: &Gateway, user: &str) -> ClientConnection {
 
 const NO_GRACE: [(&str, &str); 1] = [("presence.grace", "0s")];
 
-/// Redis goes away, with or without what it had; meanwhile one leaves and one is cut off from it.
+/// Redis restarts with or without its data; meanwhile one user leaves and one is disconnected.
 async fn through_a_restart(mut redis: Redis) {
     let nodes =
         [Gateway::start_on(&redis, &NO_GRACE).await, Gateway::start_on(&redis, &NO_GRACE).await];
@@ -132,10 +132,10 @@ async fn through_a_restart(mut redis: Redis) {
     let leaves = member(&nodes[1], "leaves").await;
     let mut watchers = Vec::new();
     for (number, node) in nodes.iter().enumerate() {
-        watchers.push(Watcher::join(node.connect(&format!("w{number}")).await).await);
+        watchers.push(PresenceObserver::join(node.connect(&format!("w{number}")).await).await);
     }
     for watcher in &mut watchers {
-        watcher.sees(&["leaves", "stays", "w0", "w1"]).await;
+        watcher.reads_until(&["leaves", "stays", "w0", "w1"]).await;
     }
     redis.kill().await;
     until("away", async || !ready(nodes[0].address).await).await;
@@ -146,7 +146,7 @@ async fn through_a_restart(mut redis: Redis) {
     }
     let mut comes = member(&nodes[1], "comes").await;
     for watcher in &mut watchers {
-        watcher.sees(&["comes", "stays", "w0", "w1"]).await;
+        watcher.reads_until(&["comes", "stays", "w0", "w1"]).await;
     }
     say(&mut stays, &room("lobby"), "still here").await;
     say(&mut comes, &room("lobby"), "so am I").await;
@@ -154,7 +154,7 @@ async fn through_a_restart(mut redis: Redis) {
         let listed = listing(&mut watcher.connection).await;
         assert_eq!(listed, watcher.here);
     }
-    // The registry itself has nobody too many.
+    // The presence store has no extra users.
     let mut fresh = Gateway::start_on(&redis, &NO_GRACE).await.connect("w9").await;
     let joined = fresh.join(&room("lobby")).await.unwrap();
     assert_eq!(joined.members, 5);
@@ -176,10 +176,10 @@ async fn a_flushed_redis_changes_no_presence() {
     let nodes =
         [Gateway::start_on(&redis, &NO_GRACE).await, Gateway::start_on(&redis, &NO_GRACE).await];
     let _stays = member(&nodes[1], "stays").await;
-    let mut watcher = Watcher::join(nodes[0].connect("w0").await).await;
-    watcher.sees(&["stays", "w0"]).await;
+    let mut watcher = PresenceObserver::join(nodes[0].connect("w0").await).await;
+    watcher.reads_until(&["stays", "w0"]).await;
     redis.command("FLUSHALL").await;
-    // A listing of the registry itself has everybody again.
+    // A listing of the presence store has all users again.
     let online = async |connection: &mut ClientConnection| {
         let ServerFrame::Presence(presence) =
             connection.request(&json!({"type": "presence"})).await.unwrap()
@@ -191,8 +191,8 @@ async fn a_flushed_redis_changes_no_presence() {
     let mut asks = nodes[1].connect("asks").await;
     until("all are there again", async || online(&mut asks).await == 3).await;
     let _comes = member(&nodes[0], "comes").await;
-    watcher.sees(&["comes", "stays", "w0"]).await;
-    watcher.is_right().await;
+    watcher.reads_until(&["comes", "stays", "w0"]).await;
+    watcher.check_listing().await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -204,8 +204,8 @@ async fn presence_changes_during_a_cut_link_arrive_afterwards() {
     let (deaf, other) =
         (Gateway::start_on(&redis, &cut_off).await, Gateway::start_on(&redis, &NO_GRACE).await);
     let leaves = member(&other, "leaves").await;
-    let mut watcher = Watcher::join(deaf.connect("w0").await).await;
-    watcher.sees(&["leaves", "w0"]).await;
+    let mut watcher = PresenceObserver::join(deaf.connect("w0").await).await;
+    watcher.reads_until(&["leaves", "w0"]).await;
     proxy.set(Mode::DropPushes);
     let mut moved = Vec::new();
     for number in 0..5 {
@@ -214,13 +214,13 @@ async fn presence_changes_during_a_cut_link_arrive_afterwards() {
     drop(leaves);
     moved.truncate(3);
     proxy.set(Mode::Open);
-    watcher.sees(&["u0", "u1", "u2", "w0"]).await;
+    watcher.reads_until(&["u0", "u1", "u2", "w0"]).await;
     proxy.set(Mode::Cut);
     moved.truncate(1);
     until("cut off", async || !ready(deaf.address).await).await;
     proxy.set(Mode::Open);
-    watcher.sees(&["u0", "w0"]).await;
-    watcher.is_right().await;
+    watcher.reads_until(&["u0", "w0"]).await;
+    watcher.check_listing().await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -229,27 +229,27 @@ async fn users_of_a_frozen_node_leave_and_return_with_it() {
     let options = [NO_GRACE[0], lease_option()];
     let other = Gateway::start_on(&redis, &options).await;
     let frozen = Node::start(&redis, None, &options).await;
-    let mut watcher = Watcher::join(other.connect("w0").await).await;
+    let mut watcher = PresenceObserver::join(other.connect("w0").await).await;
     let mut there = Vec::new();
     for number in 0..3 {
         let mut connection = connect(frozen.address, &format!("u{number}")).await;
         connection.join(&room("lobby")).await.unwrap();
         there.push(connection);
     }
-    watcher.sees(&["u0", "u1", "u2", "w0"]).await;
+    watcher.reads_until(&["u0", "u1", "u2", "w0"]).await;
     frozen.process.signal("STOP");
     let begun = Instant::now();
-    watcher.sees(&["w0"]).await;
+    watcher.reads_until(&["w0"]).await;
     assert!(begun.elapsed() < lease() + Duration::from_secs(5), "{:?}", begun.elapsed());
-    // Somebody comes whom the frozen one does not hear of.
+    // A user joins while the node is frozen.
     let comes = member(&other, "comes").await;
     frozen.process.signal("CONT");
-    watcher.sees(&["comes", "u0", "u1", "u2", "w0"]).await;
+    watcher.reads_until(&["comes", "u0", "u1", "u2", "w0"]).await;
     let everybody = listing(&mut watcher.connection).await;
     until("the frozen one knows", async || listing(&mut there[0]).await == everybody).await;
     drop(comes);
-    watcher.sees(&["u0", "u1", "u2", "w0"]).await;
-    watcher.is_right().await;
+    watcher.reads_until(&["u0", "u1", "u2", "w0"]).await;
+    watcher.check_listing().await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -257,19 +257,20 @@ async fn users_who_reconnect_after_a_drain_do_not_leave() {
     let redis = Redis::start().await;
     let (stops, other) =
         (Gateway::start_on(&redis, &[]).await, Gateway::start_on(&redis, &[]).await);
-    let mut watcher = Watcher::join(other.connect("w0").await).await;
+    let mut watcher = PresenceObserver::join(other.connect("w0").await).await;
     let moves = member(&stops, "moves").await;
     let goes = member(&stops, "goes").await;
-    watcher.sees(&["goes", "moves", "w0"]).await;
+    watcher.reads_until(&["goes", "moves", "w0"]).await;
     stops.stop().await;
     drop((moves, goes));
-    // A client waits before it comes back; the others look for who is gone every second.
+    // A client backs off before it reconnects; the other nodes look for departed users every
+    // second.
     let (stopped, back_off) = (Instant::now(), Duration::from_millis(1500));
     until("its turn", async || stopped.elapsed() >= back_off).await;
     let moves = member(&other, "moves").await;
-    // That "moves" had never left shows, since it would be no news that it comes.
-    watcher.sees(&["moves", "w0"]).await;
-    watcher.is_right().await;
+    // If "moves" had left, its join would now be an event.
+    watcher.reads_until(&["moves", "w0"]).await;
+    watcher.check_listing().await;
     drop(moves);
 }
 
@@ -279,7 +280,7 @@ async fn members_of_a_killed_node_leave_once_everywhere() {
     let redis = Redis::start().await;
     let options = [
         ("presence.event_members_max", "1000"),
-        // The watchers read nothing while the others come.
+        // The observers read nothing while the others join.
         ("heartbeat.write_timeout", "10m"),
         ("heartbeat.idle_timeout", "10m"),
         lease_option(),
@@ -305,13 +306,13 @@ async fn members_of_a_killed_node_leave_once_everywhere() {
         connection.join(&rooms[number % rooms.len()]).await.unwrap();
         gone.push(connection);
     }
-    // Bob has a device elsewhere, and stays.
+    // User u7 has a device on another node, and stays.
     let mut bob = survivors[1].connect("u7").await;
     bob.join(&rooms[7]).await.unwrap();
     for watcher in &mut watchers {
         for room in &rooms {
             let name = room.as_str();
-            assert!(present_in(watcher, name).await.count >= 22, "{name}");
+            assert!(presence_of_room(watcher, name).await.count >= 22, "{name}");
         }
     }
     killed.process.kill().await;
@@ -319,7 +320,7 @@ async fn members_of_a_killed_node_leave_once_everywhere() {
     for watcher in &mut watchers {
         let mut left = BTreeSet::new();
         while left.len() < 999 {
-            let moved = heard(watcher, |frame| match frame {
+            let moved = next_matching(watcher, |frame| match frame {
                 ServerFrame::MemberLeft(moved) => Some(moved),
                 _ => None,
             })
@@ -333,15 +334,15 @@ async fn members_of_a_killed_node_leave_once_everywhere() {
     }
     for watcher in &mut watchers {
         for (number, room) in rooms.iter().enumerate() {
-            let presence = present_in(watcher, room.as_str()).await;
+            let presence = presence_of_room(watcher, room.as_str()).await;
             let expected: &[&str] = if number == 7 { &["u7", "w0", "w1"] } else { &["w0", "w1"] };
             assert_eq!(names(&presence.users), expected, "{room}");
             assert_eq!(presence.count, expected.len() as u64);
         }
-        assert_eq!(present(watcher, json!({"type": "presence"})).await.count, 3);
-        // Nothing more was told than that.
-        say(watcher, &rooms[0], "all gone").await;
-        let more = heard(watcher, |frame| match frame {
+        assert_eq!(presence_page(watcher, json!({"type": "presence"})).await.count, 3);
+        // No other event was sent.
+        say(watcher, &rooms[0], "all left").await;
+        let more = next_matching(watcher, |frame| match frame {
             ServerFrame::MemberLeft(moved) => Some(Some(moved)),
             ServerFrame::Message(_) => Some(None),
             _ => None,

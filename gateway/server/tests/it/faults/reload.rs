@@ -23,7 +23,7 @@ async fn an_nginx_reload_interrupts_no_client() {
     for i in 0..reloads {
         clients.wait_for_acks(100).await.unwrap();
         nginx.signal("HUP");
-        // New clients come in meanwhile, to the old worker or the new one.
+        // New clients connect meanwhile, to the old worker or the new one.
         for j in 0..5 {
             within(connect(nginx.address, &format!("new-{i}-{j}"))).await;
             clients.run_for(Duration::from_millis(20)).await;

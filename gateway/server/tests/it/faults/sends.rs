@@ -1,4 +1,5 @@
-//! Sending while Redis is away: a bounded wait, an honest refusal, and one entry however often.
+//! Publishes while Redis is down: a bounded wait, a rejection, and one entry for any number of
+//! retries.
 
 use std::time::Duration;
 
@@ -32,8 +33,8 @@ async fn send(
     }
 }
 
-/// Sends again as the refusals say, until it is taken.
-async fn send_until_taken(connection: &mut ClientConnection, id: MessageId) -> AckFrame {
+/// Retries as the rejections say, until an ack arrives.
+async fn send_until_acked(connection: &mut ClientConnection, id: MessageId) -> AckFrame {
     let deadline = Instant::now() + crate::harness::PATIENCE;
     loop {
         match send(connection, id).await {
@@ -49,7 +50,7 @@ async fn send_until_taken(connection: &mut ClientConnection, id: MessageId) -> A
 }
 
 #[track_caller]
-fn check_refusal(refusal: &ErrorFrame, id: MessageId, waited: Duration, wait: Duration) {
+fn check_rejection(refusal: &ErrorFrame, id: MessageId, waited: Duration, wait: Duration) {
     assert_eq!((refusal.code, refusal.id), (ErrorCode::Unavailable, Some(id)));
     assert!(refusal.retry_after_ms.is_some_and(|ms| ms > 0), "{refusal:?}");
     let bound = wait.mul_f32(0.9)..wait + Duration::from_secs(2);
@@ -68,10 +69,10 @@ async fn a_publish_rejected_without_redis_is_one_entry_on_retry() {
     redis.kill().await;
     let (id, begun) = (MessageId::random(), Instant::now());
     let refusal = send(&mut ann, id).await.unwrap_err();
-    check_refusal(&refusal, id, begun.elapsed(), Duration::from_secs(5));
+    check_rejection(&refusal, id, begun.elapsed(), Duration::from_secs(5));
     println!("publish without Redis: `unavailable` after {:.2?}", begun.elapsed());
 
-    // Handshakes go elsewhere meanwhile.
+    // Handshakes are answered with 503 meanwhile.
     let options = ConnectOptions::new(format!("ws://{}/ws", node.address)).user("bob");
     let refused = ClientConnection::open(&options).await.map(drop);
     let refused = refused.expect_err("a handshake was taken without Redis");
@@ -79,7 +80,7 @@ async fn a_publish_rejected_without_redis_is_one_entry_on_retry() {
     assert!(told, "{refused:?}");
 
     redis.restart().await;
-    let ack = send_until_taken(&mut ann, id).await;
+    let ack = send_until_acked(&mut ann, id).await;
     assert_eq!(ack.seq, 2);
     let again = send(&mut ann, id).await.unwrap();
     assert_eq!((again.seq, again.duplicate, again.epoch), (2, true, ack.epoch));
@@ -112,18 +113,18 @@ async fn a_client_retry_after_a_lost_response_is_one_entry() {
     proxy.set(Mode::DropResponses);
     let (id, begun) = (MessageId::random(), Instant::now());
     let refusal = send(&mut ann, id).await.unwrap_err();
-    check_refusal(&refusal, id, begun.elapsed(), Duration::from_secs(2));
-    // It was refused, and stands in the log: its fate was unknown.
+    check_rejection(&refusal, id, begun.elapsed(), Duration::from_secs(2));
+    // The publish was rejected, but is in the log: the gateway could not know its result.
     let message = next_message(&mut bob).await;
     assert_eq!((message.seq, message.id), (1, id));
 
-    // Repeated on another node, before its own hears again.
+    // The client retries on another node, before its own node receives again.
     let mut elsewhere = connect(nodes[1].address, "ann").await;
     elsewhere.join(&room("lobby")).await.unwrap();
     let ack = send(&mut elsewhere, id).await.unwrap();
     assert_eq!((ack.seq, ack.duplicate), (1, true));
     proxy.set(Mode::Open);
-    let ack = send_until_taken(&mut ann, id).await;
+    let ack = send_until_acked(&mut ann, id).await;
     assert_eq!((ack.seq, ack.duplicate), (1, true));
     assert_eq!(say(&mut bob, &room("lobby"), "next").await.seq, 2);
     for connection in [&mut ann, &mut bob] {

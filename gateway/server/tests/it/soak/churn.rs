@@ -1,4 +1,4 @@
-//! Connections that come and go, in every way there is, and what is left of them: nothing.
+//! Connections that open and close in every way, and leak nothing.
 
 use std::{
     io,
@@ -11,27 +11,26 @@ use std::{
 use tokio::{task::JoinSet, time::Instant};
 
 use super::{
-    Held, is_full, of,
-    wire::{Wire, close_frame, handshake, join_frame, message_frame},
+    ResourceUsage, full_or_share, is_full,
+    raw_client::{RawClient, close_frame, handshake, join_frame, message_frame},
 };
 use crate::harness::{Node, Redis};
 
-/// How many come and go at the same time.
+/// The number of concurrent connections.
 const AT_ONCE: usize = 200;
-/// Rooms that many share; some join one of their own beside that.
+/// Shared rooms; some connections also join a room of their own.
 const ROOMS: usize = 50;
-/// After how many tenths memory is as large as it gets: rooms stay for 30 s after their last
-/// member, and what a bus in memory has of them for up to 30 s more.
+/// The number of tenths of the run after which memory reaches its maximum: rooms stay for 30 s
+/// after their last member, and their logs on the memory bus for up to 30 s more.
 const WARM_AFTER: usize = 4;
-/// What memory may grow by from then to the end: what varies from one look to the next.
+/// Allowed growth of memory from then to the end: the variation between two measurements.
 const GROWTH_MAX_KIB: u64 = 6 * 1024;
 
-/// What the pool of connections that read logs from Redis may have more at the end, in descriptors
-/// and in tasks.
+/// Additional descriptors and tasks that the pool of Redis read connections may have at the end.
 const READERS_MAX: usize = 8;
 
 /// Few entries, so that the logs of a node without Redis are as large as they get after a tenth;
-/// and no grace, or all who have gone would leave together when a share of this is nearly over.
+/// and no presence grace, or all users would leave together near the end of a short run.
 const SMALL_LOGS: [(&str, &str); 8] = [
     ("sessions.ttl", "1s"),
     ("inbox.ttl", "1s"),
@@ -46,21 +45,22 @@ const SMALL_LOGS: [(&str, &str); 8] = [
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn connection_churn_leaks_nothing() {
     let node = Node::start_alone(&SMALL_LOGS).await;
-    churn(node, of(1_000_000, 10_000), 0).await;
+    churn(node, full_or_share(1_000_000, 10_000), 0).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn connection_churn_leaks_nothing_with_redis() {
     let redis = Redis::start().await;
-    // Redis keeps sessions, and does not count here; a connection may take longer than a second.
+    // Redis stores sessions, which do not count here; a connection may take longer than a second.
     let options = [&SMALL_LOGS[..], &[("sessions.ttl", "1m")]].concat();
     let node = Node::start(&redis, None, &options).await;
-    churn(node, of(1_000_000, 3_000), READERS_MAX).await;
+    churn(node, full_or_share(1_000_000, 3_000), READERS_MAX).await;
 }
 
-/// `count` come and go; the node may have `more` descriptors and tasks than before.
+/// Opens and closes `count` connections; the node may then have `more` descriptors and tasks than
+/// before.
 async fn churn(node: Node, count: usize, more: usize) {
-    let mut fresh = Held::by(&node).await;
+    let mut fresh = ResourceUsage::by(&node).await;
     println!("fresh: {fresh:?}");
     fresh.descriptors += more;
     fresh.tasks += more as i64;
@@ -69,30 +69,31 @@ async fn churn(node: Node, count: usize, more: usize) {
         let begun = Instant::now();
         come_and_go(&node, tenth * count / 10..(tenth + 1) * count / 10).await;
         let took = begun.elapsed();
-        let none_is_left = |held: &Held| {
+        let none_is_left = |held: &ResourceUsage| {
             (held.connections, held.members) == (0, 0)
                 && held.descriptors <= fresh.descriptors
                 && held.tasks <= fresh.tasks
         };
-        last = Held::once(&node, "all are gone", none_is_left).await;
-        // Inboxes are followed for some seconds more: as many as came in that time.
+        last = ResourceUsage::once(&node, "all have left", none_is_left).await;
+        // Inboxes stay subscribed for some seconds more: as many as connected in that time.
         if [WARM_AFTER, 10].contains(&(tenth + 1)) {
-            last = Held::once(&node, "no inbox is followed", |held| held.inboxes == 0).await;
+            last =
+                ResourceUsage::once(&node, "no inbox is followed", |held| held.inboxes == 0).await;
         }
         println!("{:>8} in {took:.1?}: {last:?}", (tenth + 1) * count / 10);
         if tenth + 1 == WARM_AFTER {
             warm = last;
         }
     }
-    // Rooms are followed for 30 s after their last member: too long for a share of this.
+    // Rooms stay subscribed for 30 s after their last member: too long for a short run.
     if is_full() {
-        last = Held::once(&node, "no room is followed", |held| held.rooms == 0).await;
+        last = ResourceUsage::once(&node, "no room is followed", |held| held.rooms == 0).await;
         println!("at rest: {last:?}");
     }
-    // The allocator gives back what it has in its own time.
+    // The allocator returns memory with a delay.
     let max = warm.memory_kib + GROWTH_MAX_KIB;
     let what = format!("{} KiB, after {WARM_AFTER} tenths {}", last.memory_kib, warm.memory_kib);
-    Held::once(&node, &what, |held| held.memory_kib <= max).await;
+    ResourceUsage::once(&node, &what, |held| held.memory_kib <= max).await;
     node.process.signal("TERM");
     let (code, said) = node.end().await;
     assert_eq!(code, Some(0));
@@ -118,12 +119,12 @@ async fn come_and_go(node: &Node, range: std::ops::Range<usize>) {
     workers.join_all().await;
 }
 
-/// One connection from its beginning to its end, which depends on its number.
+/// One connection; its number determines how it ends.
 async fn visit(address: std::net::SocketAddr, index: usize) -> io::Result<()> {
     let room = format!("r{}", index % ROOMS);
     match index % 12 {
         0 => {
-            let mut wire = Wire::dial(address, index).await?;
+            let mut wire = RawClient::dial(address, index).await?;
             wire.send(&handshake("half").as_bytes()[..60]).await?;
             if index.is_multiple_of(24) {
                 wire.reset();
@@ -133,11 +134,11 @@ async fn visit(address: std::net::SocketAddr, index: usize) -> io::Result<()> {
             return Ok(());
         }
         1 => {
-            // Everything is sent and nothing is waited for.
-            let mut wire = Wire::dial(address, index).await?;
+            // Sends everything without waiting for responses.
+            let mut wire = RawClient::dial(address, index).await?;
             let mut bytes = handshake("hasty").into_bytes();
             bytes.extend(join_frame(&room));
-            bytes.extend(message_frame(&room, "gone already"));
+            bytes.extend(message_frame(&room, "closed already"));
             wire.send(&bytes).await?;
             if index % 24 == 1 {
                 wire.reset();
@@ -147,12 +148,12 @@ async fn visit(address: std::net::SocketAddr, index: usize) -> io::Result<()> {
             return Ok(());
         }
         2 => {
-            drop(Wire::dial(address, index).await?);
+            drop(RawClient::dial(address, index).await?);
             return Ok(());
         }
         _ => {}
     }
-    let mut wire = Wire::join(address, index, &room).await?;
+    let mut wire = RawClient::join(address, index, &room).await?;
     if index % 400 == 7 {
         wire.send(&join_frame(&format!("own-{index}"))).await?;
         wire.expect(r#""type":"joined""#).await?;
@@ -168,7 +169,7 @@ async fn visit(address: std::net::SocketAddr, index: usize) -> io::Result<()> {
         7 => wire.finish(),
         8 => {
             // Half a frame.
-            wire.send(&message_frame(&room, "never whole")[..20]).await?;
+            wire.send(&message_frame(&room, "never complete")[..20]).await?;
             wire.finish();
         }
         9 => {

@@ -1,7 +1,7 @@
-//! Many connections that come and go: whether leaving holds up who arrives, and whether what they
-//! took is given back.
+//! Many connections that open and close: whether mass leaves delay new clients, and whether all
+//! resources are released.
 //!
-//! The gateway is a process of its own. `make test` runs a small share; `make soak` runs all of it
+//! The gateway is a process of its own. `make test` runs a small share; `make soak` runs everything
 //! (it sets `SKEIN_SOAK=full`) against an optimised gateway and prints the figures.
 
 use std::time::Duration;
@@ -10,13 +10,13 @@ use tokio::time::Instant;
 
 use crate::harness::{Node, get};
 
-pub mod wire;
+pub mod raw_client;
 mod leave;
 mod churn;
-mod strangers;
+mod unauthenticated;
 
-/// What is to be done: all of it, or a share.
-fn of(full: usize, share: usize) -> usize {
+/// `full` if `SKEIN_SOAK=full`, else `share`.
+fn full_or_share(full: usize, share: usize) -> usize {
     if is_full() { full } else { share }
 }
 
@@ -24,23 +24,24 @@ fn is_full() -> bool {
     std::env::var("SKEIN_SOAK").is_ok_and(|value| value == "full")
 }
 
-/// How long the gateway may take to settle after many have left: rooms are followed for 30 s more.
+/// How long the gateway may take to settle after many clients have left: rooms stay subscribed for
+/// 30 s.
 const SETTLE_MAX: Duration = Duration::from_secs(120);
 
-/// What a gateway holds.
+/// Resources that a gateway uses.
 #[derive(Clone, Copy, Debug, Default)]
-struct Held {
+struct ResourceUsage {
     connections: i64,
     members: i64,
     rooms: i64,
     inboxes: i64,
     tasks: i64,
     descriptors: usize,
-    /// Without what is shared with others who run the same code.
+    /// Anonymous memory, without pages shared with other processes.
     memory_kib: u64,
 }
 
-impl Held {
+impl ResourceUsage {
     async fn by(node: &Node) -> Self {
         let page = get(node.admin, "/metrics").await.body;
         let gauge = |name: &str| {
@@ -61,7 +62,7 @@ impl Held {
         }
     }
 
-    /// What it holds once `is_settled`.
+    /// The usage once `is_settled` holds.
     async fn once(node: &Node, what: &str, is_settled: impl Fn(&Self) -> bool) -> Self {
         let begun = Instant::now();
         loop {
@@ -75,7 +76,7 @@ impl Held {
     }
 }
 
-/// Some quantiles of times, as text.
+/// Quantiles of times, as text.
 fn quantiles(times: &mut [Duration]) -> String {
     times.sort_unstable();
     let at = |share: f64| times[((times.len() - 1) as f64 * share) as usize].as_secs_f64() * 1e3;

@@ -1,4 +1,4 @@
-//! Clients that talk to each other, through `skein_client`, while something goes wrong.
+//! Clients that exchange messages, through `skein_client`, during a fault.
 
 use std::{collections::BTreeMap, time::Duration};
 
@@ -7,46 +7,47 @@ use skein_protocol::ids::RoomId;
 use tokio::time::Instant;
 
 use crate::{
-    cluster::Witness,
+    cluster::ObservingClient,
     harness::{room, within},
 };
 
-/// Clients spread over nodes that talk while something goes wrong.
-pub struct Talk {
-    witnesses: Vec<Witness>,
+/// Clients spread over nodes that exchange messages during a fault.
+pub struct SteadyTraffic {
+    observers: Vec<ObservingClient>,
     rooms: Vec<RoomId>,
 }
 
-impl Talk {
-    /// Two clients per address; each may go to the other addresses.
+impl SteadyTraffic {
+    /// Starts two clients per address; each may reconnect to the other addresses.
     pub async fn start(addresses: &[std::net::SocketAddr]) -> Self {
         Self::start_in(addresses, vec![room("lobby")]).await
     }
 
-    /// The same in several rooms, through which each goes round.
+    /// As [`Self::start`] in several rooms, to which each client sends in turn.
     pub async fn start_in(addresses: &[std::net::SocketAddr], rooms: Vec<RoomId>) -> Self {
-        let mut witnesses = vec![];
+        let mut observers = vec![];
         for i in 0..addresses.len() * 2 {
             let first = i % addresses.len();
             let urls = (0..addresses.len())
                 .map(|j| format!("ws://{}/ws", addresses[(first + j) % addresses.len()]))
                 .collect();
-            let witness = Witness::start(urls, &format!("u{i}"));
+            let observer = ObservingClient::start(urls, &format!("u{i}"));
             for room in &rooms {
-                within(witness.client.join(room, StartFrom::Now)).await.unwrap();
+                within(observer.client.join(room, StartFrom::Now)).await.unwrap();
             }
-            witnesses.push(witness);
+            observers.push(observer);
         }
-        Self { witnesses, rooms }
+        Self { observers, rooms }
     }
 
-    /// Everybody sends until `disturb` is over, and then everybody has everything.
+    /// All clients send until `disturb` ends; then asserts that all received everything. Returns
+    /// the number of acks.
     pub async fn check_while(self, disturb: impl Future<Output = ()>) -> usize {
         let (over, is_over) = tokio::sync::watch::channel(false);
         let mut sends = vec![];
-        for witness in &self.witnesses {
+        for observer in &self.observers {
             let (client, rooms, is_over) =
-                (witness.client.clone(), self.rooms.clone(), is_over.clone());
+                (observer.client.clone(), self.rooms.clone(), is_over.clone());
             sends.push(tokio::spawn(async move {
                 let mut acked = vec![];
                 for i in 0.. {
@@ -67,15 +68,15 @@ impl Talk {
         for sent in sends {
             acked.extend(within(sent).await.unwrap());
         }
-        for (i, witness) in self.witnesses.into_iter().enumerate() {
-            witness.seen(acked.len()).await.check(&format!("u{i}"), &acked);
+        for (i, observer) in self.observers.into_iter().enumerate() {
+            observer.seen(acked.len()).await.check(&format!("u{i}"), &acked);
         }
         acked.len()
     }
 }
 
-/// Lets the talk go on for a while: the time is the load, not a wait for something.
-pub async fn talk_for(time: Duration) {
+/// Lets the traffic continue for a while: the time is the load, not a wait for a condition.
+pub async fn run_traffic_for(time: Duration) {
     let until = Instant::now() + time;
     tokio::time::sleep_until(until).await;
 }

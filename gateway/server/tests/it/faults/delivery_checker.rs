@@ -37,7 +37,7 @@ fn joined(epoch: &str, seq: u64, recovered: bool, reason: Value) -> JoinedFrame<
     .unwrap()
 }
 
-/// As [`joined`] if the log cannot be continued, with these entries of the log.
+/// A `joined` frame for a log that cannot be continued, with these entries.
 fn joined_with_history(
     epoch: &str,
     seq: u64,
@@ -103,7 +103,7 @@ fn correct_traces_have_no_violation() {
         &[],
     );
     check(vec![ObservedFrame::Joined(joined("e", 2, true, Value::Null))], &[]);
-    // A new epoch, announced, in which an orphan comes again.
+    // A signalled new epoch in which a lost message is delivered again.
     let frames = vec![
         ObservedFrame::Reset(reset("f", 1)),
         ObservedFrame::Message(message("f", 2, 2)),

@@ -1,4 +1,4 @@
-//! Redis is killed, comes back with its file or empty, or throws its clients out.
+//! Redis is killed, restarts with its file or empty, freezes, or closes its connections.
 
 use std::time::Duration;
 
@@ -12,10 +12,10 @@ use super::{
 };
 use crate::harness::{Redis, get, until};
 
-/// Kills Redis again and again under load, each time at another moment of it.
+/// Kills Redis repeatedly under load, at a different point of the load each time.
 async fn kill_redis(mut redis: Redis, kills: u64, what: &str) {
     let nodes = start_nodes(&redis, 2).await;
-    // Many on their way at any moment, so that some are acknowledged and nothing else.
+    // Many messages are in flight at any time, so some are acknowledged but not delivered.
     let addresses = [addresses(&nodes), addresses(&nodes), addresses(&nodes)].concat();
     let mut profiles = default_profiles(&addresses);
     for profile in &mut profiles {
@@ -73,17 +73,19 @@ async fn a_client_away_longer_than_the_rings_is_not_recovered() {
     assert_eq!(clients.checker.lock().discontinuities(away), 0);
     clients.reconnect(away);
     clients
-        .wait_until("it is told", |clients| clients.checker.lock().discontinuities(away) > 0)
+        .wait_until("the client gets a discontinuity", |clients| {
+            clients.checker.lock().discontinuities(away) > 0
+        })
         .await
         .unwrap();
     let report = clients.finish().await.unwrap();
     report.check("Redis restarted empty, a client away for 600 messages");
-    // It and nobody else.
+    // Only this client gets a signalled discontinuity.
     assert_eq!((report.not_recovered, report.resets), (1, 0), "{report}");
     assert!(report.skipped > 0, "{report}");
 }
 
-/// Redis stands still, and goes on as if nothing had been.
+/// Freezes Redis for each of these times, and lets it continue.
 async fn freeze_redis(times: &[Duration]) {
     let redis = Redis::start().await;
     let nodes = start_nodes(&redis, 2).await;
@@ -107,8 +109,8 @@ async fn a_frozen_redis_is_waited_for() {
     freeze_redis(&short).await;
 }
 
-/// Throws connections out for a while, at this pace.
-async fn throw_out(commands: &[&str], pace: Duration, what: &str) {
+/// Closes connections of Redis repeatedly, at this interval.
+async fn kill_connections(commands: &[&str], pace: Duration, what: &str) {
     let redis = Redis::start().await;
     let nodes = start_nodes(&redis, 2).await;
     let clients = TestClients::connect(&addresses(&nodes)).await.unwrap();
@@ -135,12 +137,13 @@ async fn throw_out(commands: &[&str], pace: Duration, what: &str) {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_repeatedly_cut_pubsub_link_is_repaired() {
     let pace = Duration::from_millis(250);
-    throw_out(&["CLIENT KILL TYPE pubsub"], pace, "CLIENT KILL of pub/sub every 250 ms").await;
+    kill_connections(&["CLIENT KILL TYPE pubsub"], pace, "CLIENT KILL of pub/sub every 250 ms")
+        .await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn repeatedly_cut_redis_links_are_repaired() {
     let pace = Duration::from_millis(400);
     let commands = ["CLIENT KILL TYPE normal", "CLIENT KILL TYPE pubsub"];
-    throw_out(&commands, pace, "CLIENT KILL of everything every 400 ms").await;
+    kill_connections(&commands, pace, "CLIENT KILL of everything every 400 ms").await;
 }

@@ -1,4 +1,4 @@
-//! A client as cheap as one can be: one socket, bytes that are made beforehand, no codec.
+//! A minimal client: one socket, prepared bytes, no codec.
 
 use std::{
     io,
@@ -13,8 +13,8 @@ use tokio::{
 
 use crate::harness::PATIENCE;
 
-/// The address for the client of this number: 127.77.0.0 and on, 64 of them, so that neither ports
-/// nor the limits of one address run out.
+/// The source address of a client: one of 64 from 127.77.0.1 on, so that neither ports nor the
+/// limits of one address run out.
 pub fn source(index: usize) -> Ipv4Addr {
     Ipv4Addr::new(127, 77, 0, u8::try_from(index % 64 + 1).unwrap())
 }
@@ -27,7 +27,7 @@ pub fn handshake(user: &str) -> String {
     )
 }
 
-/// A masked text frame; the mask is zero, so that the text stands as it is.
+/// A masked text frame; the mask is zero, so the text is unchanged.
 pub fn text(text: &str) -> Vec<u8> {
     frame(0x81, text.as_bytes())
 }
@@ -59,13 +59,13 @@ pub fn message_frame(room: &str, content: &str) -> Vec<u8> {
     text(&format!(r#"{{"type":"message","room":"{room}","content":"{content}"}}"#))
 }
 
-/// A client.
-pub struct Wire {
+/// A raw client connection.
+pub struct RawClient {
     socket: TcpStream,
     read: Vec<u8>,
 }
 
-impl Wire {
+impl RawClient {
     /// A TCP connection from one of the 64 addresses.
     pub async fn dial(address: SocketAddr, index: usize) -> io::Result<Self> {
         let socket = TcpSocket::new_v4()?;
@@ -74,7 +74,7 @@ impl Wire {
         Ok(Self { socket, read: Vec::new() })
     }
 
-    /// Connects, and joins `room` in the same breath.
+    /// Connects and joins `room` in one write.
     pub async fn join(address: SocketAddr, index: usize, room: &str) -> io::Result<Self> {
         let mut wire = Self::dial(address, index).await?;
         let mut bytes = handshake(&format!("u{index}")).into_bytes();
@@ -88,7 +88,7 @@ impl Wire {
         self.socket.write_all(bytes).await
     }
 
-    /// Reads until `text` has come.
+    /// Reads until `text` has arrived.
     pub async fn expect(&mut self, text: &str) -> io::Result<()> {
         let read = async {
             loop {
@@ -106,25 +106,25 @@ impl Wire {
         timeout(PATIENCE, read).await.map_err(|_| io::Error::other(format!("no {text}")))?
     }
 
-    /// Reads until the other side is done.
+    /// Reads until the peer closes.
     pub async fn read_to_end(&mut self) -> io::Result<()> {
         let mut buffer = [0; 1024];
         let read = async { while self.socket.read(&mut buffer).await.is_ok_and(|n| n > 0) {} };
         timeout(PATIENCE, read).await.map_err(|_| io::Error::other("it does not end"))
     }
 
-    /// Leaves by FIN.
+    /// Closes with a FIN.
     pub fn finish(self) {
         drop(self.socket);
     }
 
-    /// Leaves by RST.
+    /// Closes with an RST.
     pub fn reset(self) {
         self.socket.set_zero_linger().unwrap();
         drop(self.socket);
     }
 
-    /// Sends what there is room for at once; a close frame always fits.
+    /// Sends as much as fits without waiting; a close frame always fits.
     pub fn send_now(&self, bytes: &[u8]) {
         let _ = self.socket.try_write(bytes);
     }

@@ -1,4 +1,4 @@
-//! Redis loses its data while a gateway is gone, or before the others know a new one.
+//! Redis loses its data while a gateway is gone, or before other nodes know a new one.
 
 use std::time::Duration;
 
@@ -39,7 +39,7 @@ async fn a_gateway_and_redis_data_are_lost_together() {
         );
         assert_eq!(report.epochs[reader], 2, "one new epoch: {:?}", report.epochs);
     }
-    // Who was served goes on in the new epoch, told so.
+    // Connected clients continue in the new epoch after a `reset`.
     assert!(report.resets >= 4, "{report}");
     assert!(report.rejected_sends > 0, "{report}");
 }
@@ -62,13 +62,13 @@ async fn acked_but_undelivered_messages_survive_loss_of_redis_data() {
     let mut seq = 0;
     for round in 0..length(2, 10) {
         seq += 1;
-        let epoch = say(&mut bob, &lobby, "heard by all").await.epoch;
+        let epoch = say(&mut bob, &lobby, "received by all").await.epoch;
         for connection in [&mut ann, &mut bob] {
             assert_eq!(next_message(connection).await.seq, seq);
         }
-        // Redis dies behind the answer and before anybody was passed the entry.
+        // Redis dies after its answer and before any node receives the entry.
         proxies.iter().for_each(|proxy| proxy.set(Mode::DropPushes));
-        let ack = say(&mut ann, &lobby, "heard by nobody").await;
+        let ack = say(&mut ann, &lobby, "received by no node").await;
         seq += 1;
         assert_eq!((&ack.epoch, ack.seq), (&epoch, seq), "round {round}");
         redis.kill().await;
@@ -83,15 +83,15 @@ async fn acked_but_undelivered_messages_survive_loss_of_redis_data() {
     }
 }
 
-/// Two nodes on proxies, and a Redis that came back empty while the proxies were cut.
-struct Parted {
+/// Two nodes behind proxies, and a Redis that restarted empty while the proxies were cut.
+struct NodesWithoutRedis {
     redis: Redis,
     proxies: Vec<Proxy>,
     nodes: Vec<Node>,
     clients: TestClients,
 }
 
-async fn parted_from_an_empty_redis() -> Parted {
+async fn nodes_cut_off_from_an_empty_redis() -> NodesWithoutRedis {
     let mut redis = Redis::start().await;
     let (mut proxies, mut nodes) = (vec![], vec![]);
     for _ in 0..2 {
@@ -106,18 +106,19 @@ async fn parted_from_an_empty_redis() -> Parted {
     redis.kill().await;
     proxies.iter().for_each(|proxy| proxy.set(Mode::Cut));
     redis.restart().await;
-    Parted { redis, proxies, nodes, clients }
+    NodesWithoutRedis { redis, proxies, nodes, clients }
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_new_node_on_an_empty_redis_waits_for_nodes_with_entries() {
-    let Parted { redis, proxies, nodes, clients } = parted_from_an_empty_redis().await;
+    let NodesWithoutRedis { redis, proxies, nodes, clients } =
+        nodes_cut_off_from_an_empty_redis().await;
     let epoch = clients.checker.lock().cursor(0).unwrap().epoch.clone();
     let starting = tokio::spawn(async move {
         let new = Node::start(&redis, None, &UNLIMITED).await;
         (redis, new)
     });
-    // Well within the 3 s after which a Redis that nobody remembers is taken as it is.
+    // Well within the 3 s after which a node accepts an unknown Redis as it is.
     clients.run_for(Duration::from_millis(1500)).await;
     proxies.iter().for_each(|proxy| proxy.set(Mode::Open));
     let (_redis, new) = within(starting).await.unwrap();
@@ -139,7 +140,8 @@ async fn a_new_node_on_an_empty_redis_waits_for_nodes_with_entries() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn nodes_with_entries_that_return_late_signal_a_discontinuity() {
-    let Parted { redis, proxies, nodes, clients } = parted_from_an_empty_redis().await;
+    let NodesWithoutRedis { redis, proxies, nodes, clients } =
+        nodes_cut_off_from_an_empty_redis().await;
     let new = Node::start(&redis, None, &UNLIMITED).await;
     let lobby = room("lobby");
     let mut ann = connect(new.address, "ann").await;
@@ -177,7 +179,7 @@ async fn a_new_cluster_on_an_empty_redis_opens_after_3_to_8_s() {
 async fn a_clock_set_back_does_not_block_the_barrier() {
     let redis = Redis::start().await;
     redis.command("FLUSHALL").await;
-    // It has started when the server is open, 3 s later.
+    // The start completes when the barrier opens, 3 s later.
     let starting = Gateway::start_on(&redis, &[]);
     let setting_back = async {
         let has = async |field: &str| {
@@ -185,7 +187,7 @@ async fn a_clock_set_back_does_not_block_the_barrier() {
         };
         until("checked in", async || has("t0").await).await;
         assert!(!has("open").await, "too late to be set back");
-        // As if the clock of Redis' host had been set back by years since.
+        // As if the clock of Redis' host had since been set back by years.
         redis.command("HSET gw:barrier t0 9999999999999").await;
     };
     let (gateway, ()) = within(Box::pin(async { tokio::join!(starting, setting_back) })).await;

@@ -1,5 +1,5 @@
-//! The same faults before an outside witness: `tests/outside/checker.py` shares no code with this
-//! project, so that a mistake in what both ends of the trials use does not hide from them.
+//! The same faults, checked independently: `tests/outside/checker.py` shares no code with this
+//! project, so a bug in code that gateway and test clients share is not hidden.
 
 use std::{path::Path, process::Stdio, time::Duration};
 
@@ -17,33 +17,33 @@ use tokio::{
 use super::{UNLIMITED, addresses, length, ready, start_nodes, until_ready};
 use crate::harness::{Node, Redis, until};
 
-/// How long it may take until messages are acknowledged again, through the longest outage there is.
-/// Members come back after 30 s at most, and may find a node that waits for a lease then.
+/// Maximum time until messages are acknowledged again after the longest outage. Members reconnect
+/// after at most 30 s, possibly to a node that waits for a lease.
 const END_MAX: Duration = Duration::from_secs(120);
-/// Seconds that the checker itself waits at its end, twice at most.
+/// Seconds that the checker itself waits at its end, at most twice.
 const SETTLE_SECONDS: &str = "60";
 
 fn python() -> Command {
     let mut command = Command::new("python3");
     let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/outside");
-    // Without `-B` it leaves its compiled modules among the sources.
+    // Without `-B` Python writes compiled modules next to the sources.
     command.arg("-B").current_dir(folder).kill_on_drop(true);
     command
 }
 
 const INSTALLED: &str = "python3, 3.11 or later, is installed by `make setup`";
 
-/// A checker that runs: members that talk until they are told to end.
-struct Outside {
+/// A running checker, whose members send until its standard input is closed.
+struct IndependentChecker {
     child: Child,
     counts: watch::Receiver<Value>,
     violations: JoinHandle<String>,
-    /// Where it writes every frame.
+    /// The folder of the trace of every frame.
     folder: TempDir,
 }
 
-impl Outside {
-    /// Six members in three rooms. Returns when all have joined.
+impl IndependentChecker {
+    /// Starts six members in three rooms. Returns when all have joined.
     async fn at(nodes: &[Node], extra: &[&str]) -> Self {
         let folder = TempDir::new().unwrap();
         let mut command = python();
@@ -65,9 +65,9 @@ impl Outside {
             stderr.read_to_string(&mut said).await.unwrap();
             said
         });
-        let mut outside = Self { child, counts, violations, folder };
-        outside.wait("everybody is in the rooms", |counts| counts["joined"] == true).await;
-        outside
+        let mut checker = Self { child, counts, violations, folder };
+        checker.wait("everybody is in the rooms", |counts| counts["joined"] == true).await;
+        checker
     }
 
     fn acknowledged(&self) -> u64 {
@@ -92,22 +92,22 @@ impl Outside {
         }
     }
 
-    /// Waits until so many more messages have been acknowledged.
-    async fn goes_on(&mut self, messages: u64) {
+    /// Waits until `messages` more messages have been acknowledged.
+    async fn wait_for_acks(&mut self, messages: u64) {
         let enough = self.acknowledged() + messages;
         let holds = |counts: &Value| counts["acknowledged"].as_u64() >= Some(enough);
         self.wait("messages are acknowledged", holds).await;
     }
 
-    /// Has the members end what they began, prints the counts, and panics where anything was wrong.
+    /// Lets the members finish, prints the counts, and panics on a violation.
     async fn check(mut self, fault: &str) -> Value {
         drop(self.child.stdin.take());
         let status = timeout(END_MAX * 2, self.child.wait()).await.expect("it ends").unwrap();
         let violations = (&mut self.violations).await.unwrap();
-        // Its last line is there when its end of the pipe is closed.
+        // The last line has arrived when the pipe is closed.
         while self.counts.changed().await.is_ok() {}
         let counts = self.counts.borrow().clone();
-        println!("outside, {fault}: {}", summary(&counts));
+        println!("independent checker, {fault}: {}", summary(&counts));
         if !status.success() {
             let trace = self.keep_trace();
             panic!("{fault}: {status}, {counts}, every frame in {trace}\n{violations}");
@@ -117,7 +117,7 @@ impl Outside {
         counts
     }
 
-    /// The same, and nobody was told of a break.
+    /// As [`Self::check`], and asserts that no discontinuity was signalled.
     async fn check_seamless(self, fault: &str) -> Value {
         let counts = self.check(fault).await;
         let breaks = (&counts["resets"], &counts["recovered_false"]);
@@ -177,36 +177,36 @@ async fn the_independent_checker_rejects_an_invalid_url() {
 async fn no_violation_after_a_node_is_killed() {
     let redis = Redis::start().await;
     let mut nodes = start_nodes(&redis, 3).await;
-    let mut outside = Outside::at(&nodes, &[]).await;
+    let mut checker = IndependentChecker::at(&nodes, &[]).await;
     let kills = length(1, 10);
     for kill in 0..kills {
-        outside.goes_on(100).await;
+        checker.wait_for_acks(100).await;
         let at = kill % nodes.len();
         nodes[at].process.kill().await;
-        outside.goes_on(200).await;
+        checker.wait_for_acks(200).await;
         if kill + 1 < kills {
             let address = nodes[at].address;
             nodes[at] = Node::start(&redis, Some(address), &UNLIMITED).await;
         }
     }
-    let counts = outside.check_seamless(&format!("{kills} x gateway SIGKILL")).await;
+    let counts = checker.check_seamless(&format!("{kills} x gateway SIGKILL")).await;
     assert!(counts["connections"].as_u64() > counts["members"].as_u64(), "{counts}");
 }
 
-/// Kills Redis again and again while they talk.
+/// Kills Redis repeatedly while the members send.
 async fn kill_redis(mut redis: Redis, kills: u64, what: &str) {
     let nodes = start_nodes(&redis, 2).await;
-    let mut outside = Outside::at(&nodes, &["--rate", "400"]).await;
+    let mut checker = IndependentChecker::at(&nodes, &["--rate", "400"]).await;
     for kill in 0..kills {
-        outside.goes_on(100).await;
-        // Each time at another moment of the load.
+        checker.wait_for_acks(100).await;
+        // At a different point of the load each time.
         pause(kill * 37 % 200).await;
         redis.kill().await;
         redis.restart().await;
         until_ready(&nodes).await;
     }
-    outside.goes_on(100).await;
-    outside.check_seamless(&format!("{kills} x {what}")).await;
+    checker.wait_for_acks(100).await;
+    checker.check_seamless(&format!("{kills} x {what}")).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -221,11 +221,11 @@ async fn no_violation_after_redis_restarts_empty() {
     kill_redis(redis, length(2, 25), "Redis SIGKILL, restarted empty").await;
 }
 
-/// Throws connections out for a while, at this pace.
-async fn throw_out(commands: &[&str], pace_ms: u64, what: &str) {
+/// Closes connections of Redis repeatedly, at this interval.
+async fn kill_connections(commands: &[&str], pace_ms: u64, what: &str) {
     let redis = Redis::start().await;
     let nodes = start_nodes(&redis, 2).await;
-    let mut outside = Outside::at(&nodes, &[]).await;
+    let mut checker = IndependentChecker::at(&nodes, &[]).await;
     let times = length(6, 40);
     for _ in 0..times {
         pause(pace_ms).await;
@@ -233,56 +233,60 @@ async fn throw_out(commands: &[&str], pace_ms: u64, what: &str) {
             redis.command(command).await;
         }
     }
-    outside.goes_on(50).await;
+    checker.wait_for_acks(50).await;
     for node in &nodes {
         until("ready", async || ready(node.address).await).await;
         let lost = super::metric(node, "gateway_bus_reconnects_total").await;
         assert!(lost > 0.0, "no link was cut");
     }
-    let counts = outside.check_seamless(&format!("{times} x {what}")).await;
+    let counts = checker.check_seamless(&format!("{times} x {what}")).await;
     assert_eq!(counts["connections"], counts["members"], "{counts}");
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn no_violation_after_pubsub_links_are_cut() {
-    throw_out(&["CLIENT KILL TYPE pubsub"], 250, "CLIENT KILL of pub/sub every 250 ms").await;
+    kill_connections(&["CLIENT KILL TYPE pubsub"], 250, "CLIENT KILL of pub/sub every 250 ms")
+        .await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn no_violation_after_all_links_are_cut() {
     let commands = ["CLIENT KILL TYPE normal", "CLIENT KILL TYPE pubsub"];
-    throw_out(&commands, 400, "CLIENT KILL of everything every 400 ms").await;
+    kill_connections(&commands, 400, "CLIENT KILL of everything every 400 ms").await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn no_violation_after_a_node_freezes() {
     let redis = Redis::start().await;
     let nodes = start_nodes(&redis, 3).await;
-    // The first member stays with the frozen node; the fourth, which is there too, leaves.
-    let mut outside = Outside::at(&nodes, &["--patient", "1", "--idle-timeout", "2"]).await;
-    outside.goes_on(100).await;
+    // The first member stays with the frozen node; the fourth, also connected to it, reconnects
+    // elsewhere.
+    let mut checker =
+        IndependentChecker::at(&nodes, &["--patient", "1", "--idle-timeout", "2"]).await;
+    checker.wait_for_acks(100).await;
     let seconds = length(4, 30);
     nodes[0].process.signal("STOP");
     pause(seconds * 1000).await;
     nodes[0].process.signal("CONT");
-    outside.goes_on(200).await;
-    let counts = outside.check_seamless(&format!("gateway SIGSTOP {seconds} s")).await;
-    assert!(counts["idle_timeouts"].as_u64() > Some(0), "nobody noticed: {counts}");
+    checker.wait_for_acks(200).await;
+    let counts = checker.check_seamless(&format!("gateway SIGSTOP {seconds} s")).await;
+    assert!(counts["idle_timeouts"].as_u64() > Some(0), "no member timed out: {counts}");
 }
 
-/// Kills, stops and cuts by the roll of a die: `SKEIN_SEED` plays it again.
-async fn mix(mut redis: Redis, faults: usize, salt: u64, what: &str) {
+/// Injects random faults; `SKEIN_SEED` repeats a run.
+async fn run_mixed_faults(mut redis: Redis, faults: usize, salt: u64, what: &str) {
     let seed = std::env::var("SKEIN_SEED").ok().and_then(|seed| seed.parse().ok());
     let seed: u64 = seed.unwrap_or_else(|| rand::rng().random());
-    println!("outside, {what}: SKEIN_SEED={seed}");
-    let mut die = StdRng::seed_from_u64(seed ^ salt);
+    println!("independent checker, {what}: SKEIN_SEED={seed}");
+    let mut rng = StdRng::seed_from_u64(seed ^ salt);
     let mut nodes = start_nodes(&redis, 3).await;
-    let mut outside = Outside::at(&nodes, &["--patient", "1", "--reconnect-interval", "3"]).await;
+    let mut checker =
+        IndependentChecker::at(&nodes, &["--patient", "1", "--reconnect-interval", "3"]).await;
     for _ in 0..faults {
-        outside.goes_on(die.random_range(1..150)).await;
-        let (at, ms) = (die.random_range(0..nodes.len()), die.random_range(10..1_500));
+        checker.wait_for_acks(rng.random_range(1..150)).await;
+        let (at, ms) = (rng.random_range(0..nodes.len()), rng.random_range(10..1_500));
         let address = nodes[at].address;
-        match die.random_range(0..length(6, 8)) {
+        match rng.random_range(0..length(6, 8)) {
             0 => {
                 nodes[at].process.kill().await;
                 nodes[at] = Node::start(&redis, Some(address), &UNLIMITED).await;
@@ -325,22 +329,22 @@ async fn mix(mut redis: Redis, faults: usize, salt: u64, what: &str) {
                 nodes[at].process.signal("CONT");
             }
         }
-        // Every other time the next one comes before this one is mended.
-        if die.random_range(0..2) == 0 {
+        // Every other time the next fault begins before the nodes have recovered.
+        if rng.random_range(0..2) == 0 {
             until_ready(&nodes).await;
         }
     }
     until_ready(&nodes).await;
-    outside.goes_on(50).await;
-    outside.check(&format!("{faults} faults mixed, {what}")).await;
+    checker.wait_for_acks(50).await;
+    checker.check(&format!("{faults} faults mixed, {what}")).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn no_violation_after_mixed_faults_with_a_durable_redis() {
-    mix(Redis::start_durable().await, length(4, 40), 3, "Redis with its file").await;
+    run_mixed_faults(Redis::start_durable().await, length(4, 40), 3, "Redis with its file").await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn no_violation_after_mixed_faults_with_a_volatile_redis() {
-    mix(Redis::start().await, length(4, 40), 4, "Redis empty after a restart").await;
+    run_mixed_faults(Redis::start().await, length(4, 40), 4, "Redis empty after a restart").await;
 }
