@@ -109,9 +109,9 @@ end
 
 -- Whether this is the server that the token names: a run of it, and what it replicates.
 local function is_here(token)
-    local run = string.match(redis.call('INFO', 'server'), 'run_id:(%x+)')
+    local run_id = string.match(redis.call('INFO', 'server'), 'run_id:(%x+)')
     local history = string.match(redis.call('INFO', 'replication'), 'master_replid:(%x+)')
-    return token == string.sub(run, 1, 8) .. string.sub(history, 1, 8)
+    return token == string.sub(run_id, 1, 8) .. string.sub(history, 1, 8)
 end
 
 -- Has the sessions of a user be kept from now on. `new_ttl`: how long, where the user had none;

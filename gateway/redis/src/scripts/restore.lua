@@ -141,9 +141,9 @@ local added = false
 for _, entry in ipairs(entries) do
     local position = entry.epoch .. ':' .. digits(entry.seq)
     if entry.seq > here_top then
-        local added = redis.pcall('XADD', KEYS[1], digits(entry.seq) .. '-0',
+        local reply = redis.pcall('XADD', KEYS[1], digits(entry.seq) .. '-0',
             'e', entry.epoch, 't', entry.stamp, 'p', entry.envelope)
-        if type(added) == 'table' and added.err then
+        if type(reply) == 'table' and reply.err then
             -- The log has entries above the number that stands in its meta.
             bad('log_meta')
             redis.call('DEL', KEYS[1])

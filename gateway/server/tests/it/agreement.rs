@@ -89,6 +89,24 @@ async fn idle_nodes_agree_again_after_redis_is_flushed() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_restored_log_expires() {
+    let redis = Redis::start().await;
+    let gateway = Gateway::start_on(&redis, &[]).await;
+    let lobby = room("lobby");
+    let mut ann = gateway.connect("ann").await;
+    ann.join(&lobby).await.unwrap();
+    assert_eq!(say(&mut ann, &lobby, "before").await.seq, 1);
+    redis.command("FLUSHALL").await;
+    // -1 is a key without expiry.
+    let script = "local log = redis.call('KEYS', 'gw:*:r:lobby:log')[1] \
+         return log and tostring(redis.call('PTTL', log)) or ''";
+    let pttl = async || redis.answer(&format!("EVAL \"{script}\" 0")).await;
+    until("the log is restored", async || !pttl().await.is_empty()).await;
+    let pttl: i64 = pttl().await.parse().unwrap();
+    assert!(pttl > 0, "{pttl}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_node_starts_and_serves_clients_on_a_full_redis() {
     let redis = Redis::start().await;
     let one = Gateway::start_on(&redis, &[]).await;
