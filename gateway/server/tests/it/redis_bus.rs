@@ -1,5 +1,5 @@
-//! Behaviour of a bus on Redis only: differing nodes, a Redis that is down or evicts, and the presence
-//! of a node that has stopped.
+//! Behaviour of the Redis bus only: differing nodes, a Redis that is down or evicts, and the
+//! presence of a node that has stopped.
 
 use std::{sync::Arc, time::Duration};
 

@@ -21,19 +21,19 @@ async fn unauthenticated_peers_cost_little_memory() {
     let count = full_or_share(5_000, 3_000);
     for (what, bytes) in [("nothing", 0), ("half a header", 100)] {
         let before = ResourceUsage::by(&node).await;
-        let stranger = |index| async move {
+        let connect_silent = |index| async move {
             let mut wire = RawClient::dial(node.address, index).await.unwrap();
-            wire.send(&handshake("stranger").as_bytes()[..bytes]).await.unwrap();
+            wire.send(&handshake("silent").as_bytes()[..bytes]).await.unwrap();
             wire
         };
-        let strangers: Vec<RawClient> =
-            stream::iter(0..count).map(stranger).buffer_unordered(100).collect().await;
+        let peers: Vec<RawClient> =
+            stream::iter(0..count).map(connect_silent).buffer_unordered(100).collect().await;
         // A connection of an earlier measurement may be among the earlier descriptors.
         let there = |held: &ResourceUsage| held.descriptors + 5 >= before.descriptors + count;
         let during = ResourceUsage::once(&node, "all were accepted", there).await;
         let each = (during.memory_kib.saturating_sub(before.memory_kib)) as f64 / count as f64;
         println!("{count} that sent {what}: {each:.1} KiB each");
-        drop(strangers);
+        drop(peers);
         let gone = |held: &ResourceUsage| held.descriptors <= before.descriptors;
         ResourceUsage::once(&node, "all are closed", gone).await;
         assert!(each <= SILENT_MAX_KIB, "{each} KiB for one that sent {what}");
