@@ -96,11 +96,14 @@ pub fn script(text: String) -> String {
     };
     match INJECTED.get() {
         Some(ProtocolFault::NoFence) => {
-            let text = replaced(text, "if is_good and meta[3] == token then", "if is_good then");
-            replaced(text, "if not term then", "term, owed = term or 0, owed or 0 if false then")
+            let text =
+                replaced(text, "if is_good and meta[3] == server_id then", "if is_good then");
+            let fixed =
+                "generation, last_incomplete = generation or 0, last_incomplete or 0 if false then";
+            replaced(text, "if not generation then", fixed)
         }
         Some(ProtocolFault::NoEpochChange) => {
-            replaced(text, "if not (all_heard and is_whole) then", "if false then")
+            replaced(text, "if not (is_complete and is_restored) then", "if false then")
         }
         _ => text,
     }

@@ -431,9 +431,9 @@ impl AppendWorker {
             command
                 .arg(user.as_str())
                 .arg(match append.unseen {
-                    UnseenPolicy::Reject if !is_resent => "refuse",
-                    UnseenPolicy::Reject | UnseenPolicy::Limited => "small",
-                    UnseenPolicy::Unlimited => "keep",
+                    UnseenPolicy::Reject if !is_resent => "reject",
+                    UnseenPolicy::Reject | UnseenPolicy::Limited => "limited",
+                    UnseenPolicy::Unlimited => "unlimited",
                 })
                 .arg(unseen.entries_max)
                 .arg(unseen.bytes_max)

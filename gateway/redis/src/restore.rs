@@ -46,7 +46,7 @@ impl LogRestorer {
         for rooms in replicas.chunks(ROOMS_MAX) {
             let replies = self.compare(connection, server_id, rooms, false).await?;
             for (room, reply) in rooms.iter().zip(replies) {
-                if reply == "ask" { incomplete.push(room) } else { self.count(room, &reply) }
+                if reply == "incomplete" { incomplete.push(room) } else { self.count(room, &reply) }
             }
         }
         let mut rooms: Vec<ReplicaSnapshot> = Vec::new();
@@ -136,7 +136,7 @@ impl LogRestorer {
             .arg(replica.top.seq)
             .arg(former)
             .arg(former_top)
-            .arg(if send_all { "give" } else { "ask" });
+            .arg(if send_all { "restore" } else { "compare" });
         let newest = replica.entries.last().filter(|last| last.position.seq == replica.top.seq);
         add_identity(&mut command, newest);
         let oldest = replica.entries.first();
@@ -162,10 +162,10 @@ impl LogRestorer {
 
     fn count(&self, room: &ReplicaSnapshot, reply: &str) {
         let result = match reply {
-            "whole" => RestoreResult::Unchanged,
-            "healed" => RestoreResult::Restored,
+            "complete" => RestoreResult::Unchanged,
+            "restored" => RestoreResult::Restored,
             "conflict" => RestoreResult::Conflict,
-            "refused" => RestoreResult::Failed,
+            "rejected" => RestoreResult::Failed,
             _ => RestoreResult::EpochChanged,
         };
         if result == RestoreResult::Conflict {
@@ -196,7 +196,7 @@ impl LogRestorer {
             // It would fail with every attempt, and the other rooms do not depend on it.
             Err(error) if to_bus_error(&error) == BusError::Rejected => {
                 tracing::error!(%room, %error, "Redis rejected the restore of a room");
-                Ok("refused".to_owned())
+                Ok("rejected".to_owned())
             }
             reply => untrusted::read(&self.metrics, &room, reply?),
         };

@@ -1,8 +1,8 @@
 #!lua flags=allow-oom
--- Notes up to where a user has received the inbox.
+-- Acknowledges the inbox of a user up to a number.
 --
 -- KEYS  1 meta of the inbox
--- ARGV  1 epoch or empty  2 number of the entry  3 ttl, ms
+-- ARGV  1 epoch or empty  2 number of the entry  3 ttl of the meta, ms
 
 local meta = redis.call('HMGET', KEYS[1], 'e', 's', 'a', 'pe', 'ps')
 if not meta[1] then

@@ -1,8 +1,8 @@
 #!lua flags=allow-oom
--- Notes that a process has told all its seats.
+-- Announces that all presence entries of a process are written.
 --
--- KEYS  1 told (hash)
--- ARGV  1 process  2 the agreements since which it has
+-- KEYS  1 announcements (hash)
+-- ARGV  1 process  2 digest of the agreed servers
 
 redis.call('HSET', KEYS[1], ARGV[1], ARGV[2])
 return 1

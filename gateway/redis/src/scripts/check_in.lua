@@ -1,43 +1,47 @@
 #!lua flags=allow-oom
--- Notes that a process has given this server back what it holds, and tells whether the server is
--- open: whether everybody who may hold something has done so, or was waited for long enough.
+-- Checks a process in, which has restored to this server what it holds, and returns whether the server
+-- is open: whether every process that may hold something has checked in, or was waited for long enough.
 --
 -- KEYS  1 barrier (hash)
--- ARGV  1 token  2 process  3 wait for those who are missing, ms  4 wait where nobody remembers
---       anything, ms  5 the last term that it knows of  6 the last in which not everybody was heard
---       7... the processes that this one knows of, itself among them; none where it
---       has never agreed on a server and so holds nothing
--- Returns '' while the server is not open, else '1' where all were heard and '0' where not; the
--- processes that are missing; the term, and the last term in which not everybody was heard.
+-- ARGV  1 server id  2 process  3 how long to wait for missing processes, ms  4 how long to wait if no
+--       process holds anything, ms  5 the last generation that the process knows
+--       6 the last incomplete generation that it knows
+--       7... the processes that it knows, itself among them; none if it has never agreed on a server
+--       and so holds nothing
+-- Returns '' while the server is not open, else '1' if every process has checked in and '0' if not; the
+-- missing processes; the generation, and the last incomplete generation.
 --
--- Fields: `t` token, `t0` first check-in, `busy` last healing, `old` somebody remembers, `open` '1'
--- after all were heard, '0' else, `left` when the last process left in order (leave.lua), `whole`
--- all had left in order before this server, so that nobody holds anything that it lacks, `n` term,
--- `owed` last term in which not everybody was heard,
--- `in:<process>`, `ex:<process>` expected.
+-- Fields: `t` server id, `t0` first check-in, `busy` last restore, `old` a process holds something,
+-- `open` '1' if every process has checked in, else '0', `left` when the last process deregistered
+-- (leave.lua), `whole`
+-- every process had deregistered before this server started, so that none holds
+-- anything that it lacks, `n` generation,
+-- `owed` last incomplete generation, `in:<process>` checked in,
+-- `ex:<process>` expected.
 
-if not is_here(ARGV[1]) then
-    return stale
+if not is_this_server(ARGV[1]) then
+    return unagreed
 end
 local now = now_ms()
 local before = redis.call('HMGET', KEYS[1], 't', 'open', 'n', 'owed', 'left')
-local term, owed = int(before[3], 0, 'barrier'), int(before[4], 0, 'barrier')
+local generation, last_incomplete = int(before[3], 0, 'barrier'), int(before[4], 0, 'barrier')
 local open = before[1] == ARGV[1] and before[2]
 if open then
-    return { open, {}, term, owed }
+    return { open, {}, generation, last_incomplete }
 end
 if before[1] ~= ARGV[1] then
-    -- The terms of a server that was here before go on.
+    -- Generations continue from those of a former server.
     redis.call('DEL', KEYS[1])
     redis.call('HSET', KEYS[1], 't', ARGV[1], 't0', digits(now))
-    -- Older data with such a note may be a copy that was made then and put back later.
+    -- Older data with this record may be a copy that was made then and put back later.
     local left, left_max = tonumber(before[5] or ''), 3600 * 1000
-    if left and left <= now and now - left <= left_max and has_file() then
+    if left and left <= now and now - left <= left_max and has_append_only_file() then
         redis.call('HSET', KEYS[1], 'whole', '1')
     end
 end
-term, owed = math.max(term, tonumber(ARGV[5])), math.max(owed, tonumber(ARGV[6]))
-redis.call('HSET', KEYS[1], 'n', digits(term), 'owed', digits(owed))
+generation = math.max(generation, tonumber(ARGV[5]))
+last_incomplete = math.max(last_incomplete, tonumber(ARGV[6]))
+redis.call('HSET', KEYS[1], 'n', digits(generation), 'owed', digits(last_incomplete))
 
 redis.call('HSET', KEYS[1], 'in:' .. ARGV[2], '1')
 for i = 7, #ARGV do
@@ -55,15 +59,15 @@ for name in pairs(barrier) do
 end
 table.sort(missing)
 
-local begun = int(barrier.t0, nil, 'barrier')
-if not begun then
-    begun = now
+local first_check_in = int(barrier.t0, nil, 'barrier')
+if not first_check_in then
+    first_check_in = now
     redis.call('HSET', KEYS[1], 't0', digits(now))
 end
-barrier.t0 = digits(begun)
+barrier.t0 = digits(first_check_in)
 barrier.busy = digits(int(barrier.busy, 0, 'barrier'))
 if tonumber(barrier.t0) > now or tonumber(barrier.busy) > now then
-    -- The clock was set back; nobody is waited for as long as that.
+    -- The clock was set back; the server does not wait for that long.
     barrier.t0, barrier.busy = digits(now), '0'
     redis.call('HSET', KEYS[1], 't0', barrier.t0, 'busy', '0')
 end
@@ -71,14 +75,14 @@ local waited = now - math.max(tonumber(barrier.t0), tonumber(barrier.busy))
 if barrier.old and #missing == 0 then
     open = '1'
 elseif waited > tonumber(barrier.old and ARGV[3] or ARGV[4]) then
-    -- By now the file has it that the note of who left is gone.
+    -- By now the removal of the record of deregistration is in the append-only file.
     open = barrier.whole and not barrier.old and '1' or '0'
 end
 if open then
-    term = term + 1
+    generation = generation + 1
     if open == '0' then
-        owed = term
+        last_incomplete = generation
     end
-    redis.call('HSET', KEYS[1], 'open', open, 'n', digits(term), 'owed', digits(owed))
+    redis.call('HSET', KEYS[1], 'open', open, 'n', digits(generation), 'owed', digits(last_incomplete))
 end
-return { open or '', missing, term, owed }
+return { open or '', missing, generation, last_incomplete }

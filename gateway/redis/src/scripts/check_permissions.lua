@@ -1,12 +1,12 @@
 #!lua flags=allow-oom
--- Which of the commands that gateways use the user of this connection may not use.
+-- Finds the commands that gateways use and that Redis denies the user of this connection.
 --
 -- KEYS  1 a key that nothing else uses
 -- ARGV  1 a channel below `gw:`
--- Returns their names.
+-- Returns the names of the commands.
 --
--- Redis looks at permissions before it looks at anything else, so that what else is wrong with a
--- call tells nothing.
+-- Redis checks permissions before anything else, so that other errors of a show nothing about
+-- call them.
 
 local calls = {
     { 'HSET', KEYS[1], 'f', '1' }, { 'HGET', KEYS[1], 'f' }, { 'HMGET', KEYS[1], 'f' },
@@ -23,14 +23,14 @@ local calls = {
     { 'MEMORY', 'USAGE', KEYS[1] }, { 'TIME' }, { 'INFO', 'server' }, { 'PUBLISH', ARGV[1], '' },
     { 'DEL', KEYS[1] },
 }
-local missing = {}
+local denied = {}
 for _, call in ipairs(calls) do
     local reply = redis.pcall(unpack(call))
-    -- What Redis 7.0 says of it in a script, and what 7.2 does.
+    -- The error texts of Redis 7.0 and 7.2 for a command in a script.
     local text = type(reply) == 'table' and reply.err or ''
     if string.find(text, 'The user executing the script', 1, true)
         or string.find(text, 'ACL failure', 1, true) or string.find(text, 'NOPERM', 1, true) then
-        missing[#missing + 1] = string.lower(call[1])
+        denied[#denied + 1] = string.lower(call[1])
     end
 end
-return missing
+return denied

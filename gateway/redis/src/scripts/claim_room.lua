@@ -1,8 +1,8 @@
--- Notes that a user is to own one managed room more, where that is not too many.
+-- Claims a managed room for an owner, unless the owner has the most rooms already.
 --
 -- KEYS  1 rooms of the owner (sorted set)
--- ARGV  1 room  2 the most rooms  3 how long they are noted, ms
--- Returns 1 where it is noted, 2 where it was before, 0 where it is not.
+-- ARGV  1 room  2 the most rooms  3 how long claims are kept, ms
+-- Returns 1 for a new claim, 2 for an existing one, 0 for none.
 
 if redis.call('ZSCORE', KEYS[1], ARGV[1]) then
     return 2

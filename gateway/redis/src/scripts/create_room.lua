@@ -1,8 +1,8 @@
--- Makes a room managed, unless it is there with members or a log.
+-- Creates a managed room, unless the room exists: it is managed, or has members or a log.
 --
--- KEYS  1 who  2 record  3 index  4 log
--- ARGV  1 room  2 how long it stays empty, ms  then fields of the record and their values
--- Returns 1 where it is made.
+-- KEYS  1 presence  2 settings  3 index  4 log
+-- ARGV  1 room  2 retention without members, ms  then fields of the settings and their values
+-- Returns 1 if it was created.
 
 if redis.call('EXISTS', KEYS[1], KEYS[2], KEYS[4]) > 0 then
     return 0

@@ -1,8 +1,8 @@
--- Gives an order to all nodes.
+-- Appends a control command to the queue that all nodes poll.
 --
--- KEYS  1 orders (stream)  2 which list of orders this is (text)
--- ARGV  1 order  2 how many orders are kept  3 what tells this list from one that was lost
--- Returns its id.
+-- KEYS  1 queue (stream)  2 id of the queue (text)
+-- ARGV  1 command  2 the most commands to keep  3 a random id, which tells a new queue from a lost one
+-- Returns the id of the command.
 
 redis.call('SET', KEYS[2], ARGV[3], 'NX')
 local time = redis.call('TIME')

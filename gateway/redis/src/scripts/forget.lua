@@ -1,8 +1,8 @@
 #!lua flags=allow-oom
--- Forgets a process that has ended: an incarnation of it, and that it had told its seats. One that
--- has come to live again meanwhile tells them anew, and that is kept.
+-- Forgets an incarnation of a process that has ended, and the announcement of the process. A process
+-- that has returned to life meanwhile has announced its entries anew, which is kept.
 --
--- KEYS  1 incarnations (hash)  2 told (hash)  3 leases (hash)
+-- KEYS  1 incarnations (hash)  2 announcements (hash)  3 leases (hash)
 -- ARGV  1 incarnation  2 process
 
 redis.call('HDEL', KEYS[1], ARGV[1])

@@ -1,23 +1,23 @@
 #!lua flags=allow-oom
--- Gives back the lease of a process that ends in order. Where it is the last one, and nothing that
--- was acknowledged is missing here, that is noted: the next processes go on in the same epochs
--- (docs/adr/0015). Whatever was written before the note is in every state of the data that has the
--- note.
+-- Releases the lease of a process that ends in order. If it is the last process, and the server lacks no
+-- acknowledged message, records that: the next processes continue in the same epochs (docs/adr/0015).
+-- Every state of the data that has the record also has everything that was written before it.
 --
 -- KEYS  1 leases (hash)  2 barrier
--- ARGV  1 process  2 token  3 whether it has nothing that this server lacks: 1 or empty
--- Returns 1 where that is noted.
+-- ARGV  1 process  2 server id  3 1 if the server has everything that the process holds, or empty
+-- Returns 1 if it is recorded.
 
-if not is_here(ARGV[2]) then
-    return stale
+if not is_this_server(ARGV[2]) then
+    return unagreed
 end
 local now = now_ms()
 local row = redis.call('HGET', KEYS[1], ARGV[1])
 redis.call('HDEL', KEYS[1], ARGV[1])
 local ends = row and tonumber(string.match(row, '^(%d+) ')) or 0
--- A lease that is over counts as well: its process may be frozen.
+-- An expired lease counts as well: its process may be frozen.
 local others = redis.call('HLEN', KEYS[1]) - redis.call('HEXISTS', KEYS[1], '#')
-if ARGV[3] ~= '1' or ends <= now or others > 0 or not opened(KEYS[2], ARGV[2]) or not has_file() then
+if ARGV[3] ~= '1' or ends <= now or others > 0 or not agreement(KEYS[2], ARGV[2])
+    or not has_append_only_file() then
     return 0
 end
 redis.call('HSET', KEYS[2], 'left', digits(now))

@@ -1,32 +1,33 @@
 #!lua flags=allow-oom
--- Has a connection take its session, or makes one; and looks at the user's inbox.
+-- Resumes or creates the session of a connection, and reads the state of the user's inbox.
 --
 -- KEYS, ARGV to 6 as in the prelude, of the inbox
--- KEYS  7 sessions (hash): "<digest> <created> <used> <connection or -> <about>" of each
+-- KEYS  7 sessions (hash): "<digest> <created> <used> <connection or -> <connection info>" of each
 --       8 data of sessions (hash)
--- ARGV  7 author: the user, as envelopes name it  8 session presented or empty  9 its digest
---       10 session that is made otherwise  11 its digest  12 connection  13 about it
---       14 how long a session is kept, ms  15 the most sessions
---       16 above the watermark of memory: how long the sessions of a user are kept who has none,
---       ms, or empty
--- Returns session, about of the connection before or nothing, time in microseconds, and of the
--- inbox epoch, top, acknowledged, oldest entry kept or 0, unread.
+-- ARGV  7 author: the user's hash, as in envelopes  8 session to resume or empty  9 its digest
+--       10 session to create otherwise  11 its digest  12 connection  13 connection info
+--       14 retention of a session, ms  15 the most sessions
+--       16 above the watermark of memory: retention of the sessions of a user that has none,
+--       ms; or
+--       empty
+-- Returns session, connection info of the former connection or nothing, time in microseconds, and of
+-- the inbox epoch, top, acknowledged number, oldest entry kept or 0, unread entries.
 
-local epoch, top, meta = whole()
+local epoch, top, meta = open_room()
 if not epoch then
-    return stale
+    return unagreed
 end
 if not meta[9] then
-    keep_as_any()
+    keep_without_limits()
 end
 
 local time = redis.call('TIME')
 local now, ttl = time[1] * 1000 + math.floor(time[2] / 1000), tonumber(ARGV[14])
 
-local function parts_of(row)
+local function parse_row(row)
     local digest, created, used, connection, about = string.match(row, '^(%x+) (%d+) (%d+) (%S+) (.*)$')
     if not digest then
-        bad('session')
+        report_invalid('session')
     end
     return digest, created, tonumber(used), connection, about
 end
@@ -34,9 +35,9 @@ end
 local session, former, created
 local row = ARGV[8] ~= '' and redis.call('HGET', KEYS[7], ARGV[8])
 if row then
-    local digest, began, used, connection, about = parts_of(row)
+    local digest, row_created, used, connection, about = parse_row(row)
     if digest and digest == ARGV[9] and used + ttl > now then
-        session, former, created = ARGV[8], about, began
+        session, former, created = ARGV[8], about, row_created
         if connection ~= '-' and connection ~= ARGV[12] then
             redis.call('PUBLISH', ARGV[2], '!x ' .. session .. ' ' .. ARGV[12])
         end
@@ -45,15 +46,15 @@ end
 local digest = ARGV[9]
 if not session then
     session, digest, created = ARGV[10], ARGV[11], digits(now)
-    -- Room for it: those whose time is over go, and the one used longest ago where there are too
+    -- Expired sessions are removed, and the least recently used one if there are too
     -- many.
     local rows = redis.call('HGETALL', KEYS[7])
     local count, oldest, oldest_used = 0
     for i = 1, #rows, 2 do
-        local _, _, used, connection = parts_of(rows[i + 1])
-        -- Those that are in use go last.
+        local _, _, used, connection = parse_row(rows[i + 1])
+        -- Sessions in use are removed last.
         local rank = used and used + (connection == '-' and 0 or ttl)
-        -- So do those that no gateway wrote.
+        -- Rows that no gateway wrote are removed as well.
         if not used or used + ttl <= now then
             redis.call('HDEL', KEYS[7], rows[i])
             redis.call('HDEL', KEYS[8], rows[i])
@@ -71,15 +72,15 @@ if not session then
 end
 redis.call('HSET', KEYS[7], session,
     digest .. ' ' .. created .. ' ' .. digits(now) .. ' ' .. ARGV[12] .. ' ' .. ARGV[13])
-keep_sessions(KEYS[7], KEYS[8], ARGV[14], ARGV[16])
+expire_sessions(KEYS[7], KEYS[8], ARGV[14], ARGV[16])
 
 local acked = math.min(int(redis.call('HGET', KEYS[2], 'a'), 0, 'log_meta'), top)
--- Large ones are not all looked at: above a MiB the others count as from somebody else.
+-- At most a MiB of entries is checked: those behind it count as written by others.
 local unread, bytes, cursor = 0, 1048576, '(' .. digits(acked) .. '-0'
 while acked < top do
     local some = redis.call('XRANGE', KEYS[1], cursor, '+', 'COUNT', 16)
     for _, entry in ipairs(some) do
-        local _, _, envelope = parts_of_entry(entry)
+        local _, _, envelope = parse_entry(entry)
         if envelope then
             bytes = bytes - #envelope
             if string.sub(envelope, 3, 10) ~= ARGV[7] then

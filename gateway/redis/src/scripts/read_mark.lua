@@ -1,15 +1,15 @@
 #!lua flags=allow-oom
--- Notes how far a user has read, and passes it on where that is further than before.
+-- Sets a user's read mark, and publishes it if it has advanced.
 --
--- KEYS  1 marks (hash)  2 meta of the room's log
--- ARGV  1 user  2 number of the entry  3 channel  4 connection  5 ttl, ms  6 of how many users
--- Returns 1, or 0 where no more users are noted.
+-- KEYS  1 read marks (hash)  2 meta of the room's log
+-- ARGV  1 user  2 number of the entry  3 channel  4 connection  5 ttl, ms  6 the most users with a mark
+-- Returns 1, or 0 if the room has the most read marks already.
 
 local top = int(redis.call('HGET', KEYS[2], 's'), 0, 'log_meta')
 local seq = math.min(tonumber(ARGV[2]), top)
-local noted = redis.call('HGET', KEYS[1], ARGV[1])
-local before = math.min(int(noted, 0, 'read_mark'), top)
-if seq > before and not noted and redis.call('HLEN', KEYS[1]) >= tonumber(ARGV[6]) then
+local mark = redis.call('HGET', KEYS[1], ARGV[1])
+local before = math.min(int(mark, 0, 'read_mark'), top)
+if seq > before and not mark and redis.call('HLEN', KEYS[1]) >= tonumber(ARGV[6]) then
     return 0
 end
 if seq > before then

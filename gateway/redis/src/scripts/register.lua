@@ -1,7 +1,7 @@
 #!lua flags=allow-oom
--- Makes an incarnation known, under which a process has users at places.
+-- Registers an incarnation, under which a process has presence entries.
 --
--- KEYS  1 incarnations (hash): "<process> <when it said goodbye, ms, or 0>"
+-- KEYS  1 incarnations (hash): "<process> <when it deregistered, ms, or 0>"
 -- ARGV  1 incarnation  2 process
 
 redis.call('HSET', KEYS[1], ARGV[1], ARGV[2] .. ' 0')

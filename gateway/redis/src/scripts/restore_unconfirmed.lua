@@ -1,15 +1,15 @@
 #!lua flags=allow-oom
--- Takes what a node has published in a room and not heard since: numbers that were acknowledged go
--- to no other message. All of it waits for the room's first touch, when everybody has been heard.
+-- Takes a node's unconfirmed publishes of a room, so that no other message gets a number that was
+-- acknowledged. They are appended when the room is opened, by when every process has checked in.
 --
 -- KEYS, ARGV to 6 as in the prelude
--- ARGV  7 process  8 the last position at which it was acknowledged, or empty  9 count of what was
---       acknowledged  then per entry: position, stamp, envelope  then per publish without an
---       answer, in their order: number, envelope
--- Returns "taken", or "late" where the room goes on already.
+-- ARGV  7 process  8 the last position that was acknowledged to it, or empty
+--       9 count of acknowledged publishes  then for each: position, origin, envelope
+--       then for each publish without an answer, in their order: number, envelope
+-- Returns "accepted", or "late" if the room is open already.
 
-if not is_here(ARGV[1]) then
-    return stale
+if not is_this_server(ARGV[1]) then
+    return unagreed
 end
 if redis.call('HGET', KEYS[2], 'r') == ARGV[1] then
     return 'late'
@@ -26,4 +26,4 @@ for i = first_unanswered, #ARGV, 2 do
     redis.call('HSET', KEYS[6], '?' .. ARGV[7] .. ':' .. ARGV[i], ARGV[8] .. '\n' .. ARGV[i + 1])
 end
 redis.call('PEXPIRE', KEYS[6], ARGV[4])
-return 'taken'
+return 'accepted'

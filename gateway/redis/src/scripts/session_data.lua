@@ -1,10 +1,10 @@
--- Replaces the data of a session, where it is still what it was when it was looked at.
+-- Replaces the data of a session, if it is unchanged since it was read.
 --
 -- KEYS  1 sessions (hash)  2 data of sessions (hash)
--- ARGV  1 session  2 data as it was, or empty  3 data as it is to be  4 how long it is kept, ms
---       5 the most bytes of the data of all sessions
--- Returns 1 where that was done, 0 where it has changed meanwhile, -1 where there is no such
--- session, -2 where all data would take more than they may.
+-- ARGV  1 session  2 data as it was read, or empty  3 new data  4 retention, ms
+--       5 the most bytes of the data of all sessions of the user
+-- Returns 1 if the data was replaced, 0 if it has changed meanwhile, -1 if the
+-- session does not exist, -2 if the data of all sessions would be too large.
 
 if redis.call('HEXISTS', KEYS[1], ARGV[1]) == 0 then
     return -1

@@ -1,6 +1,6 @@
--- Takes a room from the index that nobody is in and nobody manages any more.
+-- Removes a room without members and settings from the index.
 --
--- KEYS  1 index  2 who  3 record
+-- KEYS  1 index  2 presence  3 settings
 -- ARGV  1 room
 
 if redis.call('EXISTS', KEYS[2], KEYS[3]) == 0 then
