@@ -1,6 +1,6 @@
-//! How long it takes to place one message in 1,000 outboxes. `make bench-micro` runs it.
+//! The time it takes to put one message into 1,000 outboxes. `make bench-micro` runs it.
 //!
-//! No sockets: what a write costs is the kernel's, and `make bench` measures it.
+//! Without sockets: the kernel determines the cost of a write, which `make bench` measures.
 
 #![allow(clippy::unwrap_used, reason = "a bench that panics has failed")]
 
@@ -27,7 +27,7 @@ fn main() {
     divan::main();
 }
 
-/// The queues alone: a frame that is shared is placed in each, and taken out again.
+/// The queues alone: a shared frame is put into each, and taken out again.
 #[divan::bench]
 fn outboxes(bencher: Bencher<'_, '_>) {
     let outboxes: Vec<Outbox> =
@@ -41,7 +41,7 @@ fn outboxes(bencher: Bencher<'_, '_>) {
     });
 }
 
-/// A publish through log, mailbox, order and ring to all members of a room.
+/// A publish through log, mailbox, replica and ring to all members of a room.
 #[divan::bench]
 fn publish_to_members(bencher: Bencher<'_, '_>) {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();

@@ -67,7 +67,7 @@ pub struct Login {
     pub password: Option<String>,
 }
 
-/// What is wrong with a URL.
+/// An error in the URL.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum UrlError {
     /// Unknown scheme.

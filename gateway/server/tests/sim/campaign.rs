@@ -1,4 +1,4 @@
-//! Runs many seeds, one after the other on each processor, or a single seed.
+//! Campaigns of many seeds, several at a time; and single runs.
 
 use std::{
     collections::BTreeMap,
@@ -18,7 +18,7 @@ use super::{
     world::Simulation,
 };
 
-/// The result of one simulation.
+/// The result of one run.
 pub struct SimRun {
     pub findings: Findings,
     pub hash: u64,
@@ -29,7 +29,7 @@ thread_local! {
     static PANICS: std::cell::RefCell<Vec<String>> = const { std::cell::RefCell::new(Vec::new()) };
 }
 
-/// Records panics instead of printing them; a runtime would hide those of its tasks.
+/// Records panics, which a runtime would catch, instead of printing them.
 fn note_panics() {
     static ONCE: std::sync::Once = std::sync::Once::new();
     ONCE.call_once(|| {
@@ -68,12 +68,12 @@ pub fn run(seed: u64, shape: SimShape, loud: bool) -> SimRun {
     SimRun { findings, hash: world.trace.hash(), last: world.trace.last(120) }
 }
 
-/// The result of many runs.
+/// The summary of many runs.
 #[derive(Default)]
 pub struct CampaignSummary {
     pub runs: u64,
     counts: BTreeMap<&'static str, (u64, usize)>,
-    /// Per kind of violation: the seeds, and the finding of the first.
+    /// The seeds of each kind of violation, and the findings of the first one.
     pub violations: BTreeMap<&'static str, (Vec<u64>, String)>,
 }
 

@@ -1,5 +1,5 @@
 //! A client that follows section 5 of the protocol to the letter: a state machine that takes frames
-//! and times, and returns the frames to send and its next timers.
+//! and timers, and returns what to send and when to be reminded.
 
 use std::collections::{BTreeSet, VecDeque};
 
@@ -9,16 +9,16 @@ use uuid::Uuid;
 
 use super::observer::{Id, RoomObserver, id};
 
-/// Delay before a rejected request is retried, ms.
+/// The pause before a rejected request is repeated, ms.
 const RETRY_MS: f64 = 300.0;
 
-/// Actions that a client requests from the simulation.
+/// An action of a client.
 pub enum ClientAction {
     Send(String),
     Later(f64, Reminder),
 }
 
-/// Timers of a client.
+/// A timer of a client.
 #[derive(Clone, Copy)]
 pub enum Reminder {
     Join(usize),
@@ -34,8 +34,7 @@ pub struct SimClient {
     pub outbox_bytes: usize,
     pub rooms: Vec<SimRoom>,
     count: u64,
-    /// Messages sent with `echo: false`: the `ack` takes the place of the copy, whenever it
-    /// arrives.
+    /// Messages that it sent without echo: the `ack` stands in for the copy, whenever it comes.
     without_echo: BTreeSet<Id>,
 }
 
@@ -43,18 +42,18 @@ pub struct SimClient {
 pub struct SimRoom {
     pub room: usize,
     pub observer: RoomObserver,
-    /// Whether the client wants to be a member.
+    /// The client wants to be a member.
     pub wanted: bool,
     state: JoinState,
-    /// The recovery under way ends at this number.
+    /// The recovery in progress ends at this number.
     until: Option<u64>,
     pub unacked: VecDeque<OwnMessage>,
-    /// The current join; an earlier one may still be answered.
+    /// The `ref` of the latest join: an earlier one may still be answered.
     join: u64,
     since: Option<Position>,
 }
 
-/// A message that this client sends.
+/// A message of this client.
 pub struct OwnMessage {
     pub id: Id,
     echo: bool,
@@ -86,7 +85,7 @@ impl SimRoom {
         self.state = JoinState::Joining;
         self.since = self.observer.cursor.clone();
         self.join += 1;
-        let mut join = json!({"type": "join", "room": room(self.room), "ref": self.join});
+        let mut join = json!({"type": "join", "room": room_name(self.room), "ref": self.join});
         if let Some(since) = &self.since {
             join["since"] = json!({"epoch": since.epoch.as_str(), "seq": since.seq});
         }
@@ -98,84 +97,84 @@ impl SimRoom {
     }
 
     fn send(&mut self, id: Id) -> Option<ClientAction> {
-        let own = self.unacked.iter_mut().find(|own| own.id == id)?;
-        if own.sent {
+        let message = self.unacked.iter_mut().find(|message| message.id == id)?;
+        if message.sent {
             self.observer.resent.insert(id);
         }
-        own.sent = true;
-        let mut message = json!({"type": "message", "room": room(self.room), "content": "x",
+        message.sent = true;
+        let mut frame = json!({"type": "message", "room": room_name(self.room), "content": "x",
             "id": Uuid::from_u128(id).to_string()});
-        if !own.echo {
-            message["echo"] = json!(false);
+        if !message.echo {
+            frame["echo"] = json!(false);
         }
-        Some(ClientAction::Send(message.to_string()))
+        Some(ClientAction::Send(frame.to_string()))
     }
 
-    /// Sends all unanswered messages once the recovery is complete.
+    /// Sends all unacknowledged messages, once the recovery is complete.
     fn send_pending(&mut self) -> Vec<ClientAction> {
         let cursor = self.observer.cursor.as_ref().map_or(0, |cursor| cursor.seq);
         if self.state != JoinState::Joined || self.until.is_some_and(|until| cursor < until) {
             return vec![];
         }
         self.until = None;
-        let ids: Vec<Id> = self.unacked.iter().map(|own| own.id).collect();
+        let ids: Vec<Id> = self.unacked.iter().map(|message| message.id).collect();
         ids.into_iter().filter_map(|id| self.send(id)).collect()
     }
 
-    /// Marks an own message as appended to the log.
+    /// Forgets a message that is known to be in the log.
     fn acked(&mut self, id: Id) {
-        self.unacked.retain(|own| own.id != id);
+        self.unacked.retain(|message| message.id != id);
     }
 }
 
 impl SimClient {
     pub fn new(number: usize, outbox_bytes: usize, rooms: Vec<usize>) -> Self {
-        let places = rooms.into_iter().map(SimRoom::new).collect();
+        let rooms = rooms.into_iter().map(SimRoom::new).collect();
         Self {
             number,
             connection: None,
             away: false,
             outbox_bytes,
-            rooms: places,
+            rooms,
             count: 0,
             without_echo: BTreeSet::new(),
         }
     }
 
-    /// Handles an established connection.
+    /// Joins rooms on a new connection.
     pub fn connected(&mut self) -> Vec<ClientAction> {
-        let wanted = self.rooms.iter_mut().filter(|place| place.wanted);
+        let wanted = self.rooms.iter_mut().filter(|room| room.wanted);
         wanted.map(SimRoom::join).collect()
     }
 
     pub fn disconnected(&mut self) {
         self.connection = None;
-        for place in &mut self.rooms {
-            (place.state, place.until) = (JoinState::Out, None);
+        for room in &mut self.rooms {
+            (room.state, room.until) = (JoinState::Out, None);
         }
     }
 
-    /// Sends a message to a room.
-    pub fn publish(&mut self, place: usize, echo: bool) -> (Id, Vec<ClientAction>) {
+    /// Publishes a message to a room.
+    pub fn publish(&mut self, room: usize, echo: bool) -> (Id, Vec<ClientAction>) {
         self.count += 1;
         let id = id(self.number, self.count);
         if !echo {
             self.without_echo.insert(id);
         }
-        let place = &mut self.rooms[place];
-        place.unacked.push_back(OwnMessage { id, echo, sent: false });
-        let wishes = if place.is_live() { place.send(id).into_iter().collect() } else { vec![] };
-        (id, wishes)
+        let room = &mut self.rooms[room];
+        room.unacked.push_back(OwnMessage { id, echo, sent: false });
+        let actions = if room.is_live() { room.send(id).into_iter().collect() } else { vec![] };
+        (id, actions)
     }
 
     /// Leaves a room. `None` if the client is not a member.
-    pub fn leave(&mut self, place: usize) -> Option<ClientAction> {
-        let place = &mut self.rooms[place];
-        place.wanted = false;
-        let was = place.state != JoinState::Out;
-        (place.state, place.until) = (JoinState::Out, None);
-        was.then(|| {
-            ClientAction::Send(json!({"type": "leave", "room": room(place.room)}).to_string())
+    pub fn leave(&mut self, room: usize) -> Option<ClientAction> {
+        let room = &mut self.rooms[room];
+        room.wanted = false;
+        let was_member = room.state != JoinState::Out;
+        (room.state, room.until) = (JoinState::Out, None);
+        was_member.then(|| {
+            ClientAction::Send(json!({"type": "leave", "room": room_name(room.room)}).to_string())
         })
     }
 
@@ -184,15 +183,15 @@ impl SimClient {
             return vec![];
         }
         match timer {
-            Reminder::Join(place) => {
-                let place = &mut self.rooms[place];
-                let idle = place.wanted && place.state == JoinState::Out;
-                if idle { vec![place.join()] } else { vec![] }
+            Reminder::Join(room) => {
+                let room = &mut self.rooms[room];
+                let idle = room.wanted && room.state == JoinState::Out;
+                if idle { vec![room.join()] } else { vec![] }
             }
-            Reminder::Resend(place, id) => {
-                let place = &mut self.rooms[place];
-                let settled = place.is_live();
-                place.send(id).filter(|_| settled).into_iter().collect()
+            Reminder::Resend(room, id) => {
+                let room = &mut self.rooms[room];
+                let settled = room.is_live();
+                room.send(id).filter(|_| settled).into_iter().collect()
             }
         }
     }
@@ -200,54 +199,54 @@ impl SimClient {
     /// Handles a received frame.
     pub fn handle_frame(&mut self, time: f64, frame: &Value) -> Vec<ClientAction> {
         let of = frame["room"].as_str().unwrap_or_default();
-        let Some(at) = self.rooms.iter().position(|place| room(place.room) == of) else {
+        let Some(at) = self.rooms.iter().position(|room| room_name(room.room) == of) else {
             return vec![];
         };
-        let own = self.number;
-        let place = &mut self.rooms[at];
+        let message = self.number;
+        let room = &mut self.rooms[at];
         match frame["type"].as_str().unwrap_or_default() {
             "joined" => {
-                if place.state != JoinState::Joining || frame["ref"] != place.join {
+                if room.state != JoinState::Joining || frame["ref"] != room.join {
                     return vec![];
                 }
-                place.state = JoinState::Joined;
-                let (top, since) = (position(frame), place.since.take());
+                room.state = JoinState::Joined;
+                let (top, since) = (position(frame), room.since.take());
                 let history = frame["history"].as_array().unwrap();
                 let history: Vec<_> = history.iter().map(|e| (position(e), id_of(e))).collect();
-                history.iter().for_each(|(_, id)| place.acked(*id));
+                history.iter().for_each(|(_, id)| room.acked(*id));
                 let recovered = frame["recovered"] == true;
-                place.until = recovered.then_some(top.seq);
-                place.observer.join(time, since.as_ref(), recovered, &top, history);
-                place.send_pending()
+                room.until = recovered.then_some(top.seq);
+                room.observer.join(time, since.as_ref(), recovered, &top, history);
+                room.send_pending()
             }
-            "message" if place.state == JoinState::Joined => {
+            "message" if room.state == JoinState::Joined => {
                 let id = id_of(frame);
-                place.observer.next(time, position(frame), id);
-                if super::observer::client_of(id) == own && place.until.is_some() {
-                    place.acked(id);
+                room.observer.next(time, position(frame), id);
+                if super::observer::client_of(id) == message && room.until.is_some() {
+                    room.acked(id);
                 }
-                if place.until.is_some() { place.send_pending() } else { vec![] }
+                if room.until.is_some() { room.send_pending() } else { vec![] }
             }
-            "reset" if place.state == JoinState::Joined => {
-                place.observer.reset(time, position(frame));
-                if place.until.take().is_some() { place.send_pending() } else { vec![] }
+            "reset" if room.state == JoinState::Joined => {
+                room.observer.reset(time, position(frame));
+                if room.until.take().is_some() { room.send_pending() } else { vec![] }
             }
             "ack" => {
                 let (id, position) = (id_of(frame), position(frame));
-                place.acked(id);
+                room.acked(id);
                 if self.without_echo.contains(&id)
                     && frame["duplicate"] == false
-                    && place.state == JoinState::Joined
+                    && room.state == JoinState::Joined
                 {
-                    place.observer.next(time, position.clone(), id);
+                    room.observer.next(time, position.clone(), id);
                 }
-                place.observer.acks.entry(id).or_default().push((time, position));
-                if place.until.is_some() { place.send_pending() } else { vec![] }
+                room.observer.acks.entry(id).or_default().push((time, position));
+                if room.until.is_some() { room.send_pending() } else { vec![] }
             }
             "left" => {
-                // Requested by this client, or the end of a join that was given up.
-                if place.wanted && place.state == JoinState::Joined {
-                    (place.state, place.until) = (JoinState::Out, None);
+                // The answer to a leave, or the end of a join that was given up.
+                if room.wanted && room.state == JoinState::Joined {
+                    (room.state, room.until) = (JoinState::Out, None);
                     return vec![ClientAction::Later(RETRY_MS, Reminder::Join(at))];
                 }
                 vec![]
@@ -258,19 +257,19 @@ impl SimClient {
     }
 
     fn handle_error(&mut self, at: usize, frame: &Value) -> Vec<ClientAction> {
-        let place = &mut self.rooms[at];
+        let room = &mut self.rooms[at];
         let retryable =
             matches!(frame["code"].as_str(), Some("unavailable" | "overloaded" | "rate_limited"));
         if !retryable {
-            // The server may answer earlier messages with `not_joined` after a leave.
-            if !(frame["code"] == "not_joined" && place.state != JoinState::Joined) {
-                place.observer.violations.push(("REFUSED", frame.to_string()));
+            // A message that was sent before leaving may be rejected so.
+            if !(frame["code"] == "not_joined" && room.state != JoinState::Joined) {
+                room.observer.violations.push(("REFUSED", frame.to_string()));
             }
             return vec![];
         }
         match frame["for"].as_str() {
-            Some("join") if place.state == JoinState::Joining && frame["ref"] == place.join => {
-                place.state = JoinState::Out;
+            Some("join") if room.state == JoinState::Joining && frame["ref"] == room.join => {
+                room.state = JoinState::Out;
                 vec![ClientAction::Later(RETRY_MS, Reminder::Join(at))]
             }
             Some("message") => {
@@ -281,7 +280,7 @@ impl SimClient {
     }
 }
 
-pub fn room(number: usize) -> String {
+pub fn room_name(number: usize) -> String {
     format!("r{number}")
 }
 

@@ -9,31 +9,30 @@ use super::{
     store::{Store, StoredStream, WrongType},
 };
 
-/// Entries per node of a stream; trimming with `~` removes whole nodes.
+/// The number of entries in a node of a stream: trimming with `~` removes whole nodes.
 const STREAM_NODE_LEN: u64 = 8;
-/// Bytes of an empty stream, and bytes of each entry beside its payload: roughly the values of
-/// Redis.
+/// Memory of an empty stream, and of each entry beside its payload: roughly as Redis reports it.
 const STREAM_BYTES: usize = 4_300;
 const ENTRY_BYTES: usize = 40;
 
-/// The state that commands and scripts of one server use.
+/// The data that commands and scripts of one server work on.
 #[derive(Clone, Default)]
 pub struct ServerData {
     pub store: Store,
-    /// Subscribed connections by channel.
+    /// The subscribers of each channel.
     pub channels: BTreeMap<Bytes, BTreeSet<u64>>,
     pub run_id: String,
     pub replid: String,
     pub is_replica: bool,
     /// The server's wall clock, ms.
     pub now: u64,
-    /// Published messages that are not sent to subscribers yet.
+    /// Messages that were published and not delivered yet.
     pub published: Vec<(Bytes, Bytes)>,
 }
 
 type CommandResult = Result<Reply, CommandFailure>;
 
-/// Why a command failed: the text of the error.
+/// The error text of a failed command.
 pub struct CommandFailure(pub String);
 
 impl From<WrongType> for CommandFailure {
@@ -52,7 +51,7 @@ const ID_TOO_SMALL: &str =
     "The ID specified in XADD is equal or smaller than the target stream top item";
 const INVALID_ID: &str = "Invalid stream ID specified as stream command argument";
 
-/// Runs a command that scripts may call as well.
+/// Executes a command that scripts may use as well.
 pub fn execute(data: &mut ServerData, words: &[Bytes]) -> CommandResult {
     let name = words[0].to_ascii_uppercase();
     let args = &words[1..];
@@ -87,15 +86,15 @@ pub fn execute(data: &mut ServerData, words: &[Bytes]) -> CommandResult {
         b"TYPE" => Ok(Reply::Status(data.store.type_of(&args[0]))),
         b"PERSIST" => Ok(Reply::Int(i64::from(data.store.persist(&args[0])))),
         b"PUBLISH" => {
-            let hearers = data.channels.get(&args[0]).map_or(0, BTreeSet::len);
+            let subscribers = data.channels.get(&args[0]).map_or(0, BTreeSet::len);
             data.published.push((args[0].clone(), args[1].clone()));
-            Ok(Reply::Int(hearers as i64))
+            Ok(Reply::Int(subscribers as i64))
         }
         b"PEXPIRE" | b"PEXPIREAT" => {
             let Ok(time) = number(&args[1]) else { return err(NO_INTEGER) };
             let ends = if name.len() == 7 { now as i64 + time } else { time };
             if args.get(2).is_some_and(|option| option.eq_ignore_ascii_case(b"GT")) {
-                // A key without expiry outlives every other.
+                // A key without expiry lasts longer than any other.
                 let before = data.store.expiry(&args[0]);
                 if before.is_none_or(|before| ends <= before as i64) {
                     return Ok(Reply::Int(0));
@@ -215,7 +214,7 @@ fn hash(data: &mut ServerData, name: &[u8], args: &[Bytes]) -> CommandResult {
             let rows = store.hash(key)?.map(|hash| hash.rows().to_vec()).unwrap_or_default();
             Ok(Reply::Array(rows.into_iter().map(|(_, value)| Reply::Bulk(value)).collect()))
         }
-        // Returns everything in one step, as Redis does for a small collection.
+        // All fields at once, as Redis returns a small hash.
         b"HSCAN" => {
             let rows = store.hash(key)?.map(|hash| hash.rows().to_vec()).unwrap_or_default();
             let flat = rows.into_iter().flat_map(|(field, value)| [field, value]);
@@ -282,7 +281,7 @@ fn sorted_set(data: &mut ServerData, name: &[u8], args: &[Bytes]) -> CommandResu
             }
             Ok(Reply::Int(gone))
         }
-        // The bound is above the number that any simulation creates.
+        // More members are kept than any simulation has.
         b"ZREMRANGEBYRANK" => {
             store.hash(key)?;
             Ok(Reply::Int(0))
@@ -361,7 +360,7 @@ fn add(data: &mut ServerData, args: &[Bytes]) -> CommandResult {
         let about = &args[at][..] == b"~";
         at += usize::from(about);
         let first = id_of(&args[at])?;
-        // Only whole nodes are removed, so a few entries more than necessary stay.
+        // Only whole nodes are removed, so that a few entries more may stay.
         keep_from = Some(if about { first / STREAM_NODE_LEN * STREAM_NODE_LEN } else { first });
         at += 1;
     }
@@ -390,7 +389,7 @@ fn id_of(word: &Bytes) -> Result<u64, CommandFailure> {
     number.or_else(|_| err(INVALID_ID))
 }
 
-/// One end of a range, both inclusive.
+/// One end of a range, both ends included.
 fn bound(word: &Bytes, lower: bool) -> Result<u64, CommandFailure> {
     match &word[..] {
         b"-" => Ok(0),
@@ -398,7 +397,7 @@ fn bound(word: &Bytes, lower: bool) -> Result<u64, CommandFailure> {
         [b'(', rest @ ..] => {
             let id = id_of(&Bytes::copy_from_slice(rest))?;
             match id {
-                // No id is below the first one.
+                // There is nothing below the first id.
                 0 if !lower => err("invalid end ID for the interval"),
                 id => Ok(if lower { id + 1 } else { id - 1 }),
             }

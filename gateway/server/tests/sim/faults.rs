@@ -1,22 +1,21 @@
-//! Injects the faults of a simulation, which are drawn from the seed before it starts.
+//! The faults of a run: planned from the seed before it starts, injected here.
 
 use rand::RngExt as _;
 
 use super::{links::RedisLink, shape::SimFault, world::Simulation};
 
-/// Time of the first fault: the nodes know each other by then.
+/// When the first fault is injected, ms: the nodes know each other by then.
 const FIRST_MS: f64 = 8_000.0;
-/// How long bytes of a closed link may still arrive, ms.
+/// How long bytes in flight on a closed link may still arrive, ms.
 const GRACE_MS: f64 = 8.0;
-/// The most steps that Redis loses if it restarts without its last writes, and that a promoted
-/// replica lacks.
+/// The most steps that a truncated Redis loses, and that a new primary lacks.
 const TAIL_MAX: usize = 30;
 const LAG_MAX: usize = 6;
 
-/// How long each step of an ordered stop takes, ms.
+/// The duration of each step of an ordered stop, ms.
 const STOP_MS: f64 = 600.0;
 
-/// The data that Redis has after a restart.
+/// The data of a Redis that comes back.
 #[derive(Clone, Copy, Debug)]
 enum RestartData {
     Complete,
@@ -30,7 +29,7 @@ impl Simulation {
         for _ in 0..self.random.random_range(self.shape.fault_count.clone()) {
             let fault = self.shape.faults[self.random.random_range(0..self.shape.faults.len())];
             self.truth.faults.push(fault);
-            self.at(time, move |world| world.inject(fault));
+            self.at(time, move |sim| sim.inject(fault));
             let pause = [3.0, 30.0, 300.0, 1500.0, 3000.0][self.random.random_range(0..5)];
             time += pause * self.random.random_range(0.3..1.5);
         }
@@ -71,8 +70,8 @@ impl Simulation {
             }
             SimFault::ClientCut => {
                 self.log(&format!("c{client} is cut"));
-                if let Some(talk) = self.clients[client].connection {
-                    self.close_connection(talk);
+                if let Some(connection) = self.clients[client].connection {
+                    self.close_connection(connection);
                 }
             }
             SimFault::ClientAway => self.send_away(client),
@@ -91,8 +90,8 @@ impl Simulation {
             return;
         };
         let down = self.random.random_range(10.0..3000.0);
-        let token = self.server_name(server);
-        self.log(&format!("{token} is killed, and back in {down:.0} with {back:?}"));
+        let name = self.server_name(server);
+        self.log(&format!("{name} is killed, and back in {down:.0} with {back:?}"));
         let mut data = std::mem::take(&mut self.servers[server].data);
         match back {
             RestartData::Complete => {}
@@ -101,11 +100,11 @@ impl Simulation {
         }
         self.end_server(server);
         self.primary = None;
-        self.after(down, move |world| {
-            let server = world.start_server(data);
-            world.primary = Some(server);
-            let token = world.server_name(server);
-            world.log(&format!("{token} is up"));
+        self.after(down, move |sim| {
+            let server = sim.start_server(data);
+            sim.primary = Some(server);
+            let name = sim.server_name(server);
+            sim.log(&format!("{name} is up"));
         });
     }
 
@@ -119,29 +118,29 @@ impl Simulation {
         for host in 0..self.hosts.len() {
             let Some(node) = &self.hosts[host].node else { continue };
             node.drain();
-            // Messages that clients have sent are answered before the clients leave.
-            self.after(STOP_MS, move |world| {
-                for talk in world.connections_of(host) {
-                    world.close_connection(talk);
+            // Frames that clients have sent are answered first.
+            self.after(STOP_MS, move |sim| {
+                for connection in sim.connections_of(host) {
+                    sim.close_connection(connection);
                 }
             });
-            self.after(2.0 * STOP_MS, move |world| {
-                if let Some(node) = &world.hosts[host].node {
+            self.after(2.0 * STOP_MS, move |sim| {
+                if let Some(node) = &sim.hosts[host].node {
                     node.stop();
                 }
             });
-            self.after(4.0 * STOP_MS, move |world| {
-                if let Some(node) = world.hosts[host].node.take() {
+            self.after(4.0 * STOP_MS, move |sim| {
+                if let Some(node) = sim.hosts[host].node.take() {
                     node.gate.kill();
                 }
             });
         }
-        self.after(5.0 * STOP_MS, move |world| world.restart(back));
+        self.after(5.0 * STOP_MS, move |sim| sim.restart(back));
         let down = self.random.random_range(0.0..5000.0);
-        self.after(5.0 * STOP_MS + down, |world| {
-            world.stops_everything = false;
-            for host in 0..world.hosts.len() {
-                world.start_node(host);
+        self.after(5.0 * STOP_MS + down, |sim| {
+            sim.stops_everything = false;
+            for host in 0..sim.hosts.len() {
+                sim.start_node(host);
             }
         });
     }
@@ -162,28 +161,28 @@ impl Simulation {
         }
         let new = self.start_server(data);
         self.primary = Some(new);
-        let (old_token, new_token) = (self.server_name(old), self.server_name(new));
+        let (old_name, new_name) = (self.server_name(old), self.server_name(new));
         if !zombie {
-            self.log(&format!("{old_token} dies, {new_token} is the primary"));
+            self.log(&format!("{old_name} dies, {new_name} is the primary"));
             return self.end_server(old);
         }
         let mut stay: Vec<usize> = (0..self.hosts.len()).collect();
         stay.retain(|_| self.random.random_range(0..2) == 0);
         let time = self.random.random_range(300.0..14_000.0);
-        self.log(&format!("{new_token} is the primary, {old_token} keeps {stay:?} for {time:.0}"));
+        self.log(&format!("{new_name} is the primary, {old_name} keeps {stay:?} for {time:.0}"));
         for host in &stay {
             self.hosts[*host].believed_primary = Some(old);
         }
-        let leave = stay.clone();
-        for link in self.links_of(move |link| link.server == old && !leave.contains(&link.node)) {
+        let leaving = stay.clone();
+        for link in self.links_of(move |link| link.server == old && !leaving.contains(&link.node)) {
             self.cut(link, GRACE_MS, 0.0);
         }
-        self.after(time, move |world| {
+        self.after(time, move |sim| {
             for host in stay {
-                world.hosts[host].believed_primary = None;
+                sim.hosts[host].believed_primary = None;
             }
-            world.end_server(old);
-            world.log(&format!("{old_token} has ended"));
+            sim.end_server(old);
+            sim.log(&format!("{old_name} has ended"));
         });
     }
 
@@ -192,20 +191,20 @@ impl Simulation {
         let down = self.random.random_range(100.0..5000.0);
         self.log(&format!("G{number}.{} is killed, and back in {down:.0}", node.process));
         node.gate.kill();
-        for talk in self.connections_of(number) {
+        for connection in self.connections_of(number) {
             let wait = self.random.random_range(0.1..5.0);
-            self.after(wait, move |world| world.close_connection(talk));
+            self.after(wait, move |sim| sim.close_connection(connection));
         }
-        self.after(down, move |world| {
-            // Meanwhile all gateways may have been stopped; they are started together.
-            if !world.stops_everything {
-                world.start_node(number);
+        self.after(down, move |sim| {
+            // If everything was stopped meanwhile, it starts together.
+            if !sim.stops_everything {
+                sim.start_node(number);
             }
         });
     }
 
     fn connections_of(&self, node: usize) -> Vec<u64> {
-        let of = self.connections.iter().filter(|(_, talk)| talk.node == node);
+        let of = self.connections.iter().filter(|(_, connection)| connection.node == node);
         of.map(|(number, _)| *number).collect()
     }
 
@@ -217,15 +216,15 @@ impl Simulation {
         let time = self.random.random_range(300.0..15_000.0);
         gate.freeze();
         self.log(&format!("G{number} is frozen for {time:.0}"));
-        for talk in self.connections_of(number) {
+        for connection in self.connections_of(number) {
             if self.random.random_range(0..10) < 7 {
                 let wait = self.random.random_range(100.0..3000.0);
-                self.after(wait, move |world| world.close_connection(talk));
+                self.after(wait, move |sim| sim.close_connection(connection));
             }
         }
-        self.after(time, move |world| {
+        self.after(time, move |sim| {
             gate.thaw();
-            world.log(&format!("G{number} continues"));
+            sim.log(&format!("G{number} continues"));
         });
     }
 
@@ -246,13 +245,13 @@ impl Simulation {
         self.log(&format!("G{host} does not reach Redis for {time:.0}"));
         self.hosts[host].partitioned = true;
         for link in self.links_of(|link| link.node == host) {
-            // Some gateways detect it by a reset, others by their own timeouts.
+            // Some gateways notice by a reset, others by their own timeouts.
             let notice = if self.random.random_range(0..2) == 0 { 500.0 } else { 60_000.0 };
             self.cut(link, 0.0, notice);
         }
-        self.after(time, move |world| {
-            world.hosts[host].partitioned = false;
-            world.log(&format!("G{host} reaches Redis again"));
+        self.after(time, move |sim| {
+            sim.hosts[host].partitioned = false;
+            sim.log(&format!("G{host} reaches Redis again"));
         });
     }
 
@@ -274,12 +273,12 @@ impl Simulation {
         let time = self.random.random_range(1000.0..12_000.0);
         self.log(&format!("c{client} is away for {time:.0}"));
         self.clients[client].away = true;
-        if let Some(talk) = self.clients[client].connection {
-            self.close_connection(talk);
+        if let Some(connection) = self.clients[client].connection {
+            self.close_connection(connection);
         }
-        self.after(time, move |world| {
-            world.clients[client].away = false;
-            world.connect_client(client);
+        self.after(time, move |sim| {
+            sim.clients[client].away = false;
+            sim.connect_client(client);
         });
     }
 
@@ -287,8 +286,8 @@ impl Simulation {
         let Some(number) = self.clients[client].connection else { return };
         let time = self.random.random_range(300.0..9000.0);
         self.log(&format!("c{client} reads nothing for {time:.0}"));
-        let Some(talk) = self.connections.get(&number) else { return };
-        let line = talk.input.clone();
+        let Some(connection) = self.connections.get(&number) else { return };
+        let line = connection.input.clone();
         line.stall(true);
         self.after(time, move |_| line.stall(false));
     }
@@ -297,11 +296,11 @@ impl Simulation {
         let place = self.random.random_range(0..self.clients[client].rooms.len());
         let time = self.random.random_range(100.0..6000.0);
         self.log(&format!("c{client} leaves a room for {time:.0}"));
-        let wish = self.clients[client].leave(place);
-        self.perform(client, wish.into_iter().collect());
-        self.after(time, move |world| {
-            world.clients[client].rooms[place].wanted = true;
-            world.on_reminder(client, super::client::Reminder::Join(place));
+        let action = self.clients[client].leave(place);
+        self.perform(client, action.into_iter().collect());
+        self.after(time, move |sim| {
+            sim.clients[client].rooms[place].wanted = true;
+            sim.on_reminder(client, super::client::Reminder::Join(place));
         });
     }
 }

@@ -1,8 +1,8 @@
-//! The gate through which all tasks of one gateway process are polled: a frozen process does
-//! nothing until it is thawed, a killed one never runs again.
+//! Runs all tasks of one gateway process: a frozen process does nothing until it is thawed, a
+//! and killed one never runs again.
 //!
-//! Tasks are polled in rounds, in the order of their numbers. A runtime polls them in the order of
-//! their wake-ups, which the seed does not determine where one event wakes several tasks.
+//! Tasks are polled in rounds, in the order of their numbers. A runtime polls them in the order in
+//! which they were woken, and some sources wake several tasks in an order that no seed decides.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -44,7 +44,7 @@ enum RunMode {
 }
 
 impl Gate {
-    /// Creates a running process.
+    /// Creates a running running process.
     pub fn open() -> Self {
         let gate = Self(Arc::default());
         #[allow(clippy::disallowed_methods, reason = "it ends when it is killed")]
@@ -52,7 +52,7 @@ impl Gate {
         gate
     }
 
-    /// Runs `task` in this process. The returned future ends with the task and need not be awaited.
+    /// Runs `task` in this process. The returned task ends with it, and need not be awaited.
     pub fn hold(&self, task: BoxedTask) -> BoxedTask {
         let (done, ended) = oneshot::channel();
         let state = &mut *self.0.lock();
@@ -80,10 +80,10 @@ impl Gate {
         self.set_mode(RunMode::Killed);
     }
 
-    /// Drops all tasks: each holds a reference to its gate, so nothing else would end them.
+    /// Drops all tasks: each holds the gate that runs it, so that nothing else would end them.
     pub fn end(&self) {
         self.kill();
-        // Outside the lock: dropping them may wake other tasks.
+        // Dropped outside of the lock: their contents may wake others.
         let tasks = std::mem::take(&mut self.0.lock().tasks);
         drop(tasks);
     }
@@ -145,7 +145,7 @@ impl Future for TaskPoller {
             (state.mode, round)
         };
         if way == RunMode::Killed {
-            // Dropped outside the lock: the drop may wake other tasks.
+            // Dropped outside of the lock: their contents may wake others.
             let tasks = std::mem::take(&mut self.0.lock().tasks);
             drop(tasks);
             return Poll::Ready(());

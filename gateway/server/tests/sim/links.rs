@@ -1,4 +1,4 @@
-//! Links between gateways and Redis: bytes arrive later, in order, or not at all.
+//! The network between gateways and Redis: bytes arrive later, in order, or not at all.
 
 use bytes::Bytes;
 use rand::RngExt as _;
@@ -11,7 +11,7 @@ use super::{
     world::Simulation,
 };
 
-/// The wall clock at the beginning.
+/// The wall clock at the start, ms.
 const WALL_MS: f64 = 1_700_000_000_000.0;
 
 /// A connection between a gateway and a Redis.
@@ -21,11 +21,11 @@ pub struct RedisLink {
     pub buffer: ReceiveBuffer,
     up: f64,
     down: f64,
-    /// Bytes that would arrive after this time are dropped.
+    /// Bytes that arrive after this time are lost.
     pub cut: Option<f64>,
     /// Bytes arrive no earlier than this time.
     pub blocked_until: f64,
-    /// Pub/sub messages before this time are dropped, repeated and delayed.
+    /// Pub/sub messages are dropped, repeated and delayed before this time.
     pub mangled_until: f64,
 }
 
@@ -43,11 +43,11 @@ impl Simulation {
         format!("R{server}")
     }
 
-    pub fn handle(&mut self, sent: NetworkEvent) {
-        match sent {
-            NetworkEvent::Connect { node, process, connection, buffer: inbox, done } => {
+    pub fn handle(&mut self, event: NetworkEvent) {
+        match event {
+            NetworkEvent::Connect { node, process, connection, buffer, done } => {
                 let wait = self.latency();
-                self.after(wait, move |world| world.accept(node, process, connection, inbox, done));
+                self.after(wait, move |sim| sim.accept(node, process, connection, buffer, done));
             }
             NetworkEvent::Bytes(connection, bytes) => {
                 let latency = self.latency();
@@ -57,18 +57,18 @@ impl Simulation {
                 };
                 let time = (now + latency).max(link.up + 1e-3).max(link.blocked_until);
                 link.up = time;
-                self.at(time, move |world| world.arrive(connection, &bytes));
+                self.at(time, move |sim| sim.arrive(connection, &bytes));
             }
             NetworkEvent::Closed(connection) => {
                 let latency = self.latency();
                 let Some(link) = self.links.get(&connection) else { return };
                 let time = (self.now + latency).max(link.up + 1e-3);
-                self.at(time, move |world| world.forget(connection));
+                self.at(time, move |sim| sim.forget(connection));
             }
-            NetworkEvent::Frames(talk, frames) => self.send_frames(talk, frames),
-            NetworkEvent::ClientClosed(talk) => {
+            NetworkEvent::Frames(connection, frames) => self.send_frames(connection, frames),
+            NetworkEvent::ClientClosed(connection) => {
                 let latency = self.latency();
-                self.after(latency, move |world| world.close_connection(talk));
+                self.after(latency, move |sim| sim.close_connection(connection));
             }
         }
     }
@@ -78,7 +78,7 @@ impl Simulation {
         node: usize,
         process: u64,
         connection: u64,
-        inbox: ReceiveBuffer,
+        buffer: ReceiveBuffer,
         done: oneshot::Sender<()>,
     ) {
         let host = &self.hosts[node];
@@ -97,7 +97,7 @@ impl Simulation {
         let link = RedisLink {
             node,
             server,
-            buffer: inbox,
+            buffer,
             up: time,
             down: time,
             cut,
@@ -145,13 +145,13 @@ impl Simulation {
                 0..3 => return,
                 3..5 => {
                     let bytes = bytes.clone();
-                    self.at(time, move |world| world.deliver(connection, &bytes));
+                    self.at(time, move |sim| sim.deliver(connection, &bytes));
                     time += 0.5;
                 }
-                // Late, and after messages that were sent later.
+                // Late, and behind later messages.
                 5..7 => {
                     let time = time + latency * 20.0;
-                    return self.at(time, move |world| world.deliver(connection, &bytes));
+                    return self.at(time, move |sim| sim.deliver(connection, &bytes));
                 }
                 _ => {}
             }
@@ -159,7 +159,7 @@ impl Simulation {
         if let Some(link) = self.links.get_mut(&connection) {
             link.down = time;
         }
-        self.at(time, move |world| world.deliver(connection, &bytes));
+        self.at(time, move |sim| sim.deliver(connection, &bytes));
     }
 
     fn deliver(&mut self, connection: u64, bytes: &[u8]) {
@@ -169,14 +169,15 @@ impl Simulation {
         }
     }
 
-    /// Tells a server that a connection was closed.
+    /// A server notices that a connection was closed.
     fn forget(&mut self, connection: u64) {
         if let Some(link) = self.links.remove(&connection) {
             self.servers[link.server].disconnect(connection);
         }
     }
 
-    /// Closes a link; bytes that reach the gateway's buffer within `grace` still arrive.
+    /// Cuts a link: bytes that arrive within `grace` ms are still delivered, and the gateway
+    /// notices the cut `notice` ms later.
     pub fn cut(&mut self, connection: u64, grace: f64, notice: f64) {
         let grace = self.random.random_range(0.0..=grace);
         let cut = self.now + grace;
@@ -184,9 +185,9 @@ impl Simulation {
             return;
         };
         link.cut = Some(cut);
-        let (server, inbox) = (link.server, link.buffer.clone());
+        let (server, buffer) = (link.server, link.buffer.clone());
         self.servers[server].disconnect(connection);
-        self.at(cut + 0.01 + notice, move |_| inbox.close());
+        self.at(cut + 0.01 + notice, move |_| buffer.close());
     }
 
     pub fn links_of(&self, of: impl Fn(&RedisLink) -> bool) -> Vec<u64> {

@@ -1,5 +1,5 @@
-//! Simulates a whole cluster in one process under a paused clock: gateways, Redis, clients and the
-//! faults between them, all determined by a seed.
+//! The simulation: a whole cluster in one process, under a virtual clock. A seed decides gateways,
+//! Redis, clients and faults.
 
 #![allow(clippy::unwrap_used, reason = "a test that panics has failed")]
 #![allow(unreachable_pub, reason = "nothing of a test is reached from outside")]
@@ -43,13 +43,13 @@ fn shape_of(seed: u64) -> SimShape {
             .into_iter()
             .chain([SimShape::abrupt(), SimShape::abrupt_in_rooms()])
             .find(|shape| shape.name == name)
-            .unwrap_or_else(|| panic!("there is no shape {name}")),
+            .unwrap_or_else(|| panic!("unknown shape: {name}")),
     }
 }
 
-/// `SKEIN_SIM_SEEDS` seeds from `SKEIN_SIM_FROM` on, or a small share of them. `SKEIN_SIM_SEED`
-/// runs one seed with its full trace, and with the log of the gateways if `SKEIN_SIM_LOG` is a
-/// level.
+/// Runs `SKEIN_SIM_SEEDS` seeds from `SKEIN_SIM_FROM` on, by default a small share of them.
+/// `SKEIN_SIM_SEED` runs one seed with a full trace, and with the log of the gateways if
+/// `SKEIN_SIM_LOG` is a level.
 #[test]
 fn promises_hold_under_every_seed() {
     if let Some(seed) = number("SKEIN_SIM_SEED") {
@@ -66,12 +66,12 @@ fn promises_hold_under_every_seed() {
     println!("{sum}");
     if let Some((kind, (seeds, _))) = sum.violations.first_key_value() {
         let seed = seeds[0];
-        println!("the last of seed {seed}:\n{}", run(seed, shape_of(seed), false).last);
-        panic!("{kind} with seed {seed}: SKEIN_SIM_SEED={seed} prints its trace");
+        println!("the end of the trace of seed {seed}:\n{}", run(seed, shape_of(seed), false).last);
+        panic!("{kind} with seed {seed}: SKEIN_SIM_SEED={seed} prints the full trace");
     }
 }
 
-/// Seeds that once found a bug.
+/// Seeds that found a bug once.
 #[test]
 fn seeds_of_fixed_bugs_stay_clean() {
     let found = [
@@ -100,6 +100,6 @@ fn a_seed_decides_the_whole_run() {
     for seed in 0..12 {
         let once = run(seed, SimShape::of(seed), false).hash;
         let again = run(seed, SimShape::of(seed), false).hash;
-        assert_eq!(once, again, "seed {seed} gives two different runs");
+        assert_eq!(once, again, "two runs of seed {seed} differ");
     }
 }

@@ -1,5 +1,6 @@
 //! The gateway's ends of its connections: to Redis a stream of bytes, to a client a stream of
-//! frames. Output goes to the simulated world, which decides when and whether it arrives.
+//! frames. Everything that gateways send becomes a network event, which the simulation delivers
+//! later or not at all.
 
 use std::{
     collections::VecDeque,
@@ -31,9 +32,9 @@ use super::gate::Gate;
 /// How long a connect may take, as in the gateway.
 const CONNECT_MAX: Duration = Duration::from_secs(1);
 
-/// Requests and output of gateways to the simulated world.
+/// An event that a gateway causes in the network.
 pub enum NetworkEvent {
-    /// A process opens a connection to Redis.
+    /// A process connects to Redis.
     Connect {
         node: usize,
         process: u64,
@@ -43,47 +44,47 @@ pub enum NetworkEvent {
     },
     /// Bytes for Redis.
     Bytes(u64, Bytes),
-    /// The gateway has closed its end.
+    /// The gateway has closed a connection to Redis.
     Closed(u64),
     /// Frames for a client.
     Frames(u64, Vec<Bytes>),
-    /// The gateway has closed the client's connection.
+    /// The gateway has closed a client's connection.
     ClientClosed(u64),
 }
 
-/// The output queue of all gateways. Cheap to clone.
+/// The network events of all gateways. Cheap to clone.
 #[derive(Clone, Default)]
 pub struct EventQueue(Arc<EventQueueState>);
 
 #[derive(Default)]
 struct EventQueueState {
-    sent: Mutex<VecDeque<NetworkEvent>>,
+    events: Mutex<VecDeque<NetworkEvent>>,
     numbers: AtomicU64,
     filled: Notify,
 }
 
 impl EventQueue {
-    pub fn push(&self, sent: NetworkEvent) {
-        self.0.sent.lock().push_back(sent);
+    pub fn push(&self, event: NetworkEvent) {
+        self.0.events.lock().push_back(event);
         self.0.filled.notify_one();
     }
 
     pub fn pop(&self) -> Option<NetworkEvent> {
-        self.0.sent.lock().pop_front()
+        self.0.events.lock().pop_front()
     }
 
-    /// Waits until the queue may have an element.
+    /// Waits until there may be an event.
     pub async fn filled(&self) {
         self.0.filled.notified().await;
     }
 
-    /// A new number for a connection.
+    /// A new id for a connection.
     pub fn next_id(&self) -> u64 {
         self.0.numbers.fetch_add(1, Ordering::Relaxed)
     }
 }
 
-/// Bytes that arrived at a gateway on one connection and are not read yet. Cheap to clone.
+/// Bytes that have arrived at a gateway on one connection and were not read. Cheap to clone.
 #[derive(Clone, Default)]
 pub struct ReceiveBuffer(Arc<Mutex<ReceiveBufferState>>);
 
@@ -120,7 +121,7 @@ impl ReceiveBufferState {
 struct SimStream {
     connection: u64,
     buffer: ReceiveBuffer,
-    outlet: EventQueue,
+    events: EventQueue,
 }
 
 impl AsyncRead for SimStream {
@@ -148,7 +149,7 @@ impl AsyncWrite for SimStream {
         _: &mut Context<'_>,
         bytes: &[u8],
     ) -> Poll<io::Result<usize>> {
-        self.outlet.push(NetworkEvent::Bytes(self.connection, Bytes::copy_from_slice(bytes)));
+        self.events.push(NetworkEvent::Bytes(self.connection, Bytes::copy_from_slice(bytes)));
         Poll::Ready(Ok(bytes.len()))
     }
 
@@ -163,7 +164,7 @@ impl AsyncWrite for SimStream {
 
 impl Drop for SimStream {
     fn drop(&mut self) {
-        self.outlet.push(NetworkEvent::Closed(self.connection));
+        self.events.push(NetworkEvent::Closed(self.connection));
     }
 }
 
@@ -173,23 +174,23 @@ pub struct SimDial {
     pub node: usize,
     pub process: u64,
     pub gate: Gate,
-    pub outlet: EventQueue,
+    pub events: EventQueue,
 }
 
 impl SimDial {
     async fn open(self, config: AsyncConnectionConfig) -> RedisResult<MultiplexedConnection> {
-        let Self { node, process, gate, outlet } = self;
-        let (connection, inbox) = (outlet.next_id(), ReceiveBuffer::default());
+        let Self { node, process, gate, events } = self;
+        let (connection, buffer) = (events.next_id(), ReceiveBuffer::default());
         let (done, accepted) = oneshot::channel();
-        let wire = SimStream { connection, buffer: inbox.clone(), outlet: outlet.clone() };
-        outlet.push(NetworkEvent::Connect { node, process, connection, buffer: inbox, done });
+        let stream = SimStream { connection, buffer: buffer.clone(), events: events.clone() };
+        events.push(NetworkEvent::Connect { node, process, connection, buffer, done });
         let info = "redis://simulated".into_connection_info()?;
         let info = info.redis_settings().clone().set_protocol(ProtocolVersion::RESP3);
         let open = async {
             if accepted.await.is_err() {
                 return Err((ErrorKind::Io, "connection refused").into());
             }
-            MultiplexedConnection::new_with_config(&info, wire, config).await
+            MultiplexedConnection::new_with_config(&info, stream, config).await
         };
         let opened = tokio::time::timeout(CONNECT_MAX, open).await;
         let (connection, driver) =

@@ -1,5 +1,5 @@
-//! A gateway of the simulation: the real hub, publisher, bus and sessions, on connections of the
-//! simulated network.
+//! A simulated gateway: the real hub, publisher, bus and sessions, on connections of the simulated
+//! network.
 
 use std::{
     collections::VecDeque,
@@ -52,7 +52,7 @@ pub struct SimNode {
     pub gate: Gate,
     tasks: Tasks,
     services: Arc<Services>,
-    outlet: EventQueue,
+    events: EventQueue,
     reached: Arc<AtomicBool>,
     draining: AtomicBool,
 }
@@ -89,15 +89,15 @@ impl ClientInput {
 }
 
 impl SimNode {
-    pub fn start(node: usize, process: u64, shape: &SimShape, outlet: &EventQueue) -> Self {
+    pub fn start(node: usize, process: u64, shape: &SimShape, events: &EventQueue) -> Self {
         let gate = Gate::open();
         let tasks = {
             let gate = gate.clone();
             Tasks::wrapped(move |task| gate.hold(task))
         };
         let metrics = Arc::new(Metrics::new());
-        let dial = SimDial { node, process, gate: gate.clone(), outlet: outlet.clone() };
-        let (mailboxes, letters) = Mailboxes::new(1, MAILBOX_LEN, metrics.clone());
+        let dial = SimDial { node, process, gate: gate.clone(), events: events.clone() };
+        let (mailboxes, receivers) = Mailboxes::new(1, MAILBOX_LEN, metrics.clone());
         let options = RedisOptions {
             url: String::new(),
             tls: TlsFiles::default(),
@@ -117,7 +117,7 @@ impl SimNode {
             &tasks,
         ));
         let bus: Arc<dyn Bus> = redis.clone();
-        let keeps = HubOptions {
+        let hub_options = HubOptions {
             ring_bytes_max: shape.ring_bytes_max,
             dedup_ids_bytes_max: 16 << 20,
             dedup_window: shape.retention.dedup_window,
@@ -128,9 +128,15 @@ impl SimNode {
         };
         let presence = PresenceTracker::start(redis.clone(), PresenceOptions::default(), &tasks);
         let rules = Arc::new(RoomRules::default());
-        let people = (&bus, &presence, &rules);
-        let hub =
-            Hub::start(people, mailboxes, letters, keeps, (&metrics, &Default::default()), &tasks);
+        let hub_stores = (&bus, &presence, &rules);
+        let hub = Hub::start(
+            hub_stores,
+            mailboxes,
+            receivers,
+            hub_options,
+            (&metrics, &Default::default()),
+            &tasks,
+        );
         let publisher = Publisher::new(
             bus.clone(),
             redis.clone(),
@@ -175,13 +181,13 @@ impl SimNode {
             gate,
             tasks,
             services,
-            outlet: outlet.clone(),
+            events: events.clone(),
             reached,
             draining: false.into(),
         }
     }
 
-    /// Whether the gateway accepts a handshake.
+    /// Whether the gateway accepts handshakes.
     pub fn is_ready(&self) -> bool {
         let drains = self.draining.load(Ordering::Relaxed);
         !drains
@@ -189,19 +195,19 @@ impl SimNode {
             && self.services.bus.failed_check().is_none()
     }
 
-    /// Stops accepting clients.
+    /// Accepts no more clients.
     pub fn drain(&self) {
         self.draining.store(true, Ordering::Relaxed);
     }
 
-    /// Stops all services in order, after the clients have left.
+    /// Stops all services in order, after the clients have disconnected.
     pub fn stop(&self) {
         self.tasks.leaving().cancel();
         self.tasks.stopped().cancel();
     }
 
     /// Accepts a client's connection.
-    pub fn accept(&self, number: u64, user: usize, outbox_bytes: usize, line: ClientInput) {
+    pub fn accept(&self, number: u64, user: usize, outbox_bytes: usize, input: ClientInput) {
         let outbox = Outbox::to_owner(outbox_bytes, self.services.metrics.clone());
         let connection = ConnectionId(Uuid::from_u128(u128::from(number)));
         let handle = Arc::new(ConnectionHandle::new(connection, outbox));
@@ -212,53 +218,53 @@ impl SimNode {
         let session = SessionId(connection.0);
         let services = self.services.clone();
         let session = Session::new(services, identity, session, handle.clone(), online);
-        let outlet = self.outlet.clone();
-        let connection = SimConnection { number, session, handle, line, outlet };
-        // The campaign's hook records a panic.
+        let events = self.events.clone();
+        let connection = SimConnection { number, session, handle, input, events };
+        // The hook of the campaign records panics.
         self.tasks.spawn_connection(connection.run(), |_| {});
     }
 }
 
-/// A client's connection, as `transport` drives it.
+/// A client's connection, driven as `transport` does.
 struct SimConnection {
     number: u64,
     session: Session,
     handle: Arc<ConnectionHandle>,
-    line: ClientInput,
-    outlet: EventQueue,
+    input: ClientInput,
+    events: EventQueue,
 }
 
 impl SimConnection {
     async fn run(mut self) {
         let handle = self.handle.clone();
         let outbox = &handle.outbox;
-        let line = self.line.clone();
+        let input = self.input.clone();
         let mut performing: Option<BoxFuture<RequestOutcome>> = None;
         let mut meter = Meter::new(Arc::new(MeterRates::unlimited()), None);
         loop {
             let mut full = false;
             while performing.is_none() && !full {
-                if line.0.0.lock().closed {
+                if input.0.0.lock().closed {
                     self.session.end().await;
                     outbox.discard();
                     return;
                 }
                 full = outbox.is_full();
                 if !full {
-                    let Some(frame) = line.0.0.lock().frames.pop_front() else { break };
+                    let Some(frame) = input.0.0.lock().frames.pop_front() else { break };
                     let frame = ClientFrame::from_text(&frame);
                     let request = self.session.handle_frame(frame, &mut meter, Instant::now());
                     performing = request.map(|request| self.session.execute(request));
                 }
             }
             if outbox.begin_close().is_some() {
-                self.outlet.push(NetworkEvent::ClientClosed(self.number));
-                line.close();
+                self.events.push(NetworkEvent::ClientClosed(self.number));
+                input.close();
             }
-            if !line.0.0.lock().stalled {
+            if !input.0.0.lock().stalled {
                 let frames = outbox.take();
                 if !frames.is_empty() {
-                    self.outlet.push(NetworkEvent::Frames(self.number, frames));
+                    self.events.push(NetworkEvent::Frames(self.number, frames));
                     if full {
                         continue;
                     }
@@ -266,10 +272,10 @@ impl SimConnection {
             }
             let behind = self.session.take_lagging();
             self.session.catch_up(behind).await;
-            // All arms are cancel-safe: the outcome is kept.
+            // All arms are cancel-safe: the request in progress is kept.
             tokio::select! {
                 biased;
-                () = line.0.1.notified() => {}
+                () = input.0.1.notified() => {}
                 () = outbox.woken() => {}
                 outcome = output_of(&mut performing), if performing.is_some() => {
                     performing = None;

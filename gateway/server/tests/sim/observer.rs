@@ -1,4 +1,5 @@
-//! Checks every frame that one client receives of one room against the frames before it.
+//! The messages that one client received in one room. Every frame is checked against the earlier
+//! ones.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -30,21 +31,22 @@ pub struct SeenMessage {
 /// One client in one room.
 #[derive(Default)]
 pub struct RoomObserver {
-    /// The last position that the client received.
+    /// The last position it received.
     pub cursor: Option<Position>,
     pub seen: Vec<SeenMessage>,
-    /// Times of the signalled discontinuities.
+    /// When it was notified of a discontinuity.
     pub breaks: Vec<f64>,
     pub joined_at: Option<f64>,
-    /// Acknowledged positions of its own messages, and the times of the acks.
+    /// The acknowledged positions of its own messages, and when it received them.
     pub acks: BTreeMap<Id, Vec<(f64, Position)>>,
-    /// Messages that the client sent more than once; they have no order with the rest.
+    /// Messages that it sent more than once, whose order is not checked.
     pub resent: BTreeSet<Id>,
     pub violations: Vec<(&'static str, String)>,
 }
 
 impl RoomObserver {
-    /// Handles a message, or the ack in its place, which must follow the one before.
+    /// Records a message, or the acknowledgement that stands in for it, which must follow the one
+    /// before.
     pub fn next(&mut self, time: f64, position: Position, id: Id) {
         let shown = format!("{} at {position}", name(id));
         match &self.cursor {
@@ -65,7 +67,7 @@ impl RoomObserver {
         self.seen.push(SeenMessage { time, position, id });
     }
 
-    /// Handles a `joined` frame. Returns whether the client now has everything up to `seq`.
+    /// Records a join.
     pub fn join(
         &mut self,
         time: f64,
@@ -108,7 +110,7 @@ impl RoomObserver {
         self.cursor = Some(at);
     }
 
-    /// Whether a discontinuity was signalled between two times, or at the later one.
+    /// Whether there was a discontinuity between two times, or at the later one.
     pub fn broke_between(&self, from: f64, to: f64) -> bool {
         self.breaks.iter().any(|time| from < *time && *time <= to)
     }

@@ -12,11 +12,11 @@ use super::{
     script,
 };
 
-/// Output for a connection.
+/// Bytes for a connection.
 pub struct ServerOutput {
     pub connection: u64,
     pub bytes: Bytes,
-    /// Whether it is a pub/sub message, which Redis sends without a request.
+    /// Whether it is a pub/sub message, which Redis sends unrequested.
     pub is_message: bool,
 }
 
@@ -42,9 +42,9 @@ impl SimRedis {
     /// Removes a connection and its subscriptions.
     pub fn disconnect(&mut self, connection: u64) {
         self.connections.remove(&connection);
-        self.data.channels.retain(|_, hearers| {
-            hearers.remove(&connection);
-            !hearers.is_empty()
+        self.data.channels.retain(|_, subscribers| {
+            subscribers.remove(&connection);
+            !subscribers.is_empty()
         });
     }
 
@@ -65,9 +65,9 @@ impl SimRedis {
                     Reply::Bulk(payload),
                 ];
                 let bytes = encoded(&[Reply::Push(push)]);
-                for hearer in self.data.channels.get(&channel).into_iter().flatten() {
+                for subscriber in self.data.channels.get(&channel).into_iter().flatten() {
                     out.push(ServerOutput {
-                        connection: *hearer,
+                        connection: *subscriber,
                         bytes: bytes.clone(),
                         is_message: true,
                     });
@@ -110,13 +110,13 @@ impl SimRedis {
         let on = words[0].len() == 9;
         let mut replies = Vec::new();
         for channel in &words[1..] {
-            let hearers = self.data.channels.entry(channel.clone()).or_default();
+            let subscribers = self.data.channels.entry(channel.clone()).or_default();
             if on {
-                hearers.insert(connection)
+                subscribers.insert(connection)
             } else {
-                hearers.remove(&connection)
+                subscribers.remove(&connection)
             };
-            if hearers.is_empty() {
+            if subscribers.is_empty() {
                 self.data.channels.remove(channel);
             }
             let count = self.data.channels.values().filter(|h| h.contains(&connection)).count();

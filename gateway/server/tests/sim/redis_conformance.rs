@@ -1,5 +1,5 @@
-//! Checks that the simulated Redis answers as a real one: to each command it implements, to invalid
-//! commands, and to the scripts of the gateway.
+//! The simulated Redis replies as a real one does: to each command it knows, to mistakes, and to
+//! the scripts of the gateway.
 
 use std::{path::Path, process::Stdio, time::Duration};
 
@@ -25,7 +25,7 @@ struct ServerPair {
     simulated: SimRedis,
     real: UnixStream,
     unread: BytesMut,
-    token: String,
+    server_id: String,
     _process: Child,
     _folder: tempfile::TempDir,
 }
@@ -48,7 +48,7 @@ impl ServerPair {
             simulated,
             real,
             unread: BytesMut::new(),
-            token: String::new(),
+            server_id: String::new(),
             _process: process,
             _folder: folder,
         };
@@ -57,13 +57,14 @@ impl ServerPair {
         let info = pair.send_real(&words(&["INFO"])).await;
         let Reply::Verbatim(info) = info else { panic!("{info:?}") };
         let info = String::from_utf8_lossy(&info).into_owned();
-        let value = |name: &str| {
-            let line = info.lines().find_map(|line| line.strip_prefix(name));
+        let value = |register: &str| {
+            let line = info.lines().find_map(|line| line.strip_prefix(register));
             line.unwrap().trim_start_matches(':').to_owned()
         };
         pair.simulated.data.run_id = value("run_id");
         pair.simulated.data.replid = value("master_replid");
-        pair.token = pair.simulated.data.run_id[..8].to_owned() + &pair.simulated.data.replid[..8];
+        pair.server_id =
+            pair.simulated.data.run_id[..8].to_owned() + &pair.simulated.data.replid[..8];
         pair
     }
 
@@ -93,7 +94,7 @@ impl ServerPair {
         (real, self.send_simulated(command))
     }
 
-    /// Runs a command on both servers and asserts equal answers.
+    /// Sends a command to both, and checks that the replies are equal.
     async fn compare(&mut self, command: &[Bytes]) -> Reply {
         let (real, simulated) = self.send_both(command).await;
         let shown: Vec<_> = command.iter().map(|word| word.escape_ascii().to_string()).collect();
@@ -125,12 +126,14 @@ async fn connect(path: &Path) -> UnixStream {
     panic!("redis-server does not listen");
 }
 
-/// Removes the position within a script from an error of Redis.
+/// An error without the position in the script that Redis adds.
 fn plain(reply: Reply) -> Reply {
     match reply {
         Reply::Error(text) => {
-            let end =
-                [" script: ", ", on @user_script"].iter().filter_map(|mark| text.find(mark)).min();
+            let end = [" script: ", ", on @user_script"]
+                .iter()
+                .filter_map(|read_mark| text.find(read_mark))
+                .min();
             Reply::Error(text[..end.unwrap_or(text.len())].trim_end_matches('.').to_owned())
         }
         other => other,
@@ -162,7 +165,7 @@ async fn simulated_commands_answer_as_redis_does() {
         PERSIST h; PEXPIRE h 100000; PERSIST h; PERSIST none; EXISTS h none h; NOSUCH 1 2; EVALSHA 0000000000000000000000000000000000000000 0";
     for command in commands.split(';') {
         let command: Vec<_> = command.split_whitespace().collect();
-        // Redis 7.0 does not know SETINFO; clients ignore that error.
+        // Redis 7.0 does not know SETINFO, which clients ignore.
         if command[0] != "CLIENT" {
             pair.compare(&words(&command)).await;
         }
@@ -198,13 +201,13 @@ async fn simulated_lua_converts_values_as_redis_does() {
     }
 }
 
-/// Calls the scripts of a room in the order of some days of use.
+/// The scripts of a room, in the order in which several days would call them.
 #[tokio::test]
 async fn room_scripts_run_as_on_redis() {
     const APPEND: &str = include_str!("../../../redis/src/scripts/append.lua");
     const READ: &str = include_str!("../../../redis/src/scripts/read.lua");
     const RESTORE: &str = include_str!("../../../redis/src/scripts/restore.lua");
-    const CHECKIN: &str = include_str!("../../../redis/src/scripts/check_in.lua");
+    const CHECK_IN: &str = include_str!("../../../redis/src/scripts/check_in.lua");
     const LEASE: &str = include_str!("../../../redis/src/scripts/lease.lua");
     const DELETE: &str = include_str!("../../../redis/src/scripts/delete.lua");
     const RESTORE_UNCONFIRMED: &str =
@@ -213,29 +216,32 @@ async fn room_scripts_run_as_on_redis() {
 
     let mut pair = ServerPair::start().await;
     let mut random = StdRng::seed_from_u64(7);
-    let token = pair.token.clone();
-    pair.script(LEASE, &["leases", "barrier"], &words(&["n1", "60000", "pokes", &token, ""])).await;
-    pair.script(LEASE, &["leases", "barrier"], &words(&["n2", "60000", "pokes", &token, ""])).await;
-    pair.script(LEASE, &["leases", "barrier"], &words(&["n1", "60000", "pokes", &token, ""])).await;
-    let append = |n: u128, token: &str| {
+    let server_id = pair.server_id.clone();
+    pair.script(LEASE, &["leases", "barrier"], &words(&["n1", "60000", "pokes", &server_id, ""]))
+        .await;
+    pair.script(LEASE, &["leases", "barrier"], &words(&["n2", "60000", "pokes", &server_id, ""]))
+        .await;
+    pair.script(LEASE, &["leases", "barrier"], &words(&["n1", "60000", "pokes", &server_id, ""]))
+        .await;
+    let append = |n: u128, server_id: &str| {
         let envelope = envelope(n);
-        let mut args = common(token);
+        let mut args = common(server_id);
         args.push(Bytes::copy_from_slice(&envelope.dedup_key()));
         args.push(envelope.as_bytes().clone());
         args.extend(words(&["200", "60000", "1000000000", "", "", ""]));
         args
     };
-    let stale = pair.script(APPEND, &ROOM, &append(1, &token)).await;
-    assert!(matches!(stale, Reply::Error(text) if text.starts_with("STALE")));
-    let checkin = words(&[&token, "n1", "60000", "60000", "0", "0", "n1", "n2"]);
-    pair.script(CHECKIN, &["barrier"], &checkin).await;
-    let checkin = words(&[&token, "n2", "60000", "60000", "0", "0", "n2"]);
-    let open = pair.script(CHECKIN, &["barrier"], &checkin).await;
+    let unagreed = pair.script(APPEND, &ROOM, &append(1, &server_id)).await;
+    assert!(matches!(unagreed, Reply::Error(text) if text.starts_with("STALE")));
+    let check_in = words(&[&server_id, "n1", "60000", "60000", "0", "0", "n1", "n2"]);
+    pair.script(CHECK_IN, &["barrier"], &check_in).await;
+    let check_in = words(&[&server_id, "n2", "60000", "60000", "0", "0", "n2"]);
+    let open = pair.script(CHECK_IN, &["barrier"], &check_in).await;
     let everybody = Reply::Bulk(Bytes::from_static(b"1"));
     let answer = [everybody, Reply::Array(vec![]), Reply::Int(1), Reply::Int(0)];
     assert_eq!(open, Reply::Array(answer.into()));
     for _ in 0..300 {
-        let append = append(random.random_range(0..250), &token);
+        let append = append(random.random_range(0..250), &server_id);
         pair.script(APPEND, &ROOM, &append).await;
     }
     for (kind, seq, limit) in [
@@ -244,82 +250,80 @@ async fn room_scripts_run_as_on_redis() {
         ("before", "30", "40"),
         ("after", "9999", "5"),
     ] {
-        let args = [common(&token), words(&[kind, seq, limit, "4000"])].concat();
+        let args = [common(&server_id), words(&[kind, seq, limit, "4000"])].concat();
         let page = pair.script(READ, &ROOM, &args).await;
         assert!(matches!(page, Reply::Array(parts) if parts.len() == 8));
     }
-    let page = [common(&token), words(&["newest", "0", "20", "400000"])].concat();
+    let page = [common(&server_id), words(&["newest", "0", "20", "400000"])].concat();
     let Reply::Array(page) = pair.script(READ, &ROOM, &page).await else { panic!("no page") };
-    // The same server without the room, and one that has a part of it: both are restored
-    // completely.
+    // A server without the log, and one with a part of it: the whole log is restored.
     for missing in ["DEL log meta ids0 ids1", "XTRIM log MAXLEN 10"] {
         pair.compare(&words(&missing.split(' ').collect::<Vec<_>>())).await;
         for step in ["compare", "restore"] {
-            let heal = heal_args(&page, &token, step);
-            pair.script(RESTORE, &ROOM, &heal).await;
+            let restore_args = restore_args(&page, &server_id, step);
+            pair.script(RESTORE, &ROOM, &restore_args).await;
         }
         pair.compare(&words(&["XRANGE", "log", "-", "+"])).await;
         pair.compare(&words(&["HMGET", "meta", "e", "s", "r", "n", "pe", "ps"])).await;
-        let append = append(random.random_range(1000..2000), &token);
+        let append = append(random.random_range(1000..2000), &server_id);
         pair.script(APPEND, &ROOM, &append).await;
     }
-    for steps_missing in [false, true] {
-        give_numbers_back(&mut pair, RESTORE_UNCONFIRMED, &ROOM, steps_missing).await;
+    for gap in [false, true] {
+        hand_in_unconfirmed(&mut pair, RESTORE_UNCONFIRMED, &ROOM, gap).await;
         let epoch = words(&["HGET", "meta", "e"]);
         let before = pair.compare(&epoch).await;
-        pair.script(APPEND, &ROOM, &append(u128::from(steps_missing) + 3000, &token)).await;
-        assert_eq!(pair.compare(&epoch).await != before, steps_missing);
+        pair.script(APPEND, &ROOM, &append(u128::from(gap) + 3000, &server_id)).await;
+        assert_eq!(pair.compare(&epoch).await != before, gap);
         pair.compare(&words(&["XREVRANGE", "log", "+", "-", "COUNT", "12"])).await;
         pair.compare(&words(&["HMGET", "meta", "e", "s", "r", "n", "pe", "ps"])).await;
         pair.compare(&words(&["EXISTS", "unheard"])).await;
-        // The entry after the missing numbers was acknowledged and is restored under another
-        // number.
-        let far = envelope(4001 + u128::from(steps_missing) * 100);
+        // The message behind the gap was acknowledged, and is in the log under another number.
+        let far = envelope(4001 + u128::from(gap) * 100);
         let mut known = false;
         for ids in ["ids0", "ids1"] {
             let id = Bytes::copy_from_slice(&far.dedup_key());
-            let place = [words(&["HGET", ids]), vec![id]].concat();
-            known |= matches!(pair.compare(&place).await, Reply::Bulk(_));
+            let scope = [words(&["HGET", ids]), vec![id]].concat();
+            known |= matches!(pair.compare(&scope).await, Reply::Bulk(_));
         }
-        assert!(known, "steps missing: {steps_missing}");
+        assert!(known, "steps missing: {gap}");
     }
-    pair.script(DELETE, &ROOM, &common(&token)).await;
-    pair.script(APPEND, &ROOM, &append(5, &token)).await;
+    pair.script(DELETE, &ROOM, &common(&server_id)).await;
+    pair.script(APPEND, &ROOM, &append(5, &server_id)).await;
 }
 
-/// Users join and leave on two nodes, one of which ends; a room is managed, read and deleted.
+/// Users join and leave on two nodes, one of which ends; a room is created, read and deleted.
 #[tokio::test]
 async fn presence_scripts_run_as_on_redis() {
-    let present = include_str!("../../../redis/src/scripts/presence.lua");
-    let seat = format!("{present}\n{}", include_str!("../../../redis/src/scripts/track.lua"));
-    let reap = format!("{present}\n{}", include_str!("../../../redis/src/scripts/reap.lua"));
-    let mark = include_str!("../../../redis/src/scripts/read_mark.lua");
+    let presence = include_str!("../../../redis/src/scripts/presence.lua");
+    let track = format!("{presence}\n{}", include_str!("../../../redis/src/scripts/track.lua"));
+    let reap = format!("{presence}\n{}", include_str!("../../../redis/src/scripts/reap.lua"));
+    let read_mark = include_str!("../../../redis/src/scripts/read_mark.lua");
     let create = include_str!("../../../redis/src/scripts/create_room.lua");
-    let name = include_str!("../../../redis/src/scripts/register.lua");
+    let register = include_str!("../../../redis/src/scripts/register.lua");
 
     let mut pair = ServerPair::start().await;
     let mut random = StdRng::seed_from_u64(11);
-    pair.script(name, &["incarnations"], &words(&["n0.x", "n0"])).await;
+    pair.script(register, &["incarnations"], &words(&["n0.x", "n0"])).await;
     let record = ["room", "86400000", "owner", "u1", "password", "hash", "max", "4"];
     for expected in [1, 0] {
         let made = pair.script(create, &["who", "record", "index", "log"], &words(&record)).await;
         assert_eq!(made, Reply::Int(expected));
     }
     pair.compare(&words(&["HSET", "meta", "s", "9"])).await;
-    for place in ["room", "*"] {
+    for scope in ["room", "*"] {
         for step in 0..400 {
             let node = random.random_range(0..2);
-            let (here, places) = (format!("on{node}{place}"), format!("places{node}"));
-            let who = format!("who{place}");
-            let keys = [&*who, &here, &places, "record", "index", "seen", "marks", "meta"];
+            let (own, scopes) = (format!("on{node}{scope}"), format!("places{node}"));
+            let present_key = format!("who{scope}");
+            let keys = [&*present_key, &own, &scopes, "record", "index", "seen", "marks", "meta"];
             let user = format!("u{}", random.random_range(0..6));
             let connections = random.random_range(0..3).to_string();
-            let rules = if random.random_bool(0.3) && connections != "0" { "1" } else { "" };
-            let fits = if random.random_bool(0.8) { "hash" } else { "" };
-            let lets_in = if random.random_bool(0.9) { "1" } else { "" };
+            let conditions = if random.random_bool(0.3) && connections != "0" { "1" } else { "" };
+            let password_hash = if random.random_bool(0.8) { "hash" } else { "" };
+            let admitted = if random.random_bool(0.9) { "1" } else { "" };
             let active = step.to_string();
             let args = [
-                place,
+                scope,
                 "channel",
                 "60000",
                 &user,
@@ -328,55 +332,50 @@ async fn presence_scripts_run_as_on_redis() {
                 "5",
                 &active,
                 "77",
-                rules,
-                fits,
+                conditions,
+                password_hash,
                 "1",
-                lets_in,
+                admitted,
                 "1",
             ];
-            pair.script(&seat, &keys, &words(&args)).await;
+            pair.script(&track, &keys, &words(&args)).await;
             let read = random.random_range(0..12).to_string();
             pair.script(
-                mark,
+                read_mark,
                 &["marks", "meta"],
                 &words(&[&user, &read, "channel", "c", "9999", "4"]),
             )
             .await;
             if step % 50 == 49 {
-                // A few per call, until no user is left.
-                let args = words(&[place, "channel", "60000", "500"]);
+                // Some at a time, until none is left.
+                let args = words(&[scope, "channel", "60000", "500"]);
                 let left = pair.script(&reap, &keys[..6], &args).await;
                 assert_eq!(left, Reply::Int(0));
-                pair.compare(&words(&["EXISTS", &here])).await;
+                pair.compare(&words(&["EXISTS", &own])).await;
             }
-            pair.compare(&words(&["HLEN", &who])).await;
-            pair.compare(&words(&["HGET", &who, &user])).await;
-            pair.compare(&words(&["HGET", &who, "#"])).await;
+            pair.compare(&words(&["HLEN", &present_key])).await;
+            pair.compare(&words(&["HGET", &present_key, &user])).await;
+            pair.compare(&words(&["HGET", &present_key, "#"])).await;
             pair.compare(&words(&["ZCARD", "index"])).await;
             pair.compare(&words(&["ZCARD", "seen"])).await;
         }
     }
 }
 
-/// Two nodes restore their unconfirmed publishes to a server on which the room is unused: two
-/// numbers that were acknowledged, and unanswered publishes for one of the numbers between.
-async fn give_numbers_back(
-    pair: &mut ServerPair,
-    script: &str,
-    room: &[&str],
-    steps_missing: bool,
-) {
-    let token = pair.token.clone();
+/// Two nodes hand in unconfirmed publishes to a server on which the room was not opened yet: two
+/// acknowledged ones, and publishes without an answer for a number between those.
+async fn hand_in_unconfirmed(pair: &mut ServerPair, script: &str, room: &[&str], gap: bool) {
+    let server_id = pair.server_id.clone();
     pair.compare(&words(&["HSET", "meta", "r", "another"])).await;
     let head = pair.compare(&words(&["HMGET", "meta", "e", "s"])).await;
     let Reply::Array(head) = head else { panic!("{head:?}") };
     let [Reply::Bulk(epoch), Reply::Bulk(top)] = &head[..] else { panic!("{head:?}") };
     let (epoch, top) = (String::from_utf8_lossy(epoch), String::from_utf8_lossy(top));
     let top: u64 = top.parse().unwrap();
-    let give = |process: &str, acknowledged: &[(u64, u128)], unanswered: &[u128]| {
+    let hand_in = |process: &str, acknowledged: &[(u64, u128)], unanswered: &[u128]| {
         let at = |step: u64| format!("{epoch}:{}", top + step);
         let last = acknowledged.last().map(|(step, _)| at(*step)).unwrap_or_default();
-        let mut args = common(&token);
+        let mut args = common(&server_id);
         args.extend(words(&[process, &last, &acknowledged.len().to_string()]));
         for (step, n) in acknowledged {
             args.extend(words(&[&at(*step), "stamp"]));
@@ -388,13 +387,13 @@ async fn give_numbers_back(
         }
         args
     };
-    let from = 4000 + u128::from(steps_missing) * 100;
-    let far = if steps_missing { 9 } else { 4 };
-    let ann = give("ann", &[(1, from), (far, from + 1)], &[from + 2]);
-    let bob = give("bob", &[], &[from + 3, from, from + 4, from + 5]);
+    let from = 4000 + u128::from(gap) * 100;
+    let far = if gap { 9 } else { 4 };
+    let ann = hand_in("ann", &[(1, from), (far, from + 1)], &[from + 2]);
+    let bob = hand_in("bob", &[], &[from + 3, from, from + 4, from + 5]);
     for args in [ann, bob] {
-        let taken = pair.script(script, room, &args).await;
-        assert_eq!(taken, Reply::bulk("accepted"));
+        let accepted = pair.script(script, room, &args).await;
+        assert_eq!(accepted, Reply::bulk("accepted"));
     }
 }
 
@@ -410,14 +409,14 @@ fn envelope(n: u128) -> Envelope {
     })
 }
 
-/// Arguments common to the scripts of a room, with a dedup window so wide that both clocks fall
-/// into the same one.
-fn common(token: &str) -> Vec<Bytes> {
-    words(&[token, "channel", "random", "60000", "60000", "100000000000000"])
+/// The arguments that all scripts of a room share. The dedup window is so long that both clocks are
+/// in the same one.
+fn common(server_id: &str) -> Vec<Bytes> {
+    words(&[server_id, "channel", "random", "60000", "60000", "100000000000000"])
 }
 
-/// Arguments of a node that holds the entries of `page`, newest first.
-fn heal_args(page: &[Reply], token: &str, step: &str) -> Vec<Bytes> {
+/// The arguments of a node that holds the entries of `page`, newest first.
+fn restore_args(page: &[Reply], server_id: &str, step: &str) -> Vec<Bytes> {
     let text = |reply: &Reply| match reply {
         Reply::Bulk(bytes) => bytes.clone(),
         other => panic!("{other:?}"),
@@ -429,7 +428,7 @@ fn heal_args(page: &[Reply], token: &str, step: &str) -> Vec<Bytes> {
     let entries: Vec<Vec<Reply>> = rows(&page[7]).iter().rev().map(rows).collect();
     let key = |entry: &[Reply]| text(&entry[3]).slice(2..26);
     let (oldest, newest) = (&entries[0], entries.last().unwrap());
-    let mut args = common(token);
+    let mut args = common(server_id);
     args.extend([text(&page[0]), text(&page[1])]);
     args.extend(words(&["", "", step]));
     args.extend([text(&newest[2]), key(newest)]);

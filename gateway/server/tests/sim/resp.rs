@@ -1,5 +1,5 @@
-//! Encodes and decodes RESP: commands as clients write them, replies as a server does (the RESP3
-//! specification of the Redis project).
+//! The protocol of connections to Redis: commands as clients write them, replies as a server does
+//! (the RESP3 specification of the Redis project).
 
 use bytes::{Buf as _, Bytes, BytesMut};
 
@@ -10,7 +10,7 @@ pub enum Reply {
     Error(String),
     Int(i64),
     Bulk(Bytes),
-    /// A verbatim string, as in the reply to INFO.
+    /// Text with a format, as the reply of INFO.
     Verbatim(Bytes),
     Null,
     Array(Vec<Reply>),
@@ -28,7 +28,7 @@ impl Reply {
         value.map_or(Self::Null, Self::Bulk)
     }
 
-    /// The RESP3 encoding.
+    /// Encodes the reply as RESP3.
     pub fn encode(&self, out: &mut Vec<u8>) {
         let head = |out: &mut Vec<u8>, kind: u8, length: usize| {
             out.push(kind);
@@ -67,7 +67,7 @@ impl Reply {
     }
 }
 
-/// Removes the first command from `input` once it is complete. Clients write only arrays of bulk
+/// Takes the first command from `input`, once it is complete. Clients only write arrays of bulk
 /// strings.
 pub fn take_command(input: &mut BytesMut) -> Option<Vec<Bytes>> {
     let mut at = 0;
@@ -85,23 +85,23 @@ pub fn take_command(input: &mut BytesMut) -> Option<Vec<Bytes>> {
     Some(ranges.into_iter().map(|range| whole.slice(range)).collect())
 }
 
-/// The number of a line that begins with `kind`; `at` advances past the line.
+/// The number of a line that begins with `kind`; moves `at` behind the line.
 fn number_at(input: &[u8], at: &mut usize, kind: u8) -> Option<usize> {
     let rest = input.get(*at..)?;
     let end = rest.windows(2).position(|pair| pair == b"\r\n")?;
-    assert_eq!(rest[0], kind, "a client wrote something else than a command");
+    assert_eq!(rest[0], kind, "the client wrote something other than a command");
     *at += end + 2;
     std::str::from_utf8(&rest[1..end]).ok()?.parse().ok()
 }
 
-/// Writes a command as a client does.
+/// Encodes a command as a client does.
 pub fn encode_command(words: &[Bytes]) -> Vec<u8> {
     let mut out = Vec::new();
     Reply::Array(words.iter().cloned().map(Reply::Bulk).collect()).encode(&mut out);
     out
 }
 
-/// Removes the first reply from `input` once it is complete.
+/// Takes the first reply from `input`, once it is complete.
 pub fn take_reply(input: &mut BytesMut) -> Option<Reply> {
     let mut at = 0;
     let reply = reply_at(input, &mut at)?;
@@ -138,6 +138,6 @@ fn reply_at(input: &[u8], at: &mut usize) -> Option<Reply> {
                 Reply::Verbatim(Bytes::copy_from_slice(&bytes[4..]))
             })
         }
-        _ => panic!("a server wrote something else than RESP3: {kind}"),
+        _ => panic!("the server wrote something other than RESP3: {kind}"),
     }
 }

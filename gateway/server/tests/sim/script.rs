@@ -1,7 +1,7 @@
-//! Lua scripts of a simulated Redis: the real ones, run by a real Lua 5.1.
+//! Lua scripts of a simulated Redis: the real scripts, run by a real Lua 5.1.
 //!
-//! A thread has one Lua, and each script is compiled once in it. While a script runs, its keyspace
-//! is stored in the thread as well.
+//! Each thread has one Lua, which compiles each script once. While a script runs, the data it works
+//! on is in the thread as well.
 
 use std::{cell::RefCell, collections::HashMap};
 
@@ -24,7 +24,7 @@ struct ScriptEngine {
     compiled: RefCell<HashMap<String, Function>>,
 }
 
-/// An error of a command, on its way through Lua.
+/// The error of a command, on its way through Lua.
 #[derive(Debug)]
 struct LuaCommandError(String);
 
@@ -41,12 +41,12 @@ pub fn name_of(text: &[u8]) -> String {
     Sha1::digest(text).iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
-/// Compiles a script, unless it is known.
+/// Compiles a script, unless it was compiled before.
 pub fn load(text: &[u8]) -> Result<String, String> {
     let name = name_of(text);
     LUA.with(|scripts| {
         if !scripts.compiled.borrow().contains_key(&name) {
-            // The flags matter only for a Redis with a memory limit.
+            // The flags only matter to a Redis that can be full.
             let flags = match text.strip_prefix(b"#!") {
                 Some(_) => text.iter().position(|byte| *byte == b'\n').unwrap_or_default(),
                 None => 0,
@@ -116,7 +116,7 @@ fn field_table(lua: &Lua, field: &str, text: &LuaString) -> mlua::Result<Table> 
     Ok(table)
 }
 
-/// `redis.call`
+/// `redis.call`.
 fn call(lua: &Lua, args: MultiValue) -> mlua::Result<Value> {
     let mut words = Vec::with_capacity(args.len());
     for arg in args {
@@ -138,7 +138,7 @@ fn call(lua: &Lua, args: MultiValue) -> mlua::Result<Value> {
     }
 }
 
-/// `redis.pcall`: an error is a table.
+/// `redis.pcall`: returns an error as a table.
 fn pcall(lua: &Lua, args: MultiValue) -> mlua::Result<Value> {
     call(lua, args).or_else(|error| {
         let text = lua.create_string(text_of(&error))?;
@@ -146,7 +146,7 @@ fn pcall(lua: &Lua, args: MultiValue) -> mlua::Result<Value> {
     })
 }
 
-/// Converts a reply to a Lua value, by the rules of RESP2.
+/// Converts a reply for a script, as RESP2 has it.
 fn to_lua(lua: &Lua, reply: &Reply) -> mlua::Result<Value> {
     Ok(match reply {
         Reply::Int(number) => Value::Number(*number as f64),
@@ -174,7 +174,7 @@ fn to_lua(lua: &Lua, reply: &Reply) -> mlua::Result<Value> {
     })
 }
 
-/// Converts the Lua value that a script returns to a reply.
+/// Converts the result of a script for a client.
 fn answer(value: &Value) -> Reply {
     match value {
         Value::String(text) => Reply::bulk(text.as_bytes()),
@@ -201,7 +201,7 @@ fn answer(value: &Value) -> Reply {
     }
 }
 
-/// The text of an error: that of the failed command, or else Lua's own.
+/// The text of an error: of a command, or Lua's own.
 fn text_of(error: &mlua::Error) -> String {
     match error {
         mlua::Error::CallbackError { cause, .. } => text_of(cause),

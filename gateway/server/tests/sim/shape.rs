@@ -1,4 +1,4 @@
-//! Shapes of simulated clusters, and the faults that occur in them.
+//! The shapes of a simulation: the size of the cluster, and its faults.
 
 use std::{ops::RangeInclusive, time::Duration};
 
@@ -7,13 +7,13 @@ use skein_core::bus::Retention;
 /// A fault.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum SimFault {
-    /// Redis is killed and restarts with all its data, empty, or without its last writes.
+    /// Redis is killed and comes back with all its data, with none, or without its last steps.
     Restart,
     Empty,
     Truncated,
-    /// A replica that lacks the last writes becomes the primary.
+    /// A replica that lacks the last steps becomes the primary.
     Failover,
-    /// A replica becomes the primary, and some gateways stay with the old one for a while.
+    /// A failover after which some gateways keep using the former primary for a while.
     Zombie,
     GatewayKill,
     Freeze,
@@ -21,21 +21,21 @@ pub enum SimFault {
     Cut,
     /// A gateway does not reach Redis for a while.
     Partition,
-    /// A connection stays open and delivers nothing for a while.
+    /// A connection stays up but transmits nothing for a while.
     BlackHole,
-    /// Pushes are dropped, repeated or late on the way to one gateway.
+    /// Pub/sub messages to one gateway are dropped, repeated or delayed.
     Mangle,
-    /// The clock of Redis' host is set forward or back.
+    /// The clock of Redis' host is moved forward or back.
     Clock,
     ClientCut,
     ClientAway,
     /// A client reads nothing for a while.
     Stall,
-    /// A client leaves a room and comes back to it.
+    /// A client leaves a room and joins it again.
     Leave,
-    /// All gateways stop in order, then Redis does, and everything is started again.
+    /// All gateways stop in order, then Redis does, and everything starts again.
     Planned,
-    /// As before, but Redis is killed after the gateways have stopped, and lacks its last writes.
+    /// As `Planned`, but Redis is killed after the gateways have left, and loses its last steps.
     PlannedTruncated,
 }
 
@@ -69,19 +69,19 @@ const ALL: [SimFault; 16] = [
 const HARD: [SimFault; 10] =
     [Empty, Truncated, Failover, Zombie, Zombie, GatewayKill, Freeze, Cut, Partition, ClientAway];
 
-/// The whole cluster is restarted; gateways and Redis have no other fault.
+/// Everything is stopped and started; there are no other faults of gateways and Redis.
 const PLANNED: [SimFault; 5] = [Planned, ClientCut, ClientAway, Stall, Leave];
-/// A restart of the whole cluster among other faults.
+/// Everything is stopped and started among many other faults.
 const STOPPED: [SimFault; 8] =
     [Planned, Planned, PlannedTruncated, Truncated, Failover, GatewayKill, Freeze, ClientAway];
 
 impl SimFault {
-    /// Whether Redis may lose what it has acknowledged.
+    /// Whether Redis may lose acknowledged messages.
     pub fn loses_data(self) -> bool {
         matches!(self, Empty | Truncated | Failover | Zombie | PlannedTruncated)
     }
 
-    /// Whether the fault replaces the Redis behind the name without notice to the gateways.
+    /// Whether another Redis answers afterwards, which gateways were not prepared for.
     pub fn changes_redis(self) -> bool {
         self == Restart || self.loses_data()
     }
@@ -103,7 +103,7 @@ impl SimFault {
     }
 }
 
-/// A shape of simulation.
+/// A shape of a simulation.
 #[derive(Clone)]
 pub struct SimShape {
     pub name: &'static str,
@@ -112,14 +112,15 @@ pub struct SimShape {
     pub rooms: usize,
     pub faults: &'static [SimFault],
     pub fault_count: RangeInclusive<usize>,
-    /// The mean pause between two messages, all clients together.
+    /// The mean pause between two messages of all clients together, ms.
     pub pause_ms: f64,
     pub ring_bytes_max: usize,
-    /// Possible outbox sizes of a client; clients with a small one fall behind.
+    /// The sizes of the clients' send queues, one of which is chosen for each: small ones make it
+    /// lag.
     pub outbox_bytes: &'static [usize],
     pub partitions: u16,
     pub retention: Retention,
-    /// Whether the log is so short that acknowledged messages are trimmed.
+    /// Whether the log is so short that it drops acknowledged messages.
     pub short_log: bool,
 }
 
@@ -154,7 +155,7 @@ impl SimShape {
         }
     }
 
-    /// Every fault may occur.
+    /// Any fault.
     pub fn usual() -> Self {
         Self::new("usual", &ALL, 2..=4)
     }
@@ -187,36 +188,35 @@ impl SimShape {
         Self::new("calm", &AROUND, 2..=5)
     }
 
-    /// Only Redis fails, once.
+    /// A single fault, of Redis.
     pub fn lone() -> Self {
         Self::new("lone", &[Restart, Empty, Truncated, Failover], 1..=1)
     }
 
-    /// Redis restarts without its last writes under heavy traffic, for bugs between the answer to a
-    /// publish and its delivery. No client is slow, because the rings are short for this traffic.
+    /// Redis loses data under heavy traffic: covers the moment between an acknowledgement and its
+    /// delivery. No client lags, since a ring would be too short for that.
     pub fn abrupt() -> Self {
         let outbox_bytes = &[1 << 20];
         Self { pause_ms: 4.0, outbox_bytes, ..Self::new("abrupt", &[Empty, Truncated], 1..=2) }
     }
 
-    /// The same traffic in many rooms, whose seqs are about equal.
+    /// As `abrupt`, in many rooms with similar numbers.
     pub fn abrupt_in_rooms() -> Self {
         Self { name: "abrupt in rooms", rooms: 6, ..Self::abrupt() }
     }
 
-    /// Gateways restart while Redis loses its data.
+    /// Gateways restart while Redis loses data.
     pub fn reborn() -> Self {
         let faults = &[GatewayKill, GatewayKill, Partition, Empty, Truncated, Failover];
         Self::new("reborn", faults, 3..=6)
     }
 
-    /// The whole cluster is stopped in order and started again: no client gets a signalled
-    /// discontinuity.
+    /// The whole cluster is stopped in order and started again, without a discontinuity.
     pub fn planned() -> Self {
         Self::new("planned", &PLANNED, 1..=3)
     }
 
-    /// An orderly restart while gateways and Redis fail as well.
+    /// As `planned`, while gateways and Redis fail as well.
     pub fn stopped() -> Self {
         Self::new("stopped", &STOPPED, 2..=5)
     }
@@ -235,7 +235,7 @@ impl SimShape {
         ]
     }
 
-    /// The shape of a seed: every kind in turn.
+    /// The shape of a seed: every one in turn.
     pub fn of(seed: u64) -> Self {
         let shapes = Self::all();
         let place = (seed % shapes.len() as u64) as usize;

@@ -1,7 +1,7 @@
-//! The keyspace of a simulated Redis: strings, hashes and streams, with expiry times.
+//! The data of a simulated Redis: texts, hashes and streams, with expiry.
 //!
-//! Every change records its undo, one step per command or script, so that a server can restart
-//! without its last few writes.
+//! Every change records how to undo it, in steps of one command or script, so that a server can
+//! come back without its last steps, as one does that lost the end of its append-only file.
 
 use std::{
     collections::{BTreeMap, HashMap, VecDeque},
@@ -10,7 +10,7 @@ use std::{
 
 use bytes::Bytes;
 
-/// How many steps can be undone.
+/// The most steps that can be undone.
 const STEPS_MAX: usize = 64;
 
 /// The keys of one server.
@@ -19,7 +19,7 @@ pub struct Store {
     keys: HashMap<Bytes, Slot>,
     steps: VecDeque<Vec<Undo>>,
     step: Vec<Undo>,
-    /// Entries added since the last check: key, number, last field.
+    /// Entries added since this was last taken: key, number, last field.
     pub added: Vec<(Bytes, u64, Bytes)>,
 }
 
@@ -36,8 +36,8 @@ enum Value {
     Stream(StoredStream),
 }
 
-/// A hash that keeps the order its fields came in, as Redis does with small ones: field names are
-/// random, so an order by name would differ between runs of the same seed.
+/// A hash that keeps its fields in insertion order, as Redis does with small ones: field names are
+/// random, so that an order by name would differ between runs of one seed.
 #[derive(Clone, Default)]
 pub struct Hash {
     rows: Vec<(Bytes, Bytes)>,
@@ -51,7 +51,7 @@ pub struct StoredStream {
     pub last: u64,
 }
 
-/// The undo of a change.
+/// The undo of to undo a change.
 #[derive(Clone)]
 enum Undo {
     Slot(Bytes, Option<Slot>),
@@ -61,7 +61,7 @@ enum Undo {
     Expiry(Bytes, Option<u64>),
 }
 
-/// The key holds a value of another type.
+/// The key has another type.
 pub struct WrongType;
 
 impl Hash {
@@ -91,7 +91,7 @@ impl Hash {
 }
 
 impl Store {
-    /// Ends a step: later changes can be undone separately from earlier ones.
+    /// Ends a step: later changes are undone separately.
     pub fn end_step(&mut self) {
         if !self.step.is_empty() {
             self.steps.push_back(std::mem::take(&mut self.step));
@@ -111,7 +111,7 @@ impl Store {
         }
     }
 
-    /// Undoes the last `count` steps, or all that are known.
+    /// Undoes the last `count` steps, or all that are recorded.
     pub fn undo(&mut self, count: usize) {
         self.end_step();
         for _ in 0..count {
@@ -156,7 +156,7 @@ impl Store {
         self.keys.get_mut(key).map(|slot| &mut slot.value)
     }
 
-    /// Removes an expired key.
+    /// Removes a key that has expired.
     pub fn expire(&mut self, key: &Bytes, now: u64) {
         if self.keys.get(key).is_some_and(|slot| slot.expires.is_some_and(|ends| ends <= now)) {
             self.delete(key);
@@ -217,7 +217,7 @@ impl Store {
         }
     }
 
-    /// Sets a field. Returns whether it is a new one.
+    /// Sets a field. Returns whether it is new.
     pub fn set_field(
         &mut self,
         key: &Bytes,
@@ -299,7 +299,7 @@ impl StoredStream {
         &self,
         range: RangeInclusive<u64>,
     ) -> impl DoubleEndedIterator<Item = (&u64, &Vec<Bytes>)> {
-        // A map panics on an empty range.
+        // A map has no empty ranges.
         let none = range.is_empty();
         let whole = if none { 0..=0 } else { range };
         self.entries.range(whole).filter(move |_| !none)

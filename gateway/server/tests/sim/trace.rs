@@ -1,6 +1,6 @@
-//! The trace of a simulation: a hash of all lines, and the text of the last ones.
+//! The trace of a run: a hash of all its lines, and the last of them in words.
 //!
-//! Random values of a gateway (epochs, times of day) get stable names here, so that the same seed
+//! Random parts of a gateway (epochs, times of day) have other names here, so that one seed always
 //! leaves the same trace.
 
 use std::{
@@ -12,7 +12,7 @@ use serde_json::Value;
 
 use super::{client::id_of, observer::name};
 
-/// How many lines are kept.
+/// The most lines kept.
 const LINES_MAX: usize = 400;
 
 #[derive(Default)]

@@ -1,7 +1,7 @@
-//! The world of a simulation: a heap of events by time, and everything that is not a gateway.
+//! The simulated world: a heap of scheduled events, and everything that is not a gateway.
 //!
-//! Gateways are tasks of the runtime; their output is taken from the outlet and arrives later. The
-//! clock is that of the runtime, which is paused while a task is ready.
+//! Gateways are tasks of the runtime; the events that they emit are taken from the event queue and
+//! take effect later. The clock is the runtime's, which stands still while any task can run.
 
 use std::{collections::BTreeMap, time::Duration};
 
@@ -21,10 +21,10 @@ use super::{
     trace::Trace,
 };
 
-/// When messages begin to be sent, and when the last fault may begin, ms.
+/// When clients begin to send messages, and the latest start of a fault, ms.
 const FIRST_MS: f64 = 1_500.0;
 pub const TRAFFIC_MS: f64 = 18_000.0;
-/// The time without faults after that, and after the last messages.
+/// The rest without faults after that, and the time after the last messages, ms.
 const REST_MS: f64 = 45_000.0;
 const LAST_MS: f64 = 15_000.0;
 
@@ -45,7 +45,7 @@ pub struct ClientLink {
 pub struct Host {
     pub node: Option<SimNode>,
     pub process: u64,
-    /// Redis is unreachable from this host.
+    /// The host does not reach Redis.
     pub partitioned: bool,
     /// The server that this host takes for the primary, if it is not the real one.
     pub believed_primary: Option<usize>,
@@ -58,7 +58,7 @@ pub struct Simulation {
     pub hosts: Vec<Host>,
     pub servers: Vec<SimRedis>,
     pub primary: Option<usize>,
-    /// How far the wall clock of Redis was set forward.
+    /// How far the wall clock of Redis was moved forward, ms.
     pub skew: f64,
     pub links: BTreeMap<u64, RedisLink>,
     pub connections: BTreeMap<u64, ClientLink>,
@@ -69,10 +69,10 @@ pub struct Simulation {
     events: EventQueue,
     heap: BTreeMap<(u64, u64), ScheduledEvent>,
     scheduled: u64,
-    /// Connections that no server answers.
+    /// Connections that are never accepted.
     pub unanswered: Vec<oneshot::Sender<()>>,
     over: bool,
-    /// Whether all gateways are stopped, until they are started together.
+    /// Whether all gateways are stopped, until they start together.
     pub stops_everything: bool,
 }
 
@@ -91,7 +91,7 @@ impl Simulation {
             SimClient::new(number, outbox_bytes, rooms)
         });
         let clients = clients.collect();
-        let mut world = Self {
+        let mut sim = Self {
             hosts: (0..hosts).map(|_| Host::default()).collect(),
             clients,
             shape,
@@ -112,8 +112,8 @@ impl Simulation {
             over: false,
             stops_everything: false,
         };
-        world.primary = Some(world.start_server(ServerData::default()));
-        world
+        sim.primary = Some(sim.start_server(ServerData::default()));
+        sim
     }
 
     /// Runs the simulation to its end.
@@ -144,8 +144,8 @@ impl Simulation {
         self
     }
 
-    /// A gateway that acted on its own timer did so now. Timers are accurate to a millisecond;
-    /// events within this millisecond keep their finer time.
+    /// Advances `now` after a gateway has acted by its own clock. Timers are accurate to a
+    /// millisecond; events within the present millisecond keep their finer time.
     fn catch_up_with_clock(&mut self) {
         let clock = self.begun.elapsed().as_secs_f64() * 1e3;
         if clock - self.now >= 1.0 {
@@ -156,33 +156,33 @@ impl Simulation {
     fn plan(&mut self) {
         for node in 0..self.hosts.len() {
             let at = self.random.random_range(0.0..50.0);
-            self.at(at, move |world| world.start_node(node));
+            self.at(at, move |sim| sim.start_node(node));
         }
         for client in 0..self.clients.len() {
-            // Some events arrive late.
+            // Some clients connect late.
             let late = self.random.random_range(0..4) == 0;
             let at = if late { self.random.random_range(2e3..12e3) } else { 300.0 };
-            self.at(at + client as f64, move |world| world.connect_client(client));
+            self.at(at + client as f64, move |sim| sim.connect_client(client));
         }
         let mut time = FIRST_MS;
         while time < TRAFFIC_MS {
             time -= self.shape.pause_ms * (1.0 - self.random.random::<f64>()).ln();
-            self.at(time, |world| {
-                let client = world.random.random_range(0..world.clients.len());
-                let place = world.random.random_range(0..world.clients[client].rooms.len());
-                world.publish(client, place);
+            self.at(time, |sim| {
+                let client = sim.random.random_range(0..sim.clients.len());
+                let room = sim.random.random_range(0..sim.clients[client].rooms.len());
+                sim.publish(client, room);
             });
         }
         self.plan_faults();
-        self.at(TRAFFIC_MS + REST_MS, |world| {
-            super::check::record_silent_losses(world);
-            for client in 0..world.clients.len() {
-                for place in 0..world.clients[client].rooms.len() {
-                    world.after(client as f64, move |world| world.publish(client, place));
+        self.at(TRAFFIC_MS + REST_MS, |sim| {
+            super::check::record_silent_losses(sim);
+            for client in 0..sim.clients.len() {
+                for room in 0..sim.clients[client].rooms.len() {
+                    sim.after(client as f64, move |sim| sim.publish(client, room));
                 }
             }
         });
-        self.at(TRAFFIC_MS + REST_MS + LAST_MS, |world| world.over = true);
+        self.at(TRAFFIC_MS + REST_MS + LAST_MS, |sim| sim.over = true);
     }
 
     pub fn at(&mut self, time: f64, act: impl FnOnce(&mut Self) + 'static) {
@@ -195,7 +195,7 @@ impl Simulation {
         self.at(self.now + wait, act);
     }
 
-    /// A random latency.
+    /// The latency of one transmission, ms.
     pub fn latency(&mut self) -> f64 {
         let slow = self.random.random_range(0..100) >= 92;
         self.random.random_range(if slow { 3.0..60.0 } else { 0.2..3.0 })
@@ -221,54 +221,53 @@ impl Simulation {
             (0..self.hosts.len()).filter(|host| self.hosts[*host].node.is_some()).collect();
         let chosen = self.random.random_range(0..self.hosts.len());
         let Some(host) = live.get(chosen % live.len().max(1)).copied() else {
-            return self.after(100.0, move |world| world.connect_client(number));
+            return self.after(100.0, move |sim| sim.connect_client(number));
         };
         let node = self.hosts[host].node.as_ref().expect("it lives");
         if node.gate.is_frozen() || !node.is_ready() {
             let wait = if node.gate.is_frozen() { 500.0..2000.0 } else { 50.0..500.0 };
             let wait = self.random.random_range(wait);
-            return self.after(wait, move |world| world.connect_client(number));
+            return self.after(wait, move |sim| sim.connect_client(number));
         }
-        let (talk, line) = (self.events.next_id(), ClientInput::default());
+        let (link, input) = (self.events.next_id(), ClientInput::default());
         let outbox_bytes = self.clients[number].outbox_bytes;
-        node.accept(talk, number, outbox_bytes, line.clone());
+        node.accept(link, number, outbox_bytes, input.clone());
         let (process, now) = (node.process, self.now);
-        let of =
-            ClientLink { client: number, node: host, process, input: line, up: now, down: now };
-        self.connections.insert(talk, of);
-        self.clients[number].connection = Some(talk);
+        let of = ClientLink { client: number, node: host, process, input, up: now, down: now };
+        self.connections.insert(link, of);
+        self.clients[number].connection = Some(link);
         self.trace.record(self.now, &format!("c{number} connects to G{host}"));
-        let wishes = self.clients[number].connected();
-        self.perform(number, wishes);
+        let actions = self.clients[number].connected();
+        self.perform(number, actions);
     }
 
     pub fn close_connection(&mut self, number: u64) {
-        let Some(talk) = self.connections.remove(&number) else { return };
-        talk.input.close();
-        let client = talk.client;
+        let Some(link) = self.connections.remove(&number) else { return };
+        link.input.close();
+        let client = link.client;
         self.trace.record(self.now, &format!("c{client} is disconnected"));
         self.clients[client].disconnected();
         let wait = self.random.random_range(5.0..500.0);
-        self.after(wait, move |world| world.connect_client(client));
+        self.after(wait, move |sim| sim.connect_client(client));
     }
 
     pub fn send_frames(&mut self, number: u64, frames: Vec<Bytes>) {
         for frame in frames {
             let latency = self.latency();
             let now = self.now;
-            let Some(talk) = self.connections.get_mut(&number) else { return };
-            if self.hosts[talk.node].process != talk.process {
+            let Some(link) = self.connections.get_mut(&number) else { return };
+            if self.hosts[link.node].process != link.process {
                 return;
             }
-            let time = (now + latency).max(talk.down + 1e-3);
-            talk.down = time;
-            self.at(time, move |world| world.deliver_frame(number, &frame));
+            let time = (now + latency).max(link.down + 1e-3);
+            link.down = time;
+            self.at(time, move |sim| sim.deliver_frame(number, &frame));
         }
     }
 
     fn deliver_frame(&mut self, number: u64, frame: &[u8]) {
-        let Some(talk) = self.connections.get(&number) else { return };
-        let (client, process) = (talk.client, (talk.node, talk.process));
+        let Some(link) = self.connections.get(&number) else { return };
+        let (client, process) = (link.client, (link.node, link.process));
         let start = match frame[1] {
             127 => 10,
             126 => 4,
@@ -278,33 +277,33 @@ impl Simulation {
         self.trace.frame(self.now, client, &frame);
         self.truth.note_ack(&frame);
         self.truth.note_holder(process, &frame);
-        let wishes = self.clients[client].handle_frame(self.now, &frame);
-        self.perform(client, wishes);
+        let actions = self.clients[client].handle_frame(self.now, &frame);
+        self.perform(client, actions);
     }
 
-    fn publish(&mut self, client: usize, place: usize) {
+    fn publish(&mut self, client: usize, room: usize) {
         let echo = self.random.random_range(0..10) >= 3;
-        let (id, wishes) = self.clients[client].publish(place, echo);
-        self.truth.room_of(id, self.clients[client].rooms[place].room);
-        self.perform(client, wishes);
+        let (id, actions) = self.clients[client].publish(room, echo);
+        self.truth.room_of(id, self.clients[client].rooms[room].room);
+        self.perform(client, actions);
     }
 
-    pub fn perform(&mut self, client: usize, wishes: Vec<ClientAction>) {
-        for wish in wishes {
-            match wish {
+    pub fn perform(&mut self, client: usize, actions: Vec<ClientAction>) {
+        for action in actions {
+            match action {
                 ClientAction::Later(wait, timer) => {
-                    self.after(wait, move |world| world.on_reminder(client, timer));
+                    self.after(wait, move |sim| sim.on_reminder(client, timer));
                 }
                 ClientAction::Send(frame) => {
                     let latency = self.latency();
                     let now = self.now;
                     let Some(number) = self.clients[client].connection else { continue };
-                    let Some(talk) = self.connections.get_mut(&number) else { continue };
-                    let time = (now + latency).max(talk.up + 1e-3);
-                    talk.up = time;
-                    self.at(time, move |world| {
-                        if let Some(talk) = world.connections.get(&number) {
-                            talk.input.push(frame);
+                    let Some(link) = self.connections.get_mut(&number) else { continue };
+                    let time = (now + latency).max(link.up + 1e-3);
+                    link.up = time;
+                    self.at(time, move |sim| {
+                        if let Some(link) = sim.connections.get(&number) {
+                            link.input.push(frame);
                         }
                     });
                 }
@@ -313,7 +312,7 @@ impl Simulation {
     }
 
     pub fn on_reminder(&mut self, client: usize, timer: Reminder) {
-        let wishes = self.clients[client].on_reminder(timer);
-        self.perform(client, wishes);
+        let actions = self.clients[client].on_reminder(timer);
+        self.perform(client, actions);
     }
 }
