@@ -11,7 +11,7 @@ use tokio::time::Instant;
 
 use crate::{
     harness::{Http, Nginx, Node, Redis, free_port, get, http_raw, until, within},
-    sse::EventStream,
+    sse::SseReader,
 };
 
 struct NginxCluster {
@@ -151,7 +151,7 @@ async fn a_draining_node_is_passed_over() {
     .await;
     assert_ne!(cluster.connect(with_cookie(&client.route)).await.node, "n2");
     let query = format!("node={}", client.route);
-    let mut stream = EventStream::open(cluster.nginx.address, &query, None).await;
+    let mut stream = SseReader::open(cluster.nginx.address, &query, None).await;
     assert_ne!(stream.frame().await["node"], "n2");
 }
 
@@ -159,7 +159,7 @@ async fn a_draining_node_is_passed_over() {
 async fn event_streams_get_a_retry_time_when_no_node_is_up() {
     let nowhere = SocketAddr::from(([127, 0, 0, 1], free_port()));
     let nginx = Nginx::start(&[nowhere]).await;
-    let mut stream = EventStream::open(nginx.address, "rooms=a", None).await;
+    let mut stream = SseReader::open(nginx.address, "rooms=a", None).await;
     assert!(stream.head.starts_with("HTTP/1.1 200"), "{}", stream.head);
     assert!(stream.head.contains("text/event-stream"), "{}", stream.head);
     assert_eq!(stream.line().await, "retry: 5000");

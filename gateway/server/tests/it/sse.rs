@@ -14,14 +14,14 @@ use crate::{
 };
 
 /// An open stream.
-pub struct EventStream {
+pub struct SseReader {
     reader: BufReader<TcpStream>,
     pub head: String,
     /// The last event id.
     id: String,
 }
 
-impl EventStream {
+impl SseReader {
     pub async fn open(address: SocketAddr, query: &str, last: Option<&str>) -> Self {
         let mut socket = TcpStream::connect(address).await.unwrap();
         let last = last.map(|id| format!("Last-Event-ID: {id}\r\n")).unwrap_or_default();
@@ -76,7 +76,7 @@ async fn a_stream_resumes_its_rooms_and_inbox() {
             say(&mut ann, &room(name), "before").await;
         }
         let address = |node: usize| deployment.nodes[node % deployment.nodes.len()].address;
-        let mut stream = EventStream::open(address(1), "rooms=a,b&user=bob", None).await;
+        let mut stream = SseReader::open(address(1), "rooms=a,b&user=bob", None).await;
         assert!(stream.head.starts_with("HTTP/1.1 200"), "{}", stream.head);
         assert!(stream.head.to_lowercase().contains("content-type: text/event-stream"));
         assert_eq!(stream.frame().await["type"], "connected");
@@ -94,7 +94,7 @@ async fn a_stream_resumes_its_rooms_and_inbox() {
         let header = json!({"type": "message", "room": "a"});
         ann.send_binary(&header, &[0, 255]).await.unwrap();
         ann.request(&json!({"type": "direct", "to": "bob", "content": "and more"})).await.unwrap();
-        let mut stream = EventStream::open(address(2), "rooms=a,b&user=bob", Some(&id)).await;
+        let mut stream = SseReader::open(address(2), "rooms=a,b&user=bob", Some(&id)).await;
         let (mut missed, mut recovered) = (Vec::new(), 0);
         while missed.len() < 3 || recovered < 2 {
             let frame = stream.frame().await;
@@ -116,7 +116,7 @@ async fn a_stream_resumes_its_rooms_and_inbox() {
         assert!(binary.is_some());
         // The event id in the query works too, and a binary entry arrives live.
         let again = format!("rooms=a&user=bob&last_event_id={}", stream.id);
-        let mut stream = EventStream::open(address(0), &again, None).await;
+        let mut stream = SseReader::open(address(0), &again, None).await;
         stream.frame_of("joined").await;
         ann.send_binary(&header, &[7]).await.unwrap();
         let live = stream.frame_of("message").await;
@@ -131,7 +131,7 @@ async fn a_resumed_stream_ignores_acks_of_other_devices() {
         let address = |node: usize| deployment.nodes[node % deployment.nodes.len()].address;
         let mut ann = deployment.connect(0, "ann").await;
         ann.join(&room("a")).await.unwrap();
-        let mut stream = EventStream::open(address(1), "rooms=a&user=bob", None).await;
+        let mut stream = SseReader::open(address(1), "rooms=a&user=bob", None).await;
         stream.frame_of("joined").await;
         // No inbox entry has arrived, but the event id contains the inbox position.
         say(&mut ann, &room("a"), "of the room").await;
@@ -142,7 +142,7 @@ async fn a_resumed_stream_ignores_acks_of_other_devices() {
         let mut phone = deployment.connect(2, "bob").await;
         phone.send_text(r#"{"type":"ack","seq":1}"#).await.unwrap();
         phone.request(&json!({"type": "ping"})).await.unwrap();
-        let mut stream = EventStream::open(address(2), "rooms=a&user=bob", Some(&id)).await;
+        let mut stream = SseReader::open(address(2), "rooms=a&user=bob", Some(&id)).await;
         assert_eq!(stream.frame_of("direct").await["content"], "missed?");
     })
     .await;
@@ -179,7 +179,7 @@ async fn permanent_rejections_are_http_statuses() {
     assert_eq!(status(&format!("rooms=a%20b&token={token}")).await, 400);
     let many = (0..21).map(|n| format!("r{n}")).collect::<Vec<_>>().join(",");
     assert_eq!(status(&format!("rooms={many}&token={token}")).await, 400);
-    let open = EventStream::open(gateway.address, &format!("token={token}"), None).await;
+    let open = SseReader::open(gateway.address, &format!("token={token}"), None).await;
     assert!(open.head.starts_with("HTTP/1.1 200"));
     // A temporary rejection is a stream with a retry time: a browser gives up after any other
     // response.
@@ -219,7 +219,7 @@ async fn temporary_rejections_are_streams_with_a_retry_time() {
 #[tokio::test]
 async fn a_stream_of_a_draining_node_gets_a_retry_time() {
     let gateway = Gateway::start(&[("drain.delay", "0s")]).await;
-    let mut stream = EventStream::open(gateway.address, "rooms=a", None).await;
+    let mut stream = SseReader::open(gateway.address, "rooms=a", None).await;
     stream.frame_of("joined").await;
     let stopping = gateway.stop();
     let told = async {
@@ -321,7 +321,7 @@ async fn an_unread_stream_holds_at_most_one_outbox() {
         assert_eq!(http_raw(host, &request).await.status, 201);
     }
     let query = format!("user=ann&rooms={}", rooms.join(","));
-    let mut stream = EventStream::open(gateway.address, &query, None).await;
+    let mut stream = SseReader::open(gateway.address, &query, None).await;
     let queued = async || {
         let host = gateway.address;
         let request = format!(
@@ -356,7 +356,7 @@ async fn a_stalled_stream_is_closed() {
     let gateway = Gateway::start(&[("heartbeat.write_timeout", "200ms")]).await;
     let mut ann = gateway.connect("ann").await;
     ann.join(&room("a")).await.unwrap();
-    let _stream = EventStream::open(gateway.address, "rooms=a", None).await;
+    let _stream = SseReader::open(gateway.address, "rooms=a", None).await;
     let content = "x".repeat(200_000);
     let mut said = 0;
     crate::harness::until("the stream is closed", async || {
@@ -383,7 +383,7 @@ async fn errors_of_rooms_not_yet_joined_are_http_statuses() {
     say(&mut ann, &room("a"), &"x".repeat(5_000)).await;
     let status = async |rooms: &str| get(gateway.address, &format!("/sse?rooms={rooms}")).await;
     assert_eq!(status("a,d").await.status, 404);
-    let mut stream = EventStream::open(gateway.address, "rooms=a,b", None).await;
+    let mut stream = SseReader::open(gateway.address, "rooms=a,b", None).await;
     assert_eq!(stream.frame_of("joined").await["room"], "a");
     assert_eq!(stream.frame_of("joined").await["room"], "b");
 }

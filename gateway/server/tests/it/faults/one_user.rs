@@ -74,13 +74,13 @@ async fn a_cut_off_node_applies_a_late_command_to_old_devices_only() {
 }
 
 /// A device that reconnects by itself, and counts its entries.
-struct Device {
+struct CountingDevice {
     events: mpsc::Receiver<ClientEvent>,
     _client: Client,
     got: BTreeMap<MessageId, usize>,
 }
 
-impl Device {
+impl CountingDevice {
     fn start(nodes: &[Node], first: usize) -> Self {
         let mut urls: Vec<String> =
             nodes.iter().map(|node| format!("ws://{}/ws", node.address)).collect();
@@ -154,7 +154,7 @@ async fn inbox_entries_arrive_once_per_device_across_restarts() {
         nodes.push(Node::start(&redis, None, &[API]).await);
     }
     until_ready(&nodes).await;
-    let mut devices = [Device::start(&nodes, 0), Device::start(&nodes, 1)];
+    let mut devices = [CountingDevice::start(&nodes, 0), CountingDevice::start(&nodes, 1)];
     let (mut ann, mut sent) = (None, Vec::new());
     for n in 0..60 {
         if n == 20 {

@@ -12,7 +12,7 @@ use tokio::{task::JoinSet, time::Instant};
 
 use super::{
     ResourceUsage, full_or_share, is_full,
-    raw_client::{RawClient, close_frame, handshake, join_frame, message_frame},
+    raw_client::{SoakClient, close_frame, handshake, join_frame, message_frame},
 };
 use crate::harness::{Node, Redis};
 
@@ -124,7 +124,7 @@ async fn visit(address: std::net::SocketAddr, index: usize) -> io::Result<()> {
     let room = format!("r{}", index % ROOMS);
     match index % 12 {
         0 => {
-            let mut wire = RawClient::dial(address, index).await?;
+            let mut wire = SoakClient::dial(address, index).await?;
             wire.send(&handshake("half").as_bytes()[..60]).await?;
             if index.is_multiple_of(24) {
                 wire.reset();
@@ -135,7 +135,7 @@ async fn visit(address: std::net::SocketAddr, index: usize) -> io::Result<()> {
         }
         1 => {
             // Sends everything without waiting for responses.
-            let mut wire = RawClient::dial(address, index).await?;
+            let mut wire = SoakClient::dial(address, index).await?;
             let mut bytes = handshake("hasty").into_bytes();
             bytes.extend(join_frame(&room));
             bytes.extend(message_frame(&room, "closed already"));
@@ -148,12 +148,12 @@ async fn visit(address: std::net::SocketAddr, index: usize) -> io::Result<()> {
             return Ok(());
         }
         2 => {
-            drop(RawClient::dial(address, index).await?);
+            drop(SoakClient::dial(address, index).await?);
             return Ok(());
         }
         _ => {}
     }
-    let mut wire = RawClient::join(address, index, &room).await?;
+    let mut wire = SoakClient::join(address, index, &room).await?;
     if index % 400 == 7 {
         wire.send(&join_frame(&format!("own-{index}"))).await?;
         wire.expect(r#""type":"joined""#).await?;

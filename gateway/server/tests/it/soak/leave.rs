@@ -10,7 +10,7 @@ use tokio::{
 
 use super::{
     ResourceUsage, full_or_share, quantiles,
-    raw_client::{RawClient, close_frame, message_frame},
+    raw_client::{SoakClient, close_frame, message_frame},
 };
 use crate::harness::Node;
 
@@ -68,21 +68,21 @@ async fn mass_leave(rooms: usize) {
     assert!(slowest < WAIT_MAX, "a new client waited for {slowest:?}");
 }
 
-async fn join_many(node: &Node, count: usize, rooms: usize) -> Vec<RawClient> {
+async fn join_many(node: &Node, count: usize, rooms: usize) -> Vec<SoakClient> {
     let join = |index| async move {
-        RawClient::join(node.address, index, &format!("r{}", index % rooms)).await.unwrap()
+        SoakClient::join(node.address, index, &format!("r{}", index % rooms)).await.unwrap()
     };
-    let clients: Vec<RawClient> =
+    let clients: Vec<SoakClient> =
         stream::iter(0..count).map(join).buffer_unordered(100).collect().await;
     ResourceUsage::once(node, "all are members", |held| held.members == count as i64).await;
     clients
 }
 
 /// Makes all clients leave. Returns those whose sockets are still open.
-fn leave(clients: Vec<RawClient>, way: LeaveMode) -> Vec<RawClient> {
+fn leave(clients: Vec<SoakClient>, way: LeaveMode) -> Vec<SoakClient> {
     match way {
-        LeaveMode::Reset => clients.into_iter().for_each(RawClient::reset),
-        LeaveMode::Finish => clients.into_iter().for_each(RawClient::finish),
+        LeaveMode::Reset => clients.into_iter().for_each(SoakClient::reset),
+        LeaveMode::Finish => clients.into_iter().for_each(SoakClient::finish),
         LeaveMode::CloseFrame => {
             let frame = close_frame();
             clients.iter().for_each(|client| client.send_now(&frame));
@@ -103,7 +103,7 @@ async fn measure_new_clients(address: SocketAddr, count: usize) -> Vec<Duration>
         arriving.spawn(async move {
             // Several rooms, so that some are on the same shard as the abandoned ones.
             let room = format!("arrivals-{}", index % 8);
-            let mut wire = RawClient::join(address, index, &room).await.unwrap();
+            let mut wire = SoakClient::join(address, index, &room).await.unwrap();
             wire.send(&message_frame(&room, "here")).await.unwrap();
             wire.expect(r#""type":"ack""#).await.unwrap();
             let waited = due.elapsed();

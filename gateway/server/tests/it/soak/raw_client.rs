@@ -60,12 +60,12 @@ pub fn message_frame(room: &str, content: &str) -> Vec<u8> {
 }
 
 /// A raw client connection.
-pub struct RawClient {
+pub struct SoakClient {
     socket: TcpStream,
     read: Vec<u8>,
 }
 
-impl RawClient {
+impl SoakClient {
     /// A TCP connection from one of the 64 addresses.
     pub async fn dial(address: SocketAddr, index: usize) -> io::Result<Self> {
         let socket = TcpSocket::new_v4()?;

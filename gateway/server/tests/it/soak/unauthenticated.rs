@@ -4,7 +4,7 @@ use futures_util::{StreamExt as _, stream};
 
 use super::{
     ResourceUsage, full_or_share,
-    raw_client::{RawClient, handshake},
+    raw_client::{SoakClient, handshake},
 };
 use crate::harness::Node;
 
@@ -22,11 +22,11 @@ async fn unauthenticated_peers_cost_little_memory() {
     for (what, bytes) in [("nothing", 0), ("half a header", 100)] {
         let before = ResourceUsage::by(&node).await;
         let connect_silent = |index| async move {
-            let mut wire = RawClient::dial(node.address, index).await.unwrap();
+            let mut wire = SoakClient::dial(node.address, index).await.unwrap();
             wire.send(&handshake("silent").as_bytes()[..bytes]).await.unwrap();
             wire
         };
-        let peers: Vec<RawClient> =
+        let peers: Vec<SoakClient> =
             stream::iter(0..count).map(connect_silent).buffer_unordered(100).collect().await;
         // A connection of an earlier measurement may be among the earlier descriptors.
         let there = |held: &ResourceUsage| held.descriptors + 5 >= before.descriptors + count;
@@ -47,7 +47,7 @@ async fn peers_that_read_no_responses_cost_little_memory() {
     let requests = "GET / HTTP/1.1\r\nHost: soak\r\n\r\n".repeat(5_000);
     let mut greedy = Vec::new();
     for index in 0..200 {
-        let wire = RawClient::dial(node.address, index).await.unwrap();
+        let wire = SoakClient::dial(node.address, index).await.unwrap();
         wire.send_now(requests.as_bytes());
         greedy.push(wire);
     }
@@ -55,7 +55,7 @@ async fn peers_that_read_no_responses_cost_little_memory() {
     // served.
     let mut during = ResourceUsage::by(&node).await;
     for _ in 0..50 {
-        RawClient::join(node.address, 1, "lobby").await.unwrap().reset();
+        SoakClient::join(node.address, 1, "lobby").await.unwrap().reset();
         during = ResourceUsage::by(&node).await;
     }
     let each = during.memory_kib.saturating_sub(before.memory_kib) as f64 / greedy.len() as f64;
