@@ -2,10 +2,7 @@
 //!
 //! Linux only. The parsing is pure.
 
-use std::{
-    fs, io,
-    net::{Ipv4Addr, SocketAddr, TcpListener},
-};
+use std::{fs, io};
 
 /// Clock ticks per second in `/proc/PID/stat`. `USER_HZ` is 100 on all supported platforms;
 /// querying it takes `unsafe` or another crate.
@@ -106,11 +103,6 @@ pub(crate) fn resident_bytes(pid: u32) -> Result<u64, ProcfsError> {
     const PAGE_BYTES: u64 = 4096;
     let pages = |text: &str| text.split_ascii_whitespace().nth(1)?.parse::<u64>().ok();
     Ok(read_file(Some(pid), "statm", pages)? * PAGE_BYTES)
-}
-
-/// A loopback address that was free a moment ago, for servers that do not accept port 0.
-pub(crate) fn free_address() -> io::Result<SocketAddr> {
-    TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?.local_addr()
 }
 
 /// Number of local ports for outgoing connections from one address.

@@ -2,9 +2,10 @@
 
 use std::io;
 
+use skein_testkit::servers::ServerError;
 use tokio::task::JoinError;
 
-use crate::{chaos::cluster::ClusterError, scenario::ScenarioError};
+use crate::scenario::ScenarioError;
 
 /// Why there is no result.
 #[derive(Debug, thiserror::Error)]
@@ -14,7 +15,7 @@ pub(crate) enum AbuseError {
     Unknown(String),
     /// The gateways or their Redis failed.
     #[error(transparent)]
-    Cluster(#[from] ClusterError),
+    Cluster(#[from] ServerError),
     /// The legitimate clients failed.
     #[error(transparent)]
     Legitimate(#[from] ScenarioError),

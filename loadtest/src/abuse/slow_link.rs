@@ -20,6 +20,7 @@ use std::{
 };
 
 use serde_json::{Value, json};
+use skein_testkit::servers::free_address;
 use tokio::time::Instant;
 
 use super::{
@@ -28,7 +29,6 @@ use super::{
 };
 use crate::{
     args::AbuseArgs,
-    procfs::free_address,
     report::StepResult,
     websocket::{self, FrameReader, HandshakeResponse, WsFrame},
 };

@@ -11,19 +11,16 @@ use std::{
     time::Duration,
 };
 
+use skein_testkit::servers::{self, ServerError, ServerProcess, free_address};
 use tempfile::TempDir;
 use tokio::{
     io::{AsyncReadExt as _, AsyncWriteExt as _},
     net::TcpStream,
-    process::Command,
     time::timeout,
 };
 
 use super::verdict::NodeUsage;
-use crate::{
-    chaos::cluster::{ClusterError, ServerProcess, start_redis_with},
-    procfs::{CpuTime, ProcessUsage, free_address},
-};
+use crate::procfs::{CpuTime, ProcessUsage};
 
 /// Key of the server API, which attackers do not know.
 pub(crate) const API_KEY: &str = "abuse-7f3a9c51d2e84b06";
@@ -55,7 +52,7 @@ pub(crate) struct AbuseNode {
 
 impl AbuseNode {
     /// Starts both and waits until the gateway is ready.
-    pub(crate) async fn start(name: &str, options: &NodeOptions) -> Result<Self, ClusterError> {
+    pub(crate) async fn start(name: &str, options: &NodeOptions) -> Result<Self, ServerError> {
         Self::start_at(name, options, free_address()?).await
     }
 
@@ -64,17 +61,16 @@ impl AbuseNode {
         name: &str,
         options: &NodeOptions,
         listen: SocketAddr,
-    ) -> Result<Self, ClusterError> {
+    ) -> Result<Self, ServerError> {
         let scratch = TempDir::new()?;
         let redis_address = free_address()?;
         let mut redis_options = vec!["--appendonly", "no"];
         if let Some(bytes) = &options.redis_maxmemory {
             redis_options.extend(["--maxmemory", bytes]);
         }
-        let redis = start_redis_with(redis_address, scratch.path(), &redis_options).await?;
+        let redis = servers::start_redis(redis_address, scratch.path(), &redis_options).await?;
         let gateway = start_gateway(name, options, listen, redis_address, scratch.path())?;
-        let question = "GET /ready HTTP/1.1\r\nHost: abuse\r\nConnection: close\r\n\r\n";
-        gateway.wait_for(listen, question, "HTTP/1.1 200").await?;
+        gateway.wait_until_ready(listen).await?;
         Ok(Self { gateway, redis, redis_address, listen, _scratch: scratch })
     }
 
@@ -120,22 +116,12 @@ fn start_gateway(
     listen: SocketAddr,
     redis: SocketAddr,
     scratch: &Path,
-) -> Result<ServerProcess, ClusterError> {
+) -> Result<ServerProcess, ServerError> {
     // All other options, limits above all, are the defaults, which are under attack.
-    let own = [
-        format!("server.listen={listen}"),
-        format!("cluster.redis_url=redis://{redis}"),
-        "admin.listen=127.0.0.1:0".to_owned(),
-        "auth.allow_anonymous=true".to_owned(),
-        format!("api.keys=abuse:{API_KEY}"),
-        "drain.delay=0s".to_owned(),
-        "log.format=json".to_owned(),
-    ];
-    let mut command = Command::new(&options.gateway);
-    for option in own.iter().chain(&options.set) {
-        command.args(["--set", option]);
-    }
-    ServerProcess::start(name.to_owned(), command, scratch)
+    let own = [format!("api.keys=abuse:{API_KEY}"), "drain.delay=0s".to_owned()];
+    let set = [&own[..], &options.set].concat();
+    let redis_url = format!("redis://{redis}");
+    servers::start_gateway(name, &options.gateway, listen, &redis_url, &set, scratch)
 }
 
 /// Number of open descriptors of a process.

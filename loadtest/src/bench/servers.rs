@@ -13,11 +13,12 @@ use std::{
 };
 
 use serde::Serialize;
+use skein_testkit::servers::free_address;
 use tempfile::TempDir;
 use tokio::time::Instant;
 
 use super::error::BenchError;
-use crate::procfs::{CpuTime, free_address};
+use crate::procfs::CpuTime;
 
 /// CPU of the servers. The load runs on the other.
 const SERVER_CPU: &str = "0";

@@ -2,13 +2,13 @@
 
 use std::{io, net::SocketAddr, time::Duration};
 
-use skein_testkit::proxy::{Mode, Proxy};
+use skein_testkit::{
+    proxy::{Mode, Proxy},
+    servers::{self, ServerError, send_signal},
+};
 use tokio::{net::lookup_host, time::sleep};
 
-use super::{
-    cluster::{ClusterError, send_command, signal},
-    plan::{CLIENT_DELAY, FaultKind, PlannedFault},
-};
+use super::plan::{CLIENT_DELAY, FaultKind, PlannedFault};
 use crate::args::{ExternalArgs, ServerUrl};
 
 /// The parts of the cluster that faults can be injected into.
@@ -23,7 +23,7 @@ pub(crate) struct ExternalCluster {
 
 impl ExternalCluster {
     /// Starts a proxy in front of each URL.
-    pub(crate) async fn new(args: &ExternalArgs) -> Result<Self, ClusterError> {
+    pub(crate) async fn new(args: &ExternalArgs) -> Result<Self, ServerError> {
         let (mut proxies, mut paths) = (Vec::new(), Vec::new());
         for ServerUrl { authority, path } in &args.url {
             let mut addresses = lookup_host(authority).await?;
@@ -73,9 +73,9 @@ impl ExternalCluster {
             FaultKind::ClientDelay => clients(Mode::Delay(CLIENT_DELAY)).await,
             FaultKind::GatewayStop => {
                 let pid = self.gateways[fault.node % self.gateways.len()];
-                signal(pid, "STOP").await;
+                send_signal(pid, "STOP").await;
                 sleep(duration).await;
-                signal(pid, "CONT").await;
+                send_signal(pid, "CONT").await;
             }
             FaultKind::RedisClientKillPubsub => {
                 self.send_redis_command("CLIENT KILL TYPE pubsub").await;
@@ -92,13 +92,13 @@ impl ExternalCluster {
     pub(crate) async fn recover(&self) {
         self.proxies.iter().for_each(|proxy| proxy.set(Mode::Open));
         for pid in &self.gateways {
-            signal(*pid, "CONT").await;
+            send_signal(*pid, "CONT").await;
         }
     }
 
     async fn send_redis_command(&self, command: &str) {
         if let Some(address) = self.redis {
-            send_command(address, command).await;
+            servers::send_redis_command(address, command).await;
         }
     }
 }

@@ -3,11 +3,11 @@
 
 use std::time::Duration;
 
-use skein_testkit::proxy::Mode;
+use skein_testkit::{proxy::Mode, servers::ServerError};
 use tokio::time::{Instant, sleep, sleep_until};
 
 use self::{
-    cluster::{ClusterError, ClusterPrograms, LocalCluster},
+    cluster::{ClusterPrograms, LocalCluster},
     external::ExternalCluster,
     plan::{CLIENT_DELAY, FaultKind, PlannedFault},
 };
@@ -27,7 +27,7 @@ mod plan;
 pub(crate) enum ChaosError {
     /// The cluster failed.
     #[error(transparent)]
-    Cluster(#[from] ClusterError),
+    Cluster(#[from] ServerError),
     /// The test clients failed.
     #[error(transparent)]
     LedgerRun(#[from] LedgerRunError),
@@ -45,7 +45,7 @@ enum ChaosTarget {
 }
 
 impl ChaosTarget {
-    async fn inject(&mut self, fault: PlannedFault) -> Result<(), ClusterError> {
+    async fn inject(&mut self, fault: PlannedFault) -> Result<(), ServerError> {
         match self {
             Self::Local(cluster) => inject(cluster, fault).await,
             Self::External(external) => {
@@ -120,7 +120,7 @@ async fn inject_faults(
     faults: &[PlannedFault],
     began: Instant,
     windows: &mut Vec<FaultWindow>,
-) -> Result<(), ClusterError> {
+) -> Result<(), ServerError> {
     for fault in faults {
         sleep_until(began + Duration::from_millis(fault.at_ms)).await;
         let from = began.elapsed();
@@ -148,7 +148,7 @@ fn name(fault: PlannedFault) -> String {
 }
 
 /// Injects one fault and ends it.
-async fn inject(cluster: &mut LocalCluster, fault: PlannedFault) -> Result<(), ClusterError> {
+async fn inject(cluster: &mut LocalCluster, fault: PlannedFault) -> Result<(), ServerError> {
     let (node, duration) = (fault.node, Duration::from_millis(fault.duration_ms));
     let bus = async |cluster: &LocalCluster, mode| {
         cluster.nodes[node].bus.set(mode);
