@@ -183,7 +183,7 @@ impl ScenarioRun {
             step("all", stalled.len(), !stalled.is_empty()),
             step("closed", closed, true),
             step("caught up", back, true),
-            step("signalled a discontinuity", signalled as usize, true),
+            step("with a signalled discontinuity", signalled as usize, true),
             step("neither", stuck, stuck == 0),
         ])
     }
