@@ -155,7 +155,7 @@ fn check_breaks(sim: &Simulation, findings: &mut Findings) {
     let missing = faults.iter().any(|fault| fault.changes_redis() || planned)
         && faults.iter().filter(others).any(|fault| fault.takes_a_gateway())
         || planned && faults.iter().any(|fault| fault.changes_redis());
-    let signalled = findings.counts.get("breaks told").copied().unwrap_or(0);
+    let signalled = findings.counts.get("signalled discontinuities").copied().unwrap_or(0);
     // A clock that jumps ends leases, and changes which processes are waited for.
     if signalled > 0 && !missing && !sim.shape.short_log && !faults.contains(&SimFault::Clock) {
         findings.violation("NEEDLESS_BREAK", format!("{signalled} times with {faults:?}"));
