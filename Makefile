@@ -1,6 +1,6 @@
 # The commands of this project. CI calls nothing else.
 
-.PHONY: help setup run build check test test-full test-long injected faults soak abuse sim sim-injected loadtest-injected fuzz fmt lint doc deny ci cluster bench bench-micro
+.PHONY: help setup run build check test test-long test-full faults soak abuse sim sim-injected loadtest-injected fuzz fmt lint doc deny cluster bench bench-micro
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -14,39 +14,52 @@ setup: ## install what the tests need (Debian packages, as root or with sudo)
 run: ## one node on http://127.0.0.1:8080/ that needs nothing else
 	cargo run --release -p gateway
 
-# Always the whole workspace: a part of it would have other features, and be built once more.
+# Each test target builds the whole workspace: a selection of packages would have other features,
+# and be built once more.
+CARGO_TEST := cargo test --locked --workspace
+IT := $(CARGO_TEST) --test it --
+SIM := $(CARGO_TEST) --test sim --
+
 build: ## everything the tests start
 	cargo build --locked --workspace --bins --examples
 
-check: lint ## the quick tier, some 2 minutes warm: lints, unit tests, one node, 50 seeds
-	cargo test --locked --workspace --lib --bins
-	SKEIN_SIM_SEEDS=50 cargo test --locked --workspace --test sim
-	cargo test --locked --workspace --test it -- --test-threads 8 tidy:: docs:: hub:: rfc:: chat::
+# The integration tests that need neither a Redis nor another program, on the backend in memory.
+IN_MEMORY := api:: auth:: bus:: chat:: directs:: docs:: hub:: managed:: presence:: sse:: tidy::
+# Most integration tests wait for other processes, so that many run at a time. Those that measure
+# rates and times are run with as many as there are processors.
+TEST_THREADS ?= 12
+# At full length the trials load the machine more.
+FAULTS_THREADS ?= 4
+MEASURED := loadtest::
 
-# Most trials wait: for leases, time-outs and other processes. Those that measure, or load the
-# machine, come last and few at a time.
-ALONE := soak:: loadtest::
-test: setup build ## all tests, against a real Redis, nginx and browser, some 8 minutes warm
-	cargo test --locked --workspace --lib --bins
-	cargo test --locked --workspace --test sim
-	cargo test --locked --workspace --test it -- --test-threads 12 $(addprefix --skip ,$(ALONE))
-	cargo test --locked --workspace --test it -- --test-threads 2 $(ALONE)
+check: lint ## in 2 minutes: format, lints, unit tests, conformance in memory, 50 simulations
+	$(CARGO_TEST) --lib --bins
+	SKEIN_BACKENDS=memory $(IT) --test-threads $(TEST_THREADS) $(IN_MEMORY) --skip faults::
+	SKEIN_SIM_SEEDS=50 $(SIM) promises_hold
 
-test-full: test test-long ## all tiers, some 40 minutes
+test: setup lint build ## in 8 minutes: everything a change needs, with a real Redis, nginx and browser
+	$(CARGO_TEST) --lib --bins
+	$(SIM)
+	$(IT) --test-threads $(TEST_THREADS) $(MEASURED:%=--skip %)
+	$(IT) $(MEASURED)
 
-test-long: setup build injected faults ## what test-full has beyond test
-	$(MAKE) sim sim-injected SEEDS=2000
+test-full: test test-long ## in 40 minutes: all of it; make soak and make abuse take longer
 
-injected: setup build ## loadtest finds each fault that is injected into a gateway
-	cargo test --locked --workspace --test it injected:: -- --include-ignored
+# What `make test-full` has beyond `make test`.
+test-long: setup build doc deny
+	SKEIN_SIM_SEEDS=2000 $(SIM) --include-ignored --nocapture promises_hold injected::
+	SKEIN_FAULTS=full $(IT) --test-threads $(FAULTS_THREADS) --nocapture faults::
+	$(IT) --test-threads 1 --nocapture --ignored injected::
+	cargo build --locked --release -p gateway
+	SKEIN_GATEWAY=$(CURDIR)/target/release/gateway $(IT) --test-threads 1 --nocapture --ignored release:: soak::
+	SKEIN_GATEWAY=$(CURDIR)/target/release/gateway SKEIN_FAULTS=full $(IT) --nocapture loadtest::chaos_on
 
-faults: setup build ## the trials of docs/faults.md at full length, some 15 minutes
-	SKEIN_FAULTS=full cargo test --locked --workspace --test it faults:: -- --nocapture
+faults: setup build ## the trials of docs/faults.md at full length
+	SKEIN_FAULTS=full $(IT) --test-threads $(FAULTS_THREADS) --nocapture faults::
 
 soak: setup ## a million connections come and go, 15,000 leave at once; some 15 minutes
 	cargo build --locked --release -p gateway
-	SKEIN_GATEWAY=$(CURDIR)/target/release/gateway SKEIN_SOAK=full \
-		cargo test --locked --workspace --test it soak:: -- --nocapture --test-threads 1
+	SKEIN_GATEWAY=$(CURDIR)/target/release/gateway SKEIN_SOAK=full $(IT) --test-threads 1 --nocapture --include-ignored soak::
 
 # The gateway is built alone: together with other packages it would have their features.
 ATTACKS ?=
@@ -58,17 +71,17 @@ abuse: setup ## every attack of loadtest abuse, some 40 minutes; make abuse ATTA
 
 SEEDS ?= 10000
 sim: ## the cluster under simulated faults: make sim SEEDS=10000
-	SKEIN_SIM_SEEDS=$(SEEDS) cargo test --locked --profile sim -p gateway --test sim -- --nocapture
+	SKEIN_SIM_SEEDS=$(SEEDS) cargo test --locked --profile sim --workspace --test sim -- --nocapture
 
 sim-injected: ## the simulation finds each injected fault
-	cargo test --locked --profile sim -p gateway --test sim injected:: -- --include-ignored --nocapture
+	cargo test --locked --profile sim --workspace --test sim -- --ignored --nocapture injected::
 
 loadtest-injected: setup build ## loadtest finds each injected fault, and none in twenty runs without one
-	SKEIN_INJECTED=full cargo test --locked --workspace --test it injected:: -- --include-ignored --nocapture
+	SKEIN_INJECTED=full $(IT) --test-threads 1 --include-ignored --nocapture injected::
 
 N ?= 10000000
 fuzz: ## mutated input for the parsers of what clients send: make fuzz N=100000000
-	SKEIN_FUZZ=$(N) cargo test --locked --profile sim -p skein-protocol -p skein-websocket fuzz -- --nocapture
+	SKEIN_FUZZ=$(N) cargo test --locked --profile sim --workspace --lib -- --nocapture fuzz
 
 fmt: ## format
 	cargo fmt --all
@@ -85,8 +98,6 @@ deny: ## licences, sources and unused dependencies
 	@command -v cargo-machete > /dev/null || cargo install --locked cargo-machete@0.9.2
 	cargo deny check bans licenses sources
 	cargo machete
-
-ci: setup lint doc test deny ## the gate
 
 cluster: ## Redis, three gateways and nginx as processes of this machine
 	@deploy/setup.sh redis-server nginx

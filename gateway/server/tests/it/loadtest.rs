@@ -5,7 +5,10 @@ use std::{path::PathBuf, time::Duration};
 use serde_json::{Value, json};
 use tokio::{process::Command, time::timeout};
 
-use crate::harness::{Gateway, Node, PATIENCE, Redis, within};
+use crate::{
+    faults::is_full,
+    harness::{Gateway, Node, PATIENCE, Redis, gateway_binary, within},
+};
 
 /// The binary beside this test's own; `make test` builds it.
 fn loadtest() -> PathBuf {
@@ -179,11 +182,11 @@ async fn chaos_on_a_local_cluster_accounts_for_every_message() {
         "--seed",
         "1",
         "--duration",
-        "16s",
+        if is_full() { "60s" } else { "16s" },
         "--rate",
         "50/s",
         "--gateway",
-        env!("CARGO_BIN_EXE_gateway"),
+        gateway_binary().to_str().unwrap(),
         "--nginx-render",
         render,
     ])

@@ -2,7 +2,7 @@
 //! signalled discontinuity. `docs/faults.md` has the table.
 //!
 //! [`checker`] judges the frames that clients receive; [`proxy`] injects link faults. `make test`
-//! runs short trials; `make faults` sets `SKEIN_FAULTS=full` for those at full length.
+//! runs short trials; `make test-full` sets `SKEIN_FAULTS=full`, for those at full length.
 
 use std::{net::SocketAddr, time::Duration};
 

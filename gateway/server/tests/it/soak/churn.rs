@@ -43,12 +43,14 @@ const SMALL_LOGS: [(&str, &str); 8] = [
 ];
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+#[ignore = "make test-full"]
 async fn connection_churn_leaks_nothing() {
     let node = Node::start_alone(&SMALL_LOGS).await;
     churn(node, full_or_share(1_000_000, 10_000), 0).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+#[ignore = "make test-full"]
 async fn connection_churn_leaks_nothing_with_redis() {
     let redis = Redis::start().await;
     // Redis stores sessions, which do not count here; a connection may take longer than a second.

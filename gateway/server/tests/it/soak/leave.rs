@@ -29,11 +29,13 @@ enum LeaveMode {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+#[ignore = "make test-full"]
 async fn mass_leave_of_one_room_delays_no_new_client() {
     mass_leave(1).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+#[ignore = "make test-full"]
 async fn mass_leave_of_many_rooms_delays_no_new_client() {
     mass_leave(full_or_share(1500, 150)).await;
 }

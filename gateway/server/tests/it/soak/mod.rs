@@ -1,8 +1,8 @@
 //! Many connections that open and close: whether mass leaves delay new clients, and whether all
 //! resources are released.
 //!
-//! The gateway is a process of its own. `make test` runs a small share; `make soak` runs everything
-//! (it sets `SKEIN_SOAK=full`) against an optimised gateway and prints the figures.
+//! The gateway is a process of its own. `make test-full` runs a small share; `make soak` runs everything
+//! (it sets `SKEIN_SOAK=full`) and prints the figures. Both use an optimised gateway.
 
 use std::time::Duration;
 
