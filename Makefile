@@ -1,6 +1,6 @@
 # The commands of this project. CI calls nothing else.
 
-.PHONY: help setup run build check test test-long test-full faults soak abuse sim sim-injected loadtest-injected fuzz fmt lint doc deny cluster bench bench-micro
+.PHONY: help setup run build check test test-long test-full faults soak abuse sim sim-injected loadtest-injected fuzz fmt lint doc deny ci cluster bench bench-micro
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -98,6 +98,8 @@ deny: ## licences, sources and unused dependencies
 	@command -v cargo-machete > /dev/null || cargo install --locked cargo-machete@0.9.2
 	cargo deny check bans licenses sources
 	cargo machete
+
+ci: test doc deny ## the gate
 
 cluster: ## Redis, three gateways and nginx as processes of this machine
 	@deploy/setup.sh redis-server nginx
