@@ -91,7 +91,9 @@ async fn every_response_to_schemathesis_conforms_to_the_document() {
         .args(["-H", &format!("Authorization: Bearer {KEY}"), "--max-examples", examples])
         // The schema cannot express some rules, such as that `before` and `after` exclude each
         // other.
-        .args(["--checks", "all", "--exclude-checks", "positive_data_acceptance", "--seed", "1"])
+        // A room needs no creation: the presence of a deleted one is an empty list.
+        .args(["--checks", "all", "--seed", "1"])
+        .args(["--exclude-checks", "positive_data_acceptance,use_after_free"])
         // It would make the node reject every later request.
         .args(["--exclude-path", "/api/v1/nodes/{id}/drain"])
         .output()

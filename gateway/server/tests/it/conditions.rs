@@ -207,7 +207,7 @@ async fn a_second_gateway_with_the_same_id_does_not_start() {
     let first = Gateway::start(&with_id).await;
     let begun = Instant::now();
     let error = start_error(&with_id).await.to_string();
-    assert!(error.contains("node.id is gw-1"), "{error}");
+    assert!(error.contains("also named gw-1"), "{error}");
     assert!(begun.elapsed() < Duration::from_secs(5));
     // The first gateway is unaffected.
     let lobby = room("lobby");
