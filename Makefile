@@ -45,7 +45,7 @@ test: setup lint build ## in 8 minutes: everything a change needs, with a real R
 
 test-full: test test-long ## in 40 minutes: all of it; make soak and make abuse take longer
 
-# What `make test-full` has beyond `make test`.
+# The part of `make test-full` beyond `make test`.
 test-long: setup build doc deny
 	SKEIN_SIM_SEEDS=2000 $(SIM) --include-ignored --nocapture promises_hold injected::
 	SKEIN_FAULTS=full $(IT) --test-threads $(FAULTS_THREADS) --nocapture faults::

@@ -14,7 +14,7 @@ pub(crate) struct AttackProfile {
     pub(crate) addresses: u32,
     /// Connections opened per second.
     pub(crate) opens_per_second: u32,
-    /// What precedes the first frame.
+    /// The bytes before the first frame.
     pub(crate) handshake: AttackHandshake,
     /// Path of the handshake, by the serial number of the connection.
     pub(crate) path: fn(u32) -> String,
@@ -24,7 +24,7 @@ pub(crate) struct AttackProfile {
     pub(crate) payload: AttackPayload,
     /// Time between two chunks of a connection; `None`: as fast as the socket accepts them.
     pub(crate) interval: Option<Duration>,
-    /// What follows the last chunk.
+    /// The bytes after the last chunk.
     pub(crate) on_finished: OnFinished,
     /// Whether the attacker reads responses.
     pub(crate) reads: bool,
@@ -58,7 +58,7 @@ pub(crate) enum AttackPayload {
     Generate(fn(u32, u64) -> Option<Vec<u8>>),
 }
 
-/// What follows the last chunk.
+/// The bytes after the last chunk.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum OnFinished {
     /// The connection stays open.

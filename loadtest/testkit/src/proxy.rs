@@ -20,7 +20,7 @@ use tokio::{
     time::{Duration, sleep},
 };
 
-/// What a proxy does with connections and bytes.
+/// The treatment of connections and bytes by a proxy.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Mode {
     /// It forwards all bytes.

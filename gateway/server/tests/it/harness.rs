@@ -161,7 +161,7 @@ pub fn room(name: &str) -> RoomId {
     name.parse().unwrap()
 }
 
-/// What a hub that is tested by itself keeps.
+/// The retention of a hub that is tested alone.
 pub fn hub_options() -> HubOptions {
     HubOptions {
         ring_bytes_max: 1 << 28,
@@ -281,7 +281,7 @@ pub fn free_port() -> u16 {
     }
 }
 
-/// What an HTTP request was answered.
+/// The response to an HTTP request.
 #[derive(Debug)]
 pub struct Http {
     pub status: u16,
