@@ -24,7 +24,7 @@ use uuid::Uuid;
 use crate::{
     bus::{
         Append, AppendCallback, Appended, Bus, BusError, UnseenPolicy,
-        registry::{EphemeralEvent, PresenceStore},
+        presence_store::{EphemeralEvent, PresenceStore},
     },
     limits::quotas::{ENTRY_BYTES, Quotas, Writer},
     rooms::RoomRules,

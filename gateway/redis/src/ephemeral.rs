@@ -21,7 +21,7 @@ use skein_protocol::{
 };
 use uuid::Uuid;
 
-use skein_core::bus::registry::{EphemeralEvent, PresenceChange, PresenceVersion};
+use skein_core::bus::presence_store::{EphemeralEvent, PresenceChange, PresenceVersion};
 
 /// Encodes an event that a node publishes itself. Scripts encode all others.
 pub(super) fn encode(event: &EphemeralEvent) -> Vec<u8> {
@@ -34,7 +34,7 @@ pub(super) fn encode(event: &EphemeralEvent) -> Vec<u8> {
         | EphemeralEvent::Read { .. }
         | EphemeralEvent::Closed { .. }
         | EphemeralEvent::Replaced { .. }
-        | EphemeralEvent::Emptied
+        | EphemeralEvent::LogDeleted
         | EphemeralEvent::Status => unreachable!("scripts publish it"),
     }
 }
@@ -50,7 +50,7 @@ pub(super) fn decode(payload: &Bytes, room: &RoomId) -> Option<EphemeralEvent> {
         return Some(EphemeralEvent::Status);
     }
     if *kind == b'e' && rest.is_empty() {
-        return Some(EphemeralEvent::Emptied);
+        return Some(EphemeralEvent::LogDeleted);
     }
     let text = std::str::from_utf8(rest).ok()?.strip_prefix(' ')?;
     let mut words = text.split(' ');
@@ -127,7 +127,7 @@ mod tests {
         };
         assert_eq!(by.to_string(), id);
         assert!(matches!(decoded("!s"), EphemeralEvent::Status));
-        assert!(matches!(decoded("!e"), EphemeralEvent::Emptied));
+        assert!(matches!(decoded("!e"), EphemeralEvent::LogDeleted));
         let replaced = decoded(&format!("!x {id} {id}"));
         assert!(matches!(replaced, EphemeralEvent::Replaced { by, .. } if by.to_string() == id));
         assert!(matches!(

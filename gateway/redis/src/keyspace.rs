@@ -12,7 +12,7 @@ use skein_protocol::ids::{RoomId, RoomKind, UserId};
 
 use skein_core::bus::{
     placement::{crc16, partition_of},
-    registry::PresenceScope,
+    presence_store::PresenceScope,
 };
 
 /// The number of slots of a Redis Cluster.

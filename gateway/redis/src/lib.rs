@@ -21,10 +21,13 @@ use skein_protocol::{
 use skein_core::bus::{
     Append, AppendCallback, BoxFuture, Bus, BusError, Mailboxes, ReadRange, Retention,
     commands::{CommandBatch, CommandId, CommandProgress, ControlCommand, ControlQueue},
-    registry::{
-        AdmitError, CreateOutcome, DeleteOutcome, EphemeralEvent, JoinConditions, JoinSnapshot,
-        NodePresence, OnlinePage, OnlineStatus, PresenceDetails, PresenceSnapshot, PresenceStore,
-        RoomConfig, RoomPage, RoomStoreOptions, RoomSummary,
+    presence_store::{
+        AdmitError, EphemeralEvent, JoinConditions, JoinSnapshot, NodePresence, OnlinePage,
+        OnlineStatus, PresenceDetails, PresenceSnapshot, PresenceStore,
+    },
+    room_store::{
+        CreateOutcome, DeleteOutcome, RoomConfig, RoomPage, RoomStore, RoomStoreOptions,
+        RoomSummary,
     },
     sessions::{
         ConnectionInfo, OpenedSession, SecretDigest, SessionDataError, SessionHolder,
@@ -94,7 +97,7 @@ pub struct RedisOptions {
     /// The retention of logs.
     pub retention: Retention,
     /// Options of the room store.
-    pub registry: RoomStoreOptions,
+    pub rooms: RoomStoreOptions,
     /// Options of the session store.
     pub sessions: SessionOptions,
     /// The id of this node.
@@ -183,7 +186,7 @@ impl RedisBus {
         metrics: Arc<Metrics>,
         tasks: &Tasks,
     ) -> Self {
-        let (rooms, sessions) = (options.registry.clone(), options.sessions.clone());
+        let (rooms, sessions) = (options.rooms.clone(), options.sessions.clone());
         let router = Router::start(topology, options, mailboxes, metrics, tasks);
         let store = StoreWorker::start(router.clone(), rooms, sessions, tasks);
         let book = Arc::new(RedisControlQueue::new(store.clone()));
@@ -326,7 +329,9 @@ impl PresenceStore for RedisBus {
     fn publish_ephemeral(&self, room: RoomId, event: EphemeralEvent, done: AppendCallback) {
         self.store.publish_ephemeral(room, &event, done);
     }
+}
 
+impl RoomStore for RedisBus {
     fn create(
         &self,
         room: RoomId,

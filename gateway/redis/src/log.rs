@@ -19,7 +19,7 @@ use super::{
 };
 use skein_core::{
     bus::{
-        BoxFuture, BusError, EMPTY_HEAD_TTL, READ_BYTES_MAX, ReadRange, registry::DeleteOutcome,
+        BoxFuture, BusError, EMPTY_HEAD_TTL, READ_BYTES_MAX, ReadRange, room_store::DeleteOutcome,
     },
     delivery::{Entry, ReplicaSnapshot, ServerId, ordinal, page::LogPage},
     telemetry::metrics::{InvalidValue, Metrics},

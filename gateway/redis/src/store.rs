@@ -44,10 +44,11 @@ use super::{
 use skein_core::{
     bus::{
         AppendCallback, Appended, BoxFuture, BusError,
-        registry::{
+        presence_store::{
             AdmitError, EphemeralEvent, JoinConditions, JoinSnapshot, NodePresence, PresenceScope,
-            PresenceVersion, RoomStoreOptions,
+            PresenceVersion,
         },
+        room_store::RoomStoreOptions,
         sessions::SessionOptions,
     },
     delivery::ServerId,

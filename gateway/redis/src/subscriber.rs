@@ -41,7 +41,7 @@ use super::{
     untrusted,
 };
 use skein_core::{
-    bus::{BoxFuture, BusError, Mailboxes, registry::EphemeralEvent},
+    bus::{BoxFuture, BusError, Mailboxes, presence_store::EphemeralEvent},
     delivery::Entry,
     drain::{Tasks, supervision::catch_panic_sync},
     telemetry::metrics::InvalidValue,

@@ -26,7 +26,7 @@ use crate::{
 };
 use skein_core::{
     bus::{
-        LogRetention, Retention, StorageLimits, UnseenInboxLimits, registry::RoomStoreOptions,
+        LogRetention, Retention, StorageLimits, UnseenInboxLimits, room_store::RoomStoreOptions,
         sessions::SessionOptions,
     },
     drain::schedule,
@@ -78,7 +78,7 @@ pub struct Config {
     /// Retention of logs and inboxes.
     pub retention: Retention,
     /// Retention of managed rooms.
-    pub registry: RoomStoreOptions,
+    pub room_store: RoomStoreOptions,
     /// Retention of sessions.
     pub sessions: SessionOptions,
     /// Rules that depend on the name of a room.
@@ -388,9 +388,9 @@ impl Config {
             node: node.clone(),
             log_format,
             log_level: log_level.0,
-            redis: redis_url.0.map(|url| RedisOptions { url, tls, partitions, lease: lease.0, retention: retention.clone(), registry: RoomStoreOptions { empty_ttl: empty_ttl.0 }, sessions: sessions.clone(), node: node.to_string() }),
+            redis: redis_url.0.map(|url| RedisOptions { url, tls, partitions, lease: lease.0, retention: retention.clone(), rooms: RoomStoreOptions { empty_ttl: empty_ttl.0 }, sessions: sessions.clone(), node: node.to_string() }),
             retention,
-            registry: RoomStoreOptions { empty_ttl: empty_ttl.0 },
+            room_store: RoomStoreOptions { empty_ttl: empty_ttl.0 },
             sessions,
             rooms: RoomRules { ephemeral: ephemeral.0.into_iter().map(|RoomPattern(text)| text).collect(), create_on_join },
             passwords: PasswordLimits { failures_per_ip: Rate::new(password_ip, 60 * second, password_ip), failures_per_room: Rate::new(password_room, 60 * second, password_room), wait_max: publish_timeout.0 / 2 },

@@ -13,8 +13,8 @@ use crate::{
 };
 use skein_core::{
     bus::{
-        Bus, Mailboxes, commands::ControlQueue, memory::MemoryBus, registry::PresenceStore,
-        sessions::SessionStore,
+        Bus, Mailboxes, commands::ControlQueue, memory::MemoryBus, presence_store::PresenceStore,
+        room_store::RoomStore, sessions::SessionStore,
     },
     control::Control,
     drain::{Tasks, supervision::TaskFailure},
@@ -91,17 +91,18 @@ impl Server {
             }
             None => None,
         };
-        let Stores { bus, registry, sessions, commands } = match &redis {
+        let Stores { bus, presence, rooms, sessions, commands } = match &redis {
             Some(redis) => Stores::of(redis.clone()),
             None => {
-                let (registry, sessions) = (&config.registry, &config.sessions);
+                let (rooms, sessions) = (&config.room_store, &config.sessions);
                 let (retention, mailboxes) = (config.retention, mailboxes.clone());
                 Stores::of(Arc::new(MemoryBus::start(
-                    retention, registry, sessions, mailboxes, &tasks,
+                    retention, rooms, sessions, mailboxes, &tasks,
                 )))
             }
         };
-        let presence = PresenceTracker::start(registry.clone(), config.presence, &tasks);
+        let presence_store = presence;
+        let presence = PresenceTracker::start(presence_store.clone(), config.presence, &tasks);
         let rules = Arc::new(config.rooms);
         metrics.bus_up.set(i64::from(redis.is_none()));
         let bus_status = mailboxes.node_state().status();
@@ -122,7 +123,7 @@ impl Server {
         let quotas = Arc::new(Quotas::new(config.quotas));
         let publisher = Publisher::new(
             bus.clone(),
-            registry,
+            presence_store,
             rules.clone(),
             (metrics.clone(), trails),
             quotas.clone(),
@@ -144,6 +145,7 @@ impl Server {
             hub,
             bus,
             presence,
+            rooms,
             sessions,
             auth: config.auth,
             rules,
@@ -216,18 +218,22 @@ impl Server {
     }
 }
 
-/// Stores of logs, presence, sessions and control commands: one backend for all.
+/// Stores of logs, presence, rooms, sessions and control commands: one backend for all.
 struct Stores {
     bus: Arc<dyn Bus>,
-    registry: Arc<dyn PresenceStore>,
+    presence: Arc<dyn PresenceStore>,
+    rooms: Arc<dyn RoomStore>,
     sessions: Arc<dyn SessionStore>,
     commands: Arc<dyn ControlQueue>,
 }
 
 impl Stores {
-    fn of<T: Bus + PresenceStore + SessionStore + ControlQueue + 'static>(store: Arc<T>) -> Self {
-        let (bus, registry, sessions) = (store.clone(), store.clone(), store.clone());
-        Self { bus, registry, sessions, commands: store }
+    fn of<T>(store: Arc<T>) -> Self
+    where
+        T: Bus + PresenceStore + RoomStore + SessionStore + ControlQueue + 'static,
+    {
+        let (bus, presence, rooms) = (store.clone(), store.clone(), store.clone());
+        Self { bus, presence, rooms, sessions: store.clone(), commands: store }
     }
 }
 

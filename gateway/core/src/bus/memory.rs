@@ -26,9 +26,8 @@ use store::StoreState;
 
 use super::{
     Append, Appended, BoxFuture, Bus, BusError, LogRetention, Mailboxes, READ_BYTES_MAX, ReadRange,
-    Retention, UnseenInboxLimits, UnseenPolicy, random_epoch,
-    registry::{EphemeralEvent, RoomStoreOptions},
-    sessions::SessionOptions,
+    Retention, UnseenInboxLimits, UnseenPolicy, presence_store::EphemeralEvent, random_epoch,
+    room_store::RoomStoreOptions, sessions::SessionOptions,
 };
 use crate::{
     delivery::{Entry, ReplicaSnapshot, ServerId, ordinal, page::LogPage},
@@ -320,7 +319,7 @@ impl Bus for MemoryBus {
     fn delete(&self, room: RoomId) -> BoxFuture<Result<(), BusError>> {
         self.delete_log(&room);
         if self.logs.lock().subscribed.contains_key(&room) {
-            self.mailboxes.send_ephemeral(room, EphemeralEvent::Emptied);
+            self.mailboxes.send_ephemeral(room, EphemeralEvent::LogDeleted);
         }
         ready(Ok(()))
     }

@@ -44,13 +44,14 @@ use crate::{
 pub mod placement;
 pub mod memory;
 pub mod commands;
-pub mod registry;
+pub mod presence_store;
+pub mod room_store;
 pub mod sessions;
 pub mod node_state;
 pub mod unconfirmed;
 
 use node_state::NodeState;
-use registry::EphemeralEvent;
+use presence_store::EphemeralEvent;
 
 /// A boxed future. A trait with `async fn` could not be used as an object.
 pub type BoxFuture<T> = Pin<Box<dyn Future<Output = T> + Send>>;

@@ -3,7 +3,7 @@
 //! A client gets a secret with its first connection. Presenting it on a later connection, on any
 //! node, resumes the session: its user and data. One connection holds a session at a time: a
 //! connection that presents the secret takes the session over, and the former one is
-//! [notified](super::registry::EphemeralEvent::Replaced). Only a digest of the secret is stored.
+//! [notified](super::presence_store::EphemeralEvent::Replaced). Only a digest of the secret is stored.
 //!
 //! There are two implementations, as of the [bus](super): in memory, and in Redis (`skein-redis`).
 
@@ -19,7 +19,7 @@ use skein_protocol::{
     token::ResumeToken,
 };
 
-use super::{BoxFuture, BusError, registry::UnixMillis};
+use super::{BoxFuture, BusError, presence_store::UnixMillis};
 
 /// The most sessions of a user; beyond that the least recently used one is removed. More than
 /// `limits.connections_per_user` by default.

@@ -20,7 +20,7 @@ use super::{
     room::Room,
 };
 use crate::{
-    bus::{ReadRange, registry::JoinSnapshot},
+    bus::{ReadRange, presence_store::JoinSnapshot},
     delivery::{
         Entry,
         cursor::{self, Resume},

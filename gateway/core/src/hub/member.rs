@@ -27,7 +27,7 @@ use smallvec::SmallVec;
 use crate::{
     bus::{
         node_state::NodeState,
-        registry::{PresenceVersion, UnixMillis, unix_millis_now},
+        presence_store::{PresenceVersion, UnixMillis, unix_millis_now},
         sessions::{ConnectionInfo, UnixMicros},
     },
     delivery::{Entry, replica::RetentionContext},

@@ -31,7 +31,7 @@ use tokio::{
 use crate::{
     bus::{
         Bus, BusError, Mailboxes, ShardReceiver,
-        registry::{OnlineStatus, PresenceDetails, PresenceSnapshot},
+        presence_store::{OnlineStatus, PresenceDetails, PresenceSnapshot},
         sessions::{SessionSelector, UnixMicros},
     },
     delivery::page::LogPage,

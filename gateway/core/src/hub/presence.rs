@@ -31,7 +31,7 @@ use super::{
     shard::Shard,
 };
 use crate::{
-    bus::registry::{
+    bus::presence_store::{
         EphemeralEvent, JoinSnapshot, PresenceDetails, PresenceSnapshot, UnixMillis, UserPresence,
         unix_millis_now,
     },
@@ -150,7 +150,8 @@ impl Room {
             }
             EphemeralEvent::Replaced { session, by } => self.close_replaced(session, by),
             // The shard handles these.
-            EphemeralEvent::Closed { .. } | EphemeralEvent::Status | EphemeralEvent::Emptied => {}
+            EphemeralEvent::Closed { .. } | EphemeralEvent::Status | EphemeralEvent::LogDeleted => {
+            }
         }
         false
     }
@@ -406,7 +407,7 @@ impl Shard {
         if let EphemeralEvent::Status = event {
             return self.status_changed(name);
         }
-        if let EphemeralEvent::Emptied = event {
+        if let EphemeralEvent::LogDeleted = event {
             return self.read_forward(name);
         }
         let event_members_max = self.presence.options().event_members_max;

@@ -21,7 +21,7 @@ use super::{
     presence::wire_time,
     shard::Shard,
 };
-use crate::bus::registry::OnlineStatus;
+use crate::bus::presence_store::OnlineStatus;
 
 /// The users watched on this node.
 pub(super) type WatchedUsers = HashMap<UserId, WatchedUser>;

@@ -2,7 +2,7 @@
 //! gone.
 //!
 //! A connection in a room holds a [`PresenceGuard`]. The first guard of a user makes the user
-//! present in the [store](crate::bus::registry). After the last guard is dropped the user stays
+//! present in the [store](crate::bus::presence_store). After the last guard is dropped the user stays
 //! present for a moment, so that reloading a page is not a departure and a return for everyone
 //! else.
 
@@ -30,7 +30,7 @@ use tokio::{sync::Notify, time::Instant};
 use crate::{
     bus::{
         BoxFuture, BusError,
-        registry::{
+        presence_store::{
             AdmitError, JoinConditions, JoinSnapshot, NodePresence, OnlinePage, OnlineStatus,
             PresenceScope, PresenceStore, UnixMillis, UserPresence, unix_millis_now,
         },

@@ -11,7 +11,7 @@ use skein_protocol::{
     protocol::server_frame::UserInfo,
 };
 
-use crate::bus::registry::{PresenceChange, PresenceSnapshot, PresenceVersion};
+use crate::bus::presence_store::{PresenceChange, PresenceSnapshot, PresenceVersion};
 
 /// The most changes buffered during a read; above it, the roster is read again.
 const BUFFERED_MAX: usize = 1024;

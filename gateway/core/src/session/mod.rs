@@ -38,7 +38,8 @@ use crate::{
     bus::{
         Appended, BoxFuture, Bus, BusError,
         node_state::BusStatus,
-        registry::{EphemeralEvent, RoomConfig, unix_millis_now},
+        presence_store::{EphemeralEvent, unix_millis_now},
+        room_store::{RoomConfig, RoomStore},
         sessions::SessionStore,
     },
     hub::{
@@ -78,6 +79,8 @@ pub struct Services {
     pub bus: Arc<dyn Bus>,
     /// The presence of this node's connections.
     pub presence: Arc<PresenceTracker>,
+    /// The store of rooms.
+    pub rooms: Arc<dyn RoomStore>,
     /// The store of sessions.
     pub sessions: Arc<dyn SessionStore>,
     /// Authentication of clients.

@@ -25,7 +25,7 @@ use super::{RequestOutcome, Services, error_frame, reject, with_outage_delay, wi
 use crate::{
     bus::{
         BoxFuture, BusError, ReadRange,
-        registry::{
+        presence_store::{
             AdmitError, JoinConditions, JoinSnapshot, OnlinePage, PresenceDetails, PresenceScope,
         },
     },
@@ -293,7 +293,7 @@ async fn admit(
     join: &client_frame::JoinFrame,
     user: &UserInfo,
 ) -> Result<(PresenceGuard, JoinSnapshot), JoinRejection> {
-    let Services { presence, rules, passwords, quotas, .. } = &*context.services;
+    let Services { presence, rooms, rules, passwords, quotas, .. } = &*context.services;
     let within_quota = quotas.check_new_room(&context.writer, Instant::now());
     let mut keep_to = JoinConditions {
         password_hash: None,
@@ -301,7 +301,7 @@ async fn admit(
         within_quota: within_quota.is_ok(),
     };
     if let Some(password) = &join.password {
-        let found = presence.store().find(join.room.clone()).await?;
+        let found = rooms.find(join.room.clone()).await?;
         if let Some(hash) = found.and_then(|found| found.config?.password) {
             let (user, room) = (user.id.clone(), join.room.clone());
             let attempt = PasswordAttempt { address: context.address(), user, room };
@@ -378,7 +378,7 @@ pub(super) async fn online(
             return RequestOutcome::Done;
         }
     };
-    let present = |detail: crate::bus::registry::UserPresence| {
+    let present = |detail: crate::bus::presence_store::UserPresence| {
         let active = presence.active(&PresenceScope::Cluster, &detail.user.id).unwrap_or_default();
         PresenceUser {
             id: detail.user.id,

@@ -17,7 +17,7 @@ use super::{
     requests::{RequestContext, TOO_MANY_PASSWORDS},
 };
 use crate::{
-    bus::registry::{CreateOutcome, DeleteOutcome, RoomConfig, RoomPage, RoomSummary},
+    bus::room_store::{CreateOutcome, DeleteOutcome, RoomConfig, RoomPage, RoomSummary},
     hub::presence::wire_time,
     rooms::RoomRules,
     telemetry::metrics::StorageLimit,
@@ -78,7 +78,7 @@ pub(super) async fn create(
             }
         };
     }
-    let store = context.services.presence.store();
+    let store = &context.services.rooms;
     let owned_max = context.services.limits.managed_max;
     let owned_max = Some(owned_max).filter(|max| *max > 0);
     match context.wait(store.create(room.clone(), record.clone(), owned_max)).await {
@@ -104,7 +104,7 @@ pub(super) async fn create(
 }
 
 pub(super) async fn delete(context: RequestContext, room: RoomId, user: UserId) -> RequestOutcome {
-    let store = context.services.presence.store();
+    let store = &context.services.rooms;
     let by = Some(context.handle.connection);
     let (code, text) = match context.wait(store.delete_room(room.clone(), Some(user), by)).await {
         Ok(DeleteOutcome::Deleted) => {
@@ -130,7 +130,7 @@ pub(super) async fn info(
     is_member: bool,
     is_open: bool,
 ) -> RequestOutcome {
-    let store = context.services.presence.store();
+    let store = &context.services.rooms;
     let (code, text) = match context.read(store.find(room.clone()), |_| 0).await {
         Ok(Some(found)) => {
             let info = info_of(found, &context.services.rules);
@@ -162,7 +162,7 @@ pub(super) async fn list(
     wanted: client_frame::RoomsFrame,
     identity: Identity,
 ) -> RequestOutcome {
-    let store = context.services.presence.store();
+    let store = &context.services.rooms;
     let (prefix, after) = (wanted.prefix.unwrap_or_default(), wanted.cursor.unwrap_or_default());
     let listing = store.list(prefix, after, wanted.limit as usize, false);
     let listing = match context.read(listing, bytes_of).await {

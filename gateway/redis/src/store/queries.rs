@@ -19,10 +19,11 @@ use super::{
 use skein_core::{
     bus::{
         BusError,
-        registry::{
-            CreateOutcome, OnlinePage, OnlineStatus, PresenceDetails, PresenceSnapshot,
-            PresenceVersion, RoomConfig, RoomPage, RoomSummary, UserPresence,
+        presence_store::{
+            OnlinePage, OnlineStatus, PresenceDetails, PresenceSnapshot, PresenceVersion,
+            UserPresence,
         },
+        room_store::{CreateOutcome, RoomConfig, RoomPage, RoomSummary},
     },
     telemetry::metrics::InvalidValue,
 };

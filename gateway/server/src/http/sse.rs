@@ -66,7 +66,8 @@ use crate::transport::status_changed;
 use skein_core::{
     bus::{
         node_state::BusStatus,
-        registry::{RoomConfig, RoomSummary, unix_millis_now},
+        presence_store::unix_millis_now,
+        room_store::{RoomConfig, RoomSummary},
     },
     hub::{SubscribeFailed, member::ConnectionHandle},
     limits::Permit,
@@ -539,9 +540,9 @@ impl EventStream {
         {
             self.join(room).await.map_err(reject)?;
         }
-        let (rules, registry) = (&node.services.rules, node.services.presence.store());
+        let (rules, rooms) = (&node.services.rules, &node.services.rooms);
         for room in &self.waiting {
-            let found = registry.find(room.clone());
+            let found = rooms.find(room.clone());
             let found = match tokio::time::timeout(node.services.limits.wait_max, found).await {
                 Ok(Ok(found)) => found,
                 Ok(Err(_)) | Err(_) => return Err(reject(ErrorCode::Unavailable)),

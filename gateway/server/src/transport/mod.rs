@@ -36,7 +36,7 @@ use tokio::{
 };
 
 use skein_core::{
-    bus::{BoxFuture, node_state::BusStatus, output_of, registry::unix_millis_now},
+    bus::{BoxFuture, node_state::BusStatus, output_of, presence_store::unix_millis_now},
     drain::{schedule::DrainBatch, supervision::catch_panic},
     hub::member::{ConnectionHandle, text_frame},
     limits::meter::{InputBudget, Meter, MeterDecision},

@@ -80,7 +80,7 @@ async fn redis_at(url: String, retention: Retention) -> BusFixture {
         partitions: PARTITIONS,
         lease: LEASE,
         retention,
-        registry: Default::default(),
+        rooms: Default::default(),
         sessions: Default::default(),
         node: "n".to_owned(),
     };

@@ -24,7 +24,7 @@ use skein_client::{
     options::{ConnectError, ConnectOptions},
 };
 use skein_core::{
-    bus::{Mailboxes, Retention, memory::MemoryBus, registry::RoomStoreOptions},
+    bus::{Mailboxes, Retention, memory::MemoryBus, room_store::RoomStoreOptions},
     drain::Tasks,
     hub::HubOptions,
     presence::{PresenceOptions, PresenceTracker},
@@ -177,14 +177,14 @@ pub fn hub_options() -> HubOptions {
 /// PresenceTracker of nobody, for a hub whose members only hear a log.
 pub fn nobody(tasks: &Tasks) -> Arc<PresenceTracker> {
     let (mailboxes, _) = Mailboxes::new(1, 1, Arc::new(Metrics::new()));
-    let registry = MemoryBus::start(
+    let store = MemoryBus::start(
         retention(),
         &RoomStoreOptions::default(),
         &Default::default(),
         mailboxes,
         tasks,
     );
-    PresenceTracker::start(Arc::new(registry), PresenceOptions::default(), tasks)
+    PresenceTracker::start(Arc::new(store), PresenceOptions::default(), tasks)
 }
 
 /// How long the logs of a bus without a gateway are kept: longer than any test.

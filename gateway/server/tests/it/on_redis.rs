@@ -6,7 +6,7 @@ use std::{sync::Arc, time::Duration};
 use skein_core::{
     bus::{
         BusError,
-        registry::{NodePresence, PresenceScope, PresenceStore as _},
+        presence_store::{NodePresence, PresenceScope, PresenceStore as _},
     },
     drain::Tasks,
     telemetry::metrics::Metrics,
@@ -71,7 +71,7 @@ impl RedisRegistry {
             partitions: PARTITIONS,
             lease: LEASE,
             retention: retention(),
-            registry: Default::default(),
+            rooms: Default::default(),
             sessions: Default::default(),
             node: node.to_owned(),
         };
@@ -93,7 +93,7 @@ async fn a_node_with_a_different_partition_count_does_not_start() {
         partitions: 17,
         lease: LEASE,
         retention: retention(),
-        registry: Default::default(),
+        rooms: Default::default(),
         sessions: Default::default(),
         node: "n".to_owned(),
     };

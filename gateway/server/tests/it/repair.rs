@@ -125,7 +125,7 @@ async fn a_thousand_rooms_are_repaired_after_a_link_outage() {
         partitions: 16,
         lease: LEASE,
         retention: retention(),
-        registry: Default::default(),
+        rooms: Default::default(),
         sessions: Default::default(),
         node: "n".to_owned(),
     };

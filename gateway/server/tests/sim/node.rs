@@ -105,7 +105,7 @@ impl SimNode {
             partitions: shape.partitions,
             lease: LEASE,
             retention: shape.retention.clone(),
-            registry: Default::default(),
+            rooms: Default::default(),
             sessions: Default::default(),
         };
         let bus_status = mailboxes.node_state().status();
@@ -160,6 +160,7 @@ impl SimNode {
             hub,
             bus,
             presence,
+            rooms: redis.clone(),
             sessions: redis.clone(),
             auth: Auth::Anonymous,
             rules,

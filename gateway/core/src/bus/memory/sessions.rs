@@ -17,7 +17,7 @@ use skein_protocol::{
 use super::{MemoryBus, ready};
 use crate::bus::{
     BoxFuture, BusError,
-    registry::{EphemeralEvent, UnixMillis, unix_millis_now},
+    presence_store::{EphemeralEvent, UnixMillis, unix_millis_now},
     sessions::{
         ConnectionInfo, OpenedSession, SESSIONS_MAX, SecretDigest, SessionDataError, SessionHolder,
         SessionRequest, SessionSelector, SessionStore, StoredSession, UnixMicros, merge_data,

@@ -20,12 +20,12 @@ use super::{MemoryBus, ready};
 use crate::{
     bus::{
         AppendCallback, Appended, BoxFuture, BusError,
-        registry::{
-            AdmitError, CreateOutcome, DeleteOutcome, EphemeralEvent, JoinConditions, JoinSnapshot,
-            NodePresence, OnlinePage, OnlineStatus, PresenceChange, PresenceDetails, PresenceScope,
-            PresenceSnapshot, PresenceStore, PresenceVersion, RoomConfig, RoomPage, RoomSummary,
-            UnixMillis, UserPresence,
+        presence_store::{
+            AdmitError, EphemeralEvent, JoinConditions, JoinSnapshot, NodePresence, OnlinePage,
+            OnlineStatus, PresenceChange, PresenceDetails, PresenceScope, PresenceSnapshot,
+            PresenceStore, PresenceVersion, UnixMillis, UserPresence,
         },
+        room_store::{CreateOutcome, DeleteOutcome, RoomConfig, RoomPage, RoomStore, RoomSummary},
     },
     telemetry::metrics::StorageLimit,
 };
@@ -387,7 +387,9 @@ impl PresenceStore for MemoryBus {
         let position = Position::new(Epoch::none(), 0);
         done(Ok(Appended { position, duplicate: false, opened_inbox: false }));
     }
+}
 
+impl RoomStore for MemoryBus {
     fn create(
         &self,
         room: RoomId,

@@ -25,9 +25,8 @@ use skein_core::{
     bus::{
         BusError, ReadRange,
         commands::ControlCommand,
-        registry::{
-            CreateOutcome, DeleteOutcome, RoomConfig, RoomSummary, UserPresence, unix_millis_now,
-        },
+        presence_store::{UserPresence, unix_millis_now},
+        room_store::{CreateOutcome, DeleteOutcome, RoomConfig, RoomSummary},
     },
     delivery::page::LogPage,
     publisher::API_USER,
@@ -186,7 +185,7 @@ pub(super) async fn list(
     paging: Result<Query<PageQuery>, QueryRejection>,
 ) -> Result<Json<RoomDetailsPage>, ApiError> {
     let (prefix, after, limit) = parse_query(paging)?.checked()?;
-    let store = node.services.presence.store();
+    let store = &node.services.rooms;
     let listing = await_bus(&node, store.list(prefix, after, limit, true)).await?;
     let rooms = listing.rooms.into_iter().map(|found| RoomDetails::of(&node, found)).collect();
     Ok(Json(RoomDetailsPage { rooms, cursor: listing.next }))
@@ -203,7 +202,7 @@ pub(super) async fn info(
     State(node): State<Arc<Node>>,
     Path(room): Path<String>,
 ) -> Result<Json<RoomDetails>, ApiError> {
-    let store = node.services.presence.store();
+    let store = &node.services.rooms;
     let found = await_bus(&node, store.find(parse_name(&room)?)).await?;
     found.map(|found| Json(RoomDetails::of(&node, found))).ok_or_else(not_found)
 }
@@ -282,7 +281,7 @@ pub(super) async fn create(
 ) -> Result<(StatusCode, Json<RoomDetails>), ApiError> {
     let room: RoomId = parse_name(&room)?;
     let config = settings.into_config(&node, &room).await?;
-    let store = node.services.presence.store();
+    let store = &node.services.rooms;
     if await_bus(&node, store.create(room.clone(), config.clone(), None)).await?
         != CreateOutcome::Created
     {
@@ -304,7 +303,7 @@ pub(super) async fn delete(
     State(node): State<Arc<Node>>,
     Path(room): Path<String>,
 ) -> Result<Json<DeletedRoom>, ApiError> {
-    let store = node.services.presence.store();
+    let store = &node.services.rooms;
     match await_bus(&node, store.delete_room(parse_name(&room)?, None, None)).await? {
         DeleteOutcome::Deleted => Ok(Json(DeletedRoom { room })),
         DeleteOutcome::NotFound | DeleteOutcome::NotOwner => Err(not_found()),

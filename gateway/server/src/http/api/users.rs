@@ -19,7 +19,7 @@ use super::{
 };
 use crate::http::Node;
 use skein_core::{
-    bus::{commands::NodeQuery, registry::UserPresence, sessions::SessionSelector},
+    bus::{commands::NodeQuery, presence_store::UserPresence, sessions::SessionSelector},
     control::kicked,
     hub::presence::wire_time,
     outbox::Close,

@@ -37,7 +37,7 @@ impl NodeWithoutListener {
             partitions: 256,
             lease: LEASE,
             retention: retention(),
-            registry: Default::default(),
+            rooms: Default::default(),
             sessions: Default::default(),
             node,
             tls: Default::default(),
