@@ -10,11 +10,11 @@
 //!
 //! There are two implementations, as of the [bus](super): in memory, and in Redis (`skein-redis`).
 
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::{SystemTime, UNIX_EPOCH};
 
 use crate::envelope::Envelope;
 use skein_protocol::{
-    ids::{ConnectionId, DisplayName, RoomId, SessionId, UserId},
+    ids::{ConnectionId, RoomId, SessionId, UserId},
     position::Seq,
     protocol::server_frame::{RoomClosedReason, UserInfo},
 };
