@@ -4,7 +4,7 @@ use gateway::config::Config;
 use skein_core::telemetry::metrics::Metrics;
 use skein_protocol::{close::CloseCode, error::ErrorCode};
 
-use crate::tidy::root;
+use crate::tidy::{root, sources};
 
 fn document(name: &str) -> String {
     let path = root().join("docs").join(name);
@@ -28,25 +28,16 @@ fn documented_metrics_match_the_code() {
     assert!(document("metrics.md").contains(&table), "docs/metrics.md should have\n{table}");
 }
 
-/// Source files of the gateway and its tests.
-fn sources(folder: &std::path::Path) -> String {
-    let mut text = String::new();
-    for entry in std::fs::read_dir(folder).unwrap() {
-        let path = entry.unwrap().path();
-        if path.is_dir() {
-            text.push_str(&sources(&path));
-        } else if path.extension().is_some_and(|extension| extension == "rs") {
-            text.push_str(&std::fs::read_to_string(path).unwrap());
-        }
-    }
-    text
+/// The text of every Rust file below `folders`.
+fn texts(folders: &[&str]) -> String {
+    folders.iter().flat_map(|folder| sources(folder)).map(|(_, text)| text).collect()
 }
 
 #[test]
 fn the_durable_state_ledger_names_existing_code() {
     let (limits, options) = (document("limits.md"), Config::describe());
     let metrics = Metrics::new().describe();
-    let sources = sources(&root().join("gateway"));
+    let sources = texts(&["gateway"]);
     let mut rows = 0;
     for row in limits.lines().filter(|line| line.starts_with("| ") && !line.starts_with("| what")) {
         if row.starts_with("| ---") {
@@ -127,8 +118,7 @@ fn every_link_resolves_to_a_file_and_a_heading() {
 
 #[test]
 fn every_test_named_in_faults_and_adrs_exists() {
-    let folders = ["gateway", "shared", "loadtest"];
-    let sources: String = folders.iter().map(|folder| sources(&root().join(folder))).collect();
+    let sources = texts(&["gateway", "shared", "loadtest"]);
     let names_tests = |path: &std::path::Path| {
         path.ends_with("docs/faults.md") || path.parent().unwrap().ends_with("docs/adr")
     };
