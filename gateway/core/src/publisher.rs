@@ -6,7 +6,6 @@ use std::{
     time::{Duration, SystemTime},
 };
 
-use crate::envelope::{AuthorHash, Envelope, EnvelopeParts, FrameType, binary_payload_bytes_max};
 use serde::Serialize;
 use serde_json::value::RawValue;
 use skein_protocol::{
@@ -26,6 +25,7 @@ use crate::{
         Append, AppendCallback, Appended, Bus, BusError, UnseenPolicy,
         presence_store::{EphemeralEvent, PresenceStore},
     },
+    envelope::{AuthorHash, Envelope, EnvelopeParts, FrameType, binary_payload_bytes_max},
     limits::quotas::{ENTRY_BYTES, Quotas, Writer},
     rooms::RoomRules,
     telemetry::{

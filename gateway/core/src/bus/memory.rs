@@ -8,7 +8,6 @@ use std::{
     time::Duration,
 };
 
-use crate::envelope::DedupKey;
 use parking_lot::Mutex;
 use skein_protocol::{
     ids::{RoomId, UserId},
@@ -32,6 +31,7 @@ use super::{
 use crate::{
     delivery::{Entry, ReplicaSnapshot, ServerId, ordinal, page::LogPage},
     drain::Tasks,
+    envelope::DedupKey,
 };
 
 /// Memory of a log, and of a known id, beside the entries, roughly.

@@ -26,7 +26,6 @@ use std::{
     time::Duration,
 };
 
-use crate::envelope::Envelope;
 use skein_protocol::{
     ids::{RoomId, RoomKind},
     position::{Position, Seq},
@@ -38,6 +37,7 @@ use tokio::{
 
 use crate::{
     delivery::{Entry, ReplicaSnapshot, page::LogPage},
+    envelope::Envelope,
     telemetry::metrics::Metrics,
 };
 

@@ -16,12 +16,14 @@ use std::{
     time::Duration,
 };
 
-use crate::envelope::{DedupKey, Envelope};
 use parking_lot::Mutex;
 use skein_protocol::{ids::RoomId, position::Position};
 use tokio::time::Instant;
 
-use crate::delivery::{Entry, ServerId, ordinal};
+use crate::{
+    delivery::{Entry, ServerId, ordinal},
+    envelope::{DedupKey, Envelope},
+};
 
 /// How long an acknowledged publish is kept that stays unconfirmed. After that it is in the logs of
 /// replicas and in files, as far as it ever will be.

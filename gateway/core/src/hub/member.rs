@@ -9,7 +9,6 @@ use std::{
     time::Duration,
 };
 
-use crate::envelope::Envelope;
 use bytes::Bytes;
 use parking_lot::Mutex;
 use serde_json::value::RawValue;
@@ -31,6 +30,7 @@ use crate::{
         sessions::{ConnectionInfo, UnixMicros},
     },
     delivery::{Entry, replica::RetentionContext},
+    envelope::Envelope,
     outbox::{OfferResult, Outbox, deflate::DeflateOptions},
     telemetry::{metrics::Metrics, trail::MessageTrails},
 };

@@ -6,7 +6,6 @@
 
 use std::collections::{HashMap, VecDeque};
 
-use crate::envelope::FrameType;
 use serde::Deserialize;
 use skein_protocol::{
     ids::{ConnectionId, RoomId, RoomKind, UserId},
@@ -29,6 +28,7 @@ use crate::{
         reconcile::{READ_LEN, ReadFrom},
         replica::{DeliverySink, NextAction, ReplicaEntryClass, RoomReplica},
     },
+    envelope::FrameType,
     telemetry::{
         metrics::{EntryResult, LogRepairResult},
         trail::FanOutCounts,

@@ -15,7 +15,6 @@ use std::{
     time::{Duration, SystemTime},
 };
 
-use crate::envelope::AuthorHash;
 use serde_json::value::RawValue;
 use skein_protocol::{
     error::ErrorCode,
@@ -42,6 +41,7 @@ use crate::{
         room_store::{RoomConfig, RoomStore},
         sessions::SessionStore,
     },
+    envelope::AuthorHash,
     hub::{
         Hub,
         member::{ConnectionHandle, InlineAck},

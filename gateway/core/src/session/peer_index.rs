@@ -14,7 +14,6 @@ use std::{
     },
 };
 
-use crate::envelope::FrameType;
 use parking_lot::Mutex;
 use serde::Deserialize;
 use skein_protocol::{
@@ -27,6 +26,7 @@ use tokio::sync::Semaphore;
 use crate::{
     bus::ReadRange,
     delivery::{Entry, page::LogPage},
+    envelope::FrameType,
 };
 
 /// The most indexed entries, over all inboxes.

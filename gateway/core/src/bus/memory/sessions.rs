@@ -6,7 +6,6 @@ use std::{
     time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
-use crate::envelope::AuthorHash;
 use serde_json::{Map, Value};
 use skein_protocol::{
     ids::{ConnectionId, RoomId, SessionId, UserId},
@@ -15,13 +14,17 @@ use skein_protocol::{
 };
 
 use super::{MemoryBus, ready};
-use crate::bus::{
-    BoxFuture, BusError,
-    presence_store::{EphemeralEvent, UnixMillis, unix_millis_now},
-    sessions::{
-        ConnectionInfo, OpenedSession, SESSIONS_MAX, SecretDigest, SessionDataError, SessionHolder,
-        SessionRequest, SessionSelector, SessionStore, StoredSession, UnixMicros, merge_data,
+use crate::{
+    bus::{
+        BoxFuture, BusError,
+        presence_store::{EphemeralEvent, UnixMillis, unix_millis_now},
+        sessions::{
+            ConnectionInfo, OpenedSession, SESSIONS_MAX, SecretDigest, SessionDataError,
+            SessionHolder, SessionRequest, SessionSelector, SessionStore, StoredSession,
+            UnixMicros, merge_data,
+        },
     },
+    envelope::AuthorHash,
 };
 
 /// The most sessions of all users, some 300 bytes each and their data; beyond that the least
