@@ -16,14 +16,14 @@ use skein_protocol::{
     ids::{ConnectionId, MessageId, RoomId},
     position::Seq,
 };
-use skein_redis::{LEASE, RedisBus, RedisOptions, topology::TlsFiles};
+use skein_redis::{RedisBus, RedisOptions};
 use tokio::{
     sync::{mpsc, oneshot},
     time::Instant,
 };
 
 use crate::{
-    harness::{Redis, message_fields, retention, room, with_redis, within},
+    harness::{Redis, message_fields, redis_options, retention, room, with_redis, within},
     servers::single_node_redis_cluster,
 };
 
@@ -74,16 +74,7 @@ pub async fn redis(server: &Redis, retention: Retention) -> BusFixture {
 async fn redis_at(url: String, retention: Retention) -> BusFixture {
     let (mailboxes, received) = mailbox();
     let tasks = Tasks::default();
-    let options = RedisOptions {
-        url,
-        tls: TlsFiles::default(),
-        partitions: PARTITIONS,
-        lease: LEASE,
-        retention,
-        rooms: Default::default(),
-        sessions: Default::default(),
-        node: "n".to_owned(),
-    };
+    let options = RedisOptions { retention, ..redis_options(url, PARTITIONS, "n") };
     let bus = RedisBus::start(options, mailboxes, Arc::new(Metrics::new()), &tasks).unwrap();
     within(bus.reached()).await.unwrap();
     BusFixture { bus: Arc::new(bus), received, tasks }

@@ -24,9 +24,11 @@ use skein_client::{
     options::{ConnectError, ConnectOptions},
 };
 use skein_core::{
-    bus::{Mailboxes, Retention, memory::MemoryBus, room_store::RoomStoreOptions},
+    bus::{
+        Bus, Mailboxes, Retention, ShardReceiver, memory::MemoryBus, room_store::RoomStoreOptions,
+    },
     drain::Tasks,
-    hub::HubOptions,
+    hub::{Hub, HubOptions},
     presence::{PresenceOptions, PresenceTracker},
     telemetry::metrics::Metrics,
 };
@@ -34,6 +36,7 @@ use skein_protocol::{
     ids::{MessageId, RoomId},
     protocol::server_frame::{AckFrame, MessageFrame, ServerFrame},
 };
+use skein_redis::{LEASE, RedisOptions, topology::TlsFiles};
 use tempfile::TempDir;
 use tokio::{
     io::{AsyncBufReadExt as _, AsyncReadExt as _, AsyncWriteExt as _, BufReader},
@@ -174,8 +177,35 @@ pub fn hub_options() -> HubOptions {
     }
 }
 
+/// Options of a Redis bus without a gateway.
+pub fn redis_options(url: String, partitions: u16, node: &str) -> RedisOptions {
+    RedisOptions {
+        url,
+        tls: TlsFiles::default(),
+        partitions,
+        lease: LEASE,
+        retention: retention(),
+        rooms: RoomStoreOptions::default(),
+        sessions: Default::default(),
+        node: node.to_owned(),
+    }
+}
+
+/// Starts a hub without a gateway, whose rooms have no presence.
+pub fn start_hub(
+    bus: &Arc<dyn Bus>,
+    mailboxes: Mailboxes,
+    messages: Vec<ShardReceiver>,
+    metrics: &Arc<Metrics>,
+    tasks: &Tasks,
+) -> Hub {
+    let without_presence = (bus, &nobody(tasks), &Default::default());
+    let telemetry = (metrics, &Default::default());
+    Hub::start(without_presence, mailboxes, messages, hub_options(), telemetry, tasks)
+}
+
 /// PresenceTracker of nobody, for a hub whose members only hear a log.
-pub fn nobody(tasks: &Tasks) -> Arc<PresenceTracker> {
+fn nobody(tasks: &Tasks) -> Arc<PresenceTracker> {
     let (mailboxes, _) = Mailboxes::new(1, 1, Arc::new(Metrics::new()));
     let store = MemoryBus::start(
         retention(),

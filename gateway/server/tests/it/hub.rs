@@ -36,7 +36,7 @@ use tokio::{
     time::Instant,
 };
 
-use crate::harness::{self, hub_options, nobody, room};
+use crate::harness::{self, hub_options, room, start_hub};
 
 struct HubFixture {
     bus: Arc<dyn Bus>,
@@ -100,15 +100,7 @@ impl HubFixture {
                 }
             }
         });
-        let people = (&bus, &nobody(&tasks), &Default::default());
-        let hub = Hub::start(
-            people,
-            mailboxes.clone(),
-            letters,
-            hub_options(),
-            (&metrics, &Default::default()),
-            &tasks,
-        );
+        let hub = start_hub(&bus, mailboxes.clone(), letters, &metrics, &tasks);
         Self { bus, hub, tasks, metrics, mailboxes, reads }
     }
 

@@ -16,12 +16,12 @@ use skein_protocol::{
     position::Seq,
     protocol::server_frame::UserInfo,
 };
-use skein_redis::{LEASE, RedisBus, RedisOptions, RedisStartError, topology::TlsFiles};
+use skein_redis::{RedisBus, RedisStartError};
 use tokio::time::Instant;
 
 use crate::{
     bus::{PARTITIONS, mailbox, redis},
-    harness::{Redis, retention, room, until, within},
+    harness::{Redis, redis_options, retention, room, until, within},
 };
 
 /// So many that HSCAN passes many empty buckets of their hash.
@@ -65,16 +65,7 @@ struct RedisRegistry {
 impl RedisRegistry {
     async fn start(server: &Redis, node: &str) -> Self {
         let tasks = Tasks::default();
-        let options = RedisOptions {
-            url: server.url(),
-            tls: TlsFiles::default(),
-            partitions: PARTITIONS,
-            lease: LEASE,
-            retention: retention(),
-            rooms: Default::default(),
-            sessions: Default::default(),
-            node: node.to_owned(),
-        };
+        let options = redis_options(server.url(), PARTITIONS, node);
         let (mailboxes, metrics) = (mailbox().0, Arc::new(Metrics::new()));
         let bus = RedisBus::start(options, mailboxes, metrics, &tasks).unwrap();
         within(bus.reached()).await.unwrap();
@@ -87,16 +78,7 @@ async fn a_node_with_a_different_partition_count_does_not_start() {
     let server = Redis::start().await;
     let first = redis(&server, retention()).await;
     let tasks = Tasks::default();
-    let options = RedisOptions {
-        url: server.url(),
-        tls: TlsFiles::default(),
-        partitions: 17,
-        lease: LEASE,
-        retention: retention(),
-        rooms: Default::default(),
-        sessions: Default::default(),
-        node: "n".to_owned(),
-    };
+    let options = redis_options(server.url(), 17, "n");
     let bus = RedisBus::start(options, mailbox().0, Arc::new(Metrics::new()), &tasks).unwrap();
     let error = within(bus.reached()).await.unwrap_err();
     assert!(

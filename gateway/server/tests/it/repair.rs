@@ -12,12 +12,12 @@ use skein_core::envelope::{AuthorHash, Envelope, EnvelopeParts};
 use skein_core::{
     bus::{Append, Bus, Mailboxes},
     drain::Tasks,
-    hub::{Hub, MAILBOX_LEN, join::JoinStart, member::ConnectionHandle},
+    hub::{MAILBOX_LEN, join::JoinStart, member::ConnectionHandle},
     outbox::Outbox,
     telemetry::metrics::Metrics,
 };
 use skein_protocol::ids::{ConnectionId, MessageId, RoomId};
-use skein_redis::{LEASE, RedisBus, RedisOptions, topology::TlsFiles};
+use skein_redis::RedisBus;
 use tokio::{
     io::{AsyncReadExt as _, AsyncWriteExt as _},
     net::{TcpListener, TcpStream},
@@ -26,8 +26,8 @@ use tokio::{
 };
 
 use crate::harness::{
-    Gateway, Redis, get, hub_options, message_fields, next_message, nobody, retention, room, say,
-    until, within,
+    Gateway, Redis, get, message_fields, next_message, redis_options, room, say, start_hub, until,
+    within,
 };
 
 /// A relay to Redis that can drop everything Redis sends to subscribers, while connections stay
@@ -119,28 +119,11 @@ async fn a_thousand_rooms_are_repaired_after_a_link_outage() {
     let redis = Redis::start().await;
     let (metrics, tasks) = (Arc::new(Metrics::new()), Tasks::default());
     let (mailboxes, letters) = Mailboxes::new(2, MAILBOX_LEN, metrics.clone());
-    let options = RedisOptions {
-        url: redis.url(),
-        tls: TlsFiles::default(),
-        partitions: 16,
-        lease: LEASE,
-        retention: retention(),
-        rooms: Default::default(),
-        sessions: Default::default(),
-        node: "n".to_owned(),
-    };
+    let options = redis_options(redis.url(), 16, "n");
     let bus = RedisBus::start(options, mailboxes.clone(), metrics.clone(), &tasks).unwrap();
     within(bus.reached()).await.unwrap();
     let bus: Arc<dyn Bus> = Arc::new(bus);
-    let people = (&bus, &nobody(&tasks), &Default::default());
-    let hub = Hub::start(
-        people,
-        mailboxes,
-        letters,
-        hub_options(),
-        (&metrics, &Default::default()),
-        &tasks,
-    );
+    let hub = start_hub(&bus, mailboxes, letters, &metrics, &tasks);
     let rooms: Vec<RoomId> = (0..ROOMS).map(|i| room(&format!("r{i}"))).collect();
     let outbox = Outbox::to_owner(64 << 20, metrics.clone());
     let member = Arc::new(ConnectionHandle::new(ConnectionId::random(), outbox));

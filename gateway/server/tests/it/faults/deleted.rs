@@ -13,11 +13,11 @@ use skein_core::{
     telemetry::metrics::Metrics,
 };
 use skein_protocol::{error::ErrorCode, protocol::server_frame::ServerFrame};
-use skein_redis::{LEASE, RedisBus, RedisOptions};
+use skein_redis::RedisBus;
 
 use super::proxy::{Mode, Proxy};
 use crate::harness::{
-    Gateway, Redis, get, hub_options, next_message, nobody, retention, room, say, until, within,
+    Gateway, Redis, get, next_message, redis_options, room, say, start_hub, until, within,
 };
 
 /// A node without a listener, for calls that no frame can make.
@@ -31,29 +31,11 @@ impl NodeWithoutListener {
     async fn start(redis: &Redis) -> Self {
         let (metrics, tasks) = (Arc::new(Metrics::new()), Tasks::default());
         let (mailboxes, letters) = Mailboxes::new(1, MAILBOX_LEN, metrics.clone());
-        let node = "bare".to_owned();
-        let options = RedisOptions {
-            url: redis.url(),
-            partitions: 256,
-            lease: LEASE,
-            retention: retention(),
-            rooms: Default::default(),
-            sessions: Default::default(),
-            node,
-            tls: Default::default(),
-        };
+        let options = redis_options(redis.url(), 256, "bare");
         let bus = RedisBus::start(options, mailboxes.clone(), metrics.clone(), &tasks).unwrap();
         within(bus.reached()).await.unwrap();
         let bus: Arc<dyn Bus> = Arc::new(bus);
-        let people = (&bus, &nobody(&tasks), &Default::default());
-        let hub = Hub::start(
-            people,
-            mailboxes,
-            letters,
-            hub_options(),
-            (&metrics, &Default::default()),
-            &tasks,
-        );
+        let hub = start_hub(&bus, mailboxes, letters, &metrics, &tasks);
         Self { bus, _hub: hub, tasks }
     }
 }
