@@ -11,9 +11,9 @@ use divan::{Bencher, counter::ItemsCount};
 use skein_core::envelope::{AuthorHash, Envelope, EnvelopeParts};
 use skein_core::{
     bus::{Append, Bus, Mailboxes, Retention, memory::MemoryBus},
+    connection::{handle::ConnectionHandle, outbox::Outbox},
     drain::Tasks,
-    hub::{Hub, HubOptions, join::JoinStart, member::ConnectionHandle},
-    outbox::Outbox,
+    hub::{Hub, HubOptions, join::JoinStart},
     presence::{PresenceOptions, PresenceTracker},
     telemetry::metrics::Metrics,
 };

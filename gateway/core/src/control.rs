@@ -22,13 +22,12 @@ use crate::{
         },
         sessions::{SessionHolder, SessionSelector, SessionStore},
     },
-    drain::Tasks,
-    hub::{
-        Hub,
-        member::{ConnectionHandle, text_frame},
-        presence::wire_time,
+    connection::{
+        handle::{ConnectionHandle, text_frame},
+        outbox::Close,
     },
-    outbox::Close,
+    drain::Tasks,
+    hub::{Hub, presence::wire_time},
     presence::PresenceTracker,
     telemetry::{metrics::Metrics, trail::MessageTrails},
 };

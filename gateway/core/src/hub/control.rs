@@ -10,22 +10,14 @@ use skein_protocol::{
     protocol::server_frame::{LeftFrame, LeftReason, ServerFrame},
 };
 
-use super::{
-    member::{ConnectionHandle, SharedFrame, text_frame},
-    shard::Shard,
-};
+use super::{member::SharedFrame, shard::Shard};
 use crate::{
     bus::sessions::{SessionSelector, UnixMicros},
-    outbox::Close,
+    connection::{
+        handle::{ConnectionHandle, text_frame},
+        outbox::Close,
+    },
 };
-
-impl ConnectionHandle {
-    /// Whether the connection was opened before a command was issued, so that the command applies
-    /// to it.
-    fn was_opened_before(&self, order: UnixMicros) -> bool {
-        self.owner().is_some_and(|owner| owner.since <= order)
-    }
-}
 
 impl Shard {
     pub(super) fn close_connections(

@@ -15,12 +15,13 @@ use tokio::sync::oneshot;
 
 use super::{
     JoinOutcome,
-    member::{ConnectionHandle, MemberState, RoomMember, ShardBatch},
+    member::{MemberState, RoomMember, ShardBatch},
     presence::count_for,
     room::Room,
 };
 use crate::{
     bus::{ReadRange, presence_store::JoinSnapshot},
+    connection::handle::ConnectionHandle,
     delivery::{
         Entry,
         cursor::{self, Resume},

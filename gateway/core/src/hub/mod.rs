@@ -34,15 +34,15 @@ use crate::{
         presence_store::{OnlineStatus, PresenceDetails, PresenceSnapshot},
         sessions::{SessionSelector, UnixMicros},
     },
+    connection::{handle::ConnectionHandle, outbox::Close},
     delivery::page::LogPage,
     drain::Tasks,
-    outbox::Close,
     presence::PresenceTracker,
     rooms::RoomRules,
     telemetry::{metrics::Metrics, trail::MessageTrails},
 };
 
-pub mod member;
+mod member;
 pub mod join;
 mod room;
 mod catch_up;
@@ -55,7 +55,6 @@ mod control;
 pub mod presence;
 
 use join::{JoinGrant, JoinStart, PendingJoin};
-use member::ConnectionHandle;
 use presence::PresenceQuery;
 use shard::Shard;
 

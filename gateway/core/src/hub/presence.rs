@@ -26,7 +26,7 @@ use tokio::time::Instant;
 use super::{
     ShardCommand,
     log_reads::READ_RETRY_DELAY,
-    member::{ConnectionHandle, EntryFrames, RoomMember, ShardBatch, SharedFrame, text_frame},
+    member::{EntryFrames, RoomMember, ShardBatch, SharedFrame},
     room::Room,
     shard::Shard,
 };
@@ -35,8 +35,11 @@ use crate::{
         EphemeralEvent, JoinSnapshot, PresenceDetails, PresenceSnapshot, UnixMillis, UserPresence,
         unix_millis_now,
     },
+    connection::{
+        handle::{ConnectionHandle, text_frame},
+        outbox::Close,
+    },
     delivery::{Entry, ServerId},
-    outbox::Close,
     presence::roster::{Roster, RosterChange},
 };
 

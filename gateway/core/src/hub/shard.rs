@@ -23,12 +23,13 @@ use super::{
     join::{JoinStep, PendingJoin},
     lingering::{Lingering, linger_of},
     log_reads::READ_RETRY_DELAY,
-    member::{ConnectionHandle, ShardBatch},
+    member::ShardBatch,
     room::Room,
     status::WatchedUsers,
 };
 use crate::{
     bus::{Bus, ResyncRequest, ShardMessage, ShardReceiver},
+    connection::handle::ConnectionHandle,
     delivery::{
         Entry, ReplicaSnapshot,
         replica::{ReadState, RetentionContext},

@@ -14,14 +14,11 @@ use skein_protocol::{
     },
 };
 
-use super::{
-    ShardCommand,
-    log_reads::READ_RETRY_DELAY,
-    member::{ConnectionHandle, text_frame},
-    presence::wire_time,
-    shard::Shard,
+use super::{ShardCommand, log_reads::READ_RETRY_DELAY, presence::wire_time, shard::Shard};
+use crate::{
+    bus::presence_store::OnlineStatus,
+    connection::handle::{ConnectionHandle, text_frame},
 };
-use crate::bus::presence_store::OnlineStatus;
 
 /// The users watched on this node.
 pub(super) type WatchedUsers = HashMap<UserId, WatchedUser>;

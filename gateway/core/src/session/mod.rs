@@ -41,12 +41,9 @@ use crate::{
         room_store::{RoomConfig, RoomStore},
         sessions::SessionStore,
     },
+    connection::handle::{ConnectionHandle, InlineAck},
     envelope::AuthorHash,
-    hub::{
-        Hub,
-        member::{ConnectionHandle, InlineAck},
-        presence::TYPING_EVERY,
-    },
+    hub::{Hub, presence::TYPING_EVERY},
     limits::{
         meter::{Meter, MeterRates},
         quotas::{ENTRY_BYTES, Quotas, Writer},

@@ -29,11 +29,11 @@ use crate::{
             AdmitError, JoinConditions, JoinSnapshot, OnlinePage, PresenceDetails, PresenceScope,
         },
     },
+    connection::handle::{ConnectionHandle, text_frame},
     delivery::page::LogPage,
     hub::{
         JoinOutcome,
         join::{JoinGrant, JoinStart, history as whole_frames},
-        member::{ConnectionHandle, text_frame},
         presence::wire_time,
     },
     limits::{address_key, quotas::Writer},

@@ -29,13 +29,15 @@ use super::{
 };
 use skein_core::{
     bus::sessions::{self, ConnectionInfo, OpenedSession, SecretDigest, SessionHolder},
+    connection::{
+        handle::{ConnectionHandle, Owner},
+        outbox::Close,
+    },
     hub::{
         SubscribeFailed,
         join::{JoinGrant, JoinStart},
-        member::{ConnectionHandle, Owner},
     },
     limits::Permit,
-    outbox::Close,
     session::{
         Services,
         auth::{Auth, AuthError, Credentials, Identity},

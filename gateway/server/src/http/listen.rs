@@ -35,9 +35,9 @@ use super::{
     pending::{PendingConnection, PendingConnections},
 };
 use skein_core::{
+    connection::outbox,
     drain::supervision::catch_panic,
     limits::{KeyedPermits, Permit, address_key},
-    outbox,
     telemetry::metrics::DropReason,
 };
 

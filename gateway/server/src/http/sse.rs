@@ -69,9 +69,12 @@ use skein_core::{
         presence_store::unix_millis_now,
         room_store::{RoomConfig, RoomSummary},
     },
-    hub::{SubscribeFailed, member::ConnectionHandle},
+    connection::{
+        handle::ConnectionHandle,
+        outbox::{Close, FRAME_OVERHEAD_BYTES, Outbox},
+    },
+    hub::SubscribeFailed,
     limits::Permit,
-    outbox::{Close, FRAME_OVERHEAD_BYTES, Outbox},
     session::{DeferredRequest, Session, auth::AuthError},
     telemetry::metrics::{GaugeGuard, HandshakeResult},
 };

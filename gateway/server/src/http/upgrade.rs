@@ -51,12 +51,15 @@ use crate::transport::{
 };
 use skein_core::{
     bus::sessions::OpenedSession,
-    hub::{SubscribeFailed, member::ConnectionHandle},
+    connection::{
+        handle::ConnectionHandle,
+        outbox::{Close, Outbox, deflate::DeflateOptions},
+    },
+    hub::SubscribeFailed,
     limits::{
         Permit,
         meter::{Meter, MeterRates},
     },
-    outbox::{Close, Outbox, deflate::DeflateOptions},
     session::{DeferredRequest, Session},
     telemetry::metrics::{GaugeGuard, HandshakeResult},
 };

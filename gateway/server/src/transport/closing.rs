@@ -11,7 +11,7 @@ use skein_websocket::CodecError;
 use tokio::net::TcpStream;
 
 use super::{Handler, READ, WebSocketConnection};
-use skein_core::{drain::schedule::DrainBatch, outbox::Close};
+use skein_core::{connection::outbox::Close, drain::schedule::DrainBatch};
 
 /// Timeout of each step of the closing handshake: writing the queued frames, and waiting for the
 /// close frame of the client.

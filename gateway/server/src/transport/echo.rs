@@ -3,7 +3,7 @@
 use skein_protocol::close::CloseCode;
 use skein_websocket::{DecoderEvent, Opcode};
 
-use skein_core::outbox::{Close, Outbox};
+use skein_core::connection::outbox::{Close, Outbox};
 
 /// Reply of `/ws/echo`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

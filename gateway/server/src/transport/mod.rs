@@ -37,10 +37,12 @@ use tokio::{
 
 use skein_core::{
     bus::{BoxFuture, node_state::BusStatus, output_of, presence_store::unix_millis_now},
+    connection::{
+        handle::{ConnectionHandle, text_frame},
+        outbox::Close,
+    },
     drain::{schedule::DrainBatch, supervision::catch_panic},
-    hub::member::{ConnectionHandle, text_frame},
     limits::meter::{InputBudget, Meter, MeterDecision},
-    outbox::Close,
     session::{DeferredRequest, RequestOutcome, Session},
     telemetry::metrics::Metrics,
 };

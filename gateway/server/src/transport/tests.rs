@@ -5,8 +5,8 @@ use skein_websocket::{
 
 use super::{echo::EchoMode, *};
 use skein_core::{
+    connection::outbox::{Outbox, deflate::DeflateOptions},
     limits::meter::MeterRates,
-    outbox::{Outbox, deflate::DeflateOptions},
 };
 
 /// Returns an echo connection that has received `early`.

@@ -15,7 +15,7 @@ use parking_lot::Mutex;
 use slab::Slab;
 use tokio::time::{Instant, MissedTickBehavior};
 
-use skein_core::hub::member::ConnectionHandle;
+use skein_core::connection::handle::ConnectionHandle;
 
 /// Resolution: the longest delay of a wake-up after its deadline.
 const TICK: Duration = Duration::from_millis(100);
@@ -138,7 +138,7 @@ mod tests {
     use tokio::time::{advance, timeout};
 
     use super::*;
-    use skein_core::{drain::Tasks, outbox::Outbox, telemetry::metrics::Metrics};
+    use skein_core::{connection::outbox::Outbox, drain::Tasks, telemetry::metrics::Metrics};
 
     fn timer(wheel: &Arc<TimerWheel>) -> TimerEntry {
         let outbox = Outbox::to_owner(1000, Arc::new(Metrics::default()));

@@ -21,10 +21,10 @@ use skein_core::{
         Append, Appended, BoxFuture, Bus, BusError, Mailboxes, ReadRange, Retention, ShardMessage,
         memory::MemoryBus,
     },
+    connection::{handle::ConnectionHandle, outbox::Outbox},
     delivery::{Entry, ReplicaSnapshot, ServerId, page::LogPage},
     drain::Tasks,
-    hub::{COMPARE_INTERVAL, Hub, LINGER, join::JoinStart, member::ConnectionHandle},
-    outbox::Outbox,
+    hub::{COMPARE_INTERVAL, Hub, LINGER, join::JoinStart},
     telemetry::metrics::{EntryResult, Metrics},
 };
 use skein_protocol::{

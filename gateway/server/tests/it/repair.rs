@@ -11,9 +11,9 @@ use std::{
 use skein_core::envelope::{AuthorHash, Envelope, EnvelopeParts};
 use skein_core::{
     bus::{Append, Bus, Mailboxes},
+    connection::{handle::ConnectionHandle, outbox::Outbox},
     drain::Tasks,
-    hub::{MAILBOX_LEN, join::JoinStart, member::ConnectionHandle},
-    outbox::Outbox,
+    hub::{MAILBOX_LEN, join::JoinStart},
     telemetry::metrics::Metrics,
 };
 use skein_protocol::ids::{ConnectionId, MessageId, RoomId};

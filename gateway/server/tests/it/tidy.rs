@@ -122,7 +122,7 @@ fn the_architecture_page_names_the_files_of_the_message_path() {
         "gateway/core/src/publisher.rs",
         "gateway/core/src/bus/mod.rs",
         "gateway/core/src/hub/mod.rs",
-        "gateway/core/src/outbox.rs",
+        "gateway/core/src/connection/outbox.rs",
     ] {
         assert!(root().join(file).exists(), "{file} does not exist");
         assert!(map.contains(file), "ARCHITECTURE.md does not name {file}");

@@ -13,13 +13,13 @@ use std::{
 use parking_lot::Mutex;
 use skein_core::{
     bus::{BoxFuture, Bus, Mailboxes, output_of},
+    connection::{handle::ConnectionHandle, outbox::Outbox},
     drain::Tasks,
-    hub::{Hub, HubOptions, MAILBOX_LEN, member::ConnectionHandle},
+    hub::{Hub, HubOptions, MAILBOX_LEN},
     limits::{
         meter::{Meter, MeterRates},
         reads::ReadLimiter,
     },
-    outbox::Outbox,
     presence::{PresenceOptions, PresenceTracker},
     publisher::Publisher,
     rooms::{RoomRules, passwords::Passwords},

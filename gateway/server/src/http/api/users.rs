@@ -20,9 +20,9 @@ use super::{
 use crate::http::Node;
 use skein_core::{
     bus::{commands::NodeQuery, presence_store::UserPresence, sessions::SessionSelector},
+    connection::outbox::Close,
     control::kicked,
     hub::presence::wire_time,
-    outbox::Close,
 };
 
 /// Longest reason of a close frame in bytes (RFC 6455, section 5.5).
