@@ -6,7 +6,7 @@ use std::{collections::VecDeque, sync::Arc, time::Duration};
 use skein_protocol::ids::RoomId;
 use tokio::time::Instant;
 
-use super::{HubOptions, room::Room};
+use super::{commands::HubOptions, room::Room};
 use crate::{
     delivery::{recent_ids, ring::RingLimits},
     telemetry::metrics::Metrics,

@@ -14,7 +14,6 @@ use skein_protocol::{
 use tokio::sync::oneshot;
 
 use super::{
-    JoinOutcome,
     member::{MemberState, RoomMember, ShardBatch},
     presence::count_for,
     room::Room,
@@ -54,6 +53,18 @@ pub(super) struct PendingJoin {
     pub(super) refreshed: bool,
     /// The reason why the connection cannot resume from its position, once known.
     pub(super) lost: Option<RecoveryFailure>,
+}
+
+/// The outcome of a join.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum JoinOutcome {
+    /// The connection is a member.
+    Member {
+        /// Bytes read from the room's log for this join.
+        bytes_read: usize,
+    },
+    /// The node is not subscribed to the room and has reached its limit of rooms.
+    TooManyRooms,
 }
 
 /// The admission of a user to a room.

@@ -6,7 +6,14 @@ use std::collections::BTreeSet;
 use skein_protocol::ids::{RoomId, RoomKind};
 use tokio::time::{Duration, Instant};
 
-use super::{INBOX_LINGER, LINGER, room::Room};
+use super::room::Room;
+
+/// The time for which a node stays subscribed to a room without members, so that a user who reloads
+/// a page finds the replica in place.
+pub const LINGER: Duration = Duration::from_secs(30);
+/// As [`LINGER`], for an inbox: long enough for a reconnect, and short, since each user has an
+/// inbox.
+const INBOX_LINGER: Duration = Duration::from_secs(5);
 
 /// Ordered by the time until which the node stays subscribed. A room stores the time under which it
 /// occurs here.

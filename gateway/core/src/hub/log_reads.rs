@@ -6,9 +6,9 @@ use std::time::Duration;
 use skein_protocol::{ids::RoomId, position::Position, protocol::server_frame::RoomClosedReason};
 
 use super::{
-    LogReadRequest, ReadPurpose, ShardCommand,
     budget::RoomMemory,
     catch_up::{CatchUpOutcome, CatchUpRead},
+    commands::{LogReadRequest, READ_RETRY_DELAY, ReadPurpose, ShardCommand},
     join::JoinStep,
     shard::Shard,
 };
@@ -22,8 +22,6 @@ use crate::{
     telemetry::metrics::LogRepairResult,
 };
 
-/// The pause before a failed read is repeated.
-pub(super) const READ_RETRY_DELAY: Duration = Duration::from_millis(250);
 /// The time for which a lost entry is tried to be appended again.
 const REAPPEND_MAX: Duration = Duration::from_secs(30);
 /// The most catch-up reads of a shard under way, which bounds the memory of their results.

@@ -15,12 +15,12 @@
 //! the hub drops received entries and lets joins wait. It compares all logs once the node has a
 //! lease again.
 
-use std::{sync::Arc, time::Duration};
+use std::sync::Arc;
 
 use bytes::Bytes;
 use skein_protocol::{
     ids::{ConnectionId, RoomId, UserId},
-    position::{Position, Seq},
+    position::Position,
     protocol::FrameRef,
 };
 use tokio::{
@@ -30,12 +30,11 @@ use tokio::{
 
 use crate::{
     bus::{
-        Bus, BusError, Mailboxes, ShardReceiver,
-        presence_store::{OnlineStatus, PresenceDetails, PresenceSnapshot},
+        Bus, Mailboxes, ShardReceiver,
+        presence_store::PresenceDetails,
         sessions::{SessionSelector, UnixMicros},
     },
     connection::{handle::ConnectionHandle, outbox::Close},
-    delivery::page::LogPage,
     drain::Tasks,
     presence::PresenceTracker,
     rooms::RoomRules,
@@ -48,49 +47,26 @@ mod room;
 mod catch_up;
 mod budget;
 mod lingering;
+mod commands;
 mod shard;
 mod log_reads;
 mod status;
 mod control;
 pub mod presence;
 
+pub use commands::HubOptions;
+use commands::ShardCommand;
+pub use join::JoinOutcome;
 use join::{JoinGrant, JoinStart, PendingJoin};
+pub use lingering::LINGER;
 use presence::PresenceQuery;
+pub use shard::COMPARE_INTERVAL;
 use shard::Shard;
 
-/// The time for which a node stays subscribed to a room without members, so that a user who reloads
-/// a page finds the replica in place.
-pub const LINGER: Duration = Duration::from_secs(30);
-/// As [`LINGER`], for an inbox: long enough for a reconnect, and short, since each user has an
-/// inbox.
-pub const INBOX_LINGER: Duration = Duration::from_secs(5);
 /// The most commands that wait in a shard's queue; further callers wait.
 const QUEUE_LEN_MAX: usize = 4096;
 /// The most messages in a shard's mailbox; entries above it are dropped and read from the log.
 pub const MAILBOX_LEN: usize = 16_384;
-/// The interval at which a shard compares the heads of idle rooms' logs with its replicas. It
-/// bounds the time to detect a lost subscription that shows in no other way: at most twice this.
-pub const COMPARE_INTERVAL: Duration = Duration::from_secs(5);
-
-/// The bounds of the hub, for a whole node.
-#[derive(Clone, Debug)]
-pub struct HubOptions {
-    /// The most bytes in the rings of all rooms.
-    pub ring_bytes_max: usize,
-    /// The most bytes of message ids in all dedup windows.
-    pub dedup_ids_bytes_max: usize,
-    /// The time for which the id of a message is remembered.
-    pub dedup_window: Duration,
-    /// Retention of an idle room's log.
-    pub log_ttl: Duration,
-    /// The most rooms that a node is subscribed to, not counting inboxes. Further joins are
-    /// rejected.
-    pub rooms_max: usize,
-    /// The most rooms and inboxes without members that a node stays subscribed to.
-    pub empty_rooms_max: usize,
-    /// The most users whose status the node watches.
-    pub watched_users_max: usize,
-}
 
 /// A handle to the hub. Cheap to clone.
 #[derive(Clone)]
@@ -103,123 +79,6 @@ pub struct Hub {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("cannot subscribe to the room: the bus is unavailable")]
 pub struct SubscribeFailed;
-
-/// The outcome of a join.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum JoinOutcome {
-    /// The connection is a member.
-    Member {
-        /// Bytes read from the room's log for this join.
-        bytes_read: usize,
-    },
-    /// The node is not subscribed to the room and has reached its limit of rooms.
-    TooManyRooms,
-}
-
-/// A command to the task of a shard.
-enum ShardCommand {
-    Join(RoomId, PendingJoin),
-    Leave {
-        room: RoomId,
-        connection: ConnectionId,
-        /// Sent to the connection after the last entry.
-        reply: Option<(Arc<ConnectionHandle>, Bytes)>,
-    },
-    CancelJoin {
-        room: RoomId,
-        handle: Arc<ConnectionHandle>,
-    },
-    CatchUp {
-        room: RoomId,
-        connection: ConnectionId,
-    },
-    PresentAfter {
-        room: RoomId,
-        after: String,
-        limit: usize,
-        reply: oneshot::Sender<Vec<UserId>>,
-    },
-    CloseConnections {
-        room: RoomId,
-        which: SessionSelector,
-        before: UnixMicros,
-        close: Close,
-        done: oneshot::Sender<()>,
-    },
-    RemoveUser {
-        room: RoomId,
-        user: UserId,
-        before: UnixMicros,
-        done: oneshot::Sender<()>,
-    },
-    Broadcast(Bytes),
-    Connections {
-        room: Option<RoomId>,
-        reply: oneshot::Sender<Vec<Arc<ConnectionHandle>>>,
-    },
-    Cursors {
-        room: RoomId,
-        user: UserId,
-        reply: oneshot::Sender<Vec<(ConnectionId, Position)>>,
-    },
-    Watch {
-        users: Vec<UserId>,
-        handle: Arc<ConnectionHandle>,
-        /// `Some`: report the current status immediately, echoing this `ref`.
-        report_now: Option<Option<FrameRef>>,
-        /// Receives the users that exceed the limit of watched users.
-        rejected: oneshot::Sender<Vec<UserId>>,
-    },
-    Unwatch {
-        users: Vec<UserId>,
-        connection: ConnectionId,
-    },
-    RemoveConnection(ConnectionId),
-    StatusesRead {
-        users: Vec<UserId>,
-        statuses: Vec<OnlineStatus>,
-    },
-    QueryPresence {
-        room: RoomId,
-        query: PresenceQuery,
-    },
-    RostersRead {
-        rooms: Vec<(RoomId, u64)>,
-        snapshots: Vec<PresenceSnapshot>,
-    },
-    HeadsRead {
-        rooms: Vec<(RoomId, u64)>,
-        read_generation: u64,
-        heads: Vec<Option<Position>>,
-    },
-    LogRead {
-        request: LogReadRequest,
-        result: Result<LogPage, BusError>,
-    },
-}
-
-/// A read of a log.
-struct LogReadRequest {
-    room: RoomId,
-    /// The generation of the room's subscription.
-    generation: u64,
-    /// The shard's read generation when the read began. A result of an earlier generation may come
-    /// from a Redis server that the cluster has abandoned.
-    read_generation: u64,
-    purpose: ReadPurpose,
-}
-
-/// The purpose of a log read.
-enum ReadPurpose {
-    /// Open the room: subscribe to it, then read its log.
-    Open,
-    /// Continue the replica from its top.
-    Continue,
-    /// Complete a join.
-    Join(PendingJoin),
-    /// Catch up members that are behind, from after this number.
-    CatchUp(Seq),
-}
 
 impl Hub {
     /// Starts one task per mailbox.

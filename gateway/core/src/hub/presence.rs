@@ -24,8 +24,7 @@ use skein_protocol::{
 use tokio::time::Instant;
 
 use super::{
-    ShardCommand,
-    log_reads::READ_RETRY_DELAY,
+    commands::{READ_RETRY_DELAY, ShardCommand},
     member::{EntryFrames, RoomMember, ShardBatch, SharedFrame},
     room::Room,
     shard::Shard,

@@ -18,11 +18,10 @@ use tokio::{
 };
 
 use super::{
-    COMPARE_INTERVAL, HubOptions, JoinOutcome, ReadPurpose, ShardCommand,
     budget::{MemoryBudget, RoomMemory},
-    join::{JoinStep, PendingJoin},
+    commands::{HubOptions, READ_RETRY_DELAY, ReadPurpose, ShardCommand},
+    join::{JoinOutcome, JoinStep, PendingJoin},
     lingering::{Lingering, linger_of},
-    log_reads::READ_RETRY_DELAY,
     member::ShardBatch,
     room::Room,
     status::WatchedUsers,
@@ -43,6 +42,9 @@ use crate::{
     },
 };
 
+/// The interval at which a shard compares the heads of idle rooms' logs with its replicas. It
+/// bounds the time to detect a lost subscription that shows in no other way: at most twice this.
+pub const COMPARE_INTERVAL: Duration = Duration::from_secs(5);
 /// The most messages and commands in one batch, so that queued frames are written soon.
 const BATCH_LEN: usize = 512;
 /// The most rooms that a shard unsubscribes from in one tick, so that a batch stays short.

@@ -14,7 +14,11 @@ use skein_protocol::{
     },
 };
 
-use super::{ShardCommand, log_reads::READ_RETRY_DELAY, presence::wire_time, shard::Shard};
+use super::{
+    commands::{READ_RETRY_DELAY, ShardCommand},
+    presence::wire_time,
+    shard::Shard,
+};
 use crate::{
     bus::presence_store::OnlineStatus,
     connection::handle::{ConnectionHandle, text_frame},

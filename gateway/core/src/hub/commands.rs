@@ -1,0 +1,150 @@
+//! The commands of a shard and the options of the hub.
+
+use std::{sync::Arc, time::Duration};
+
+use bytes::Bytes;
+use skein_protocol::{
+    ids::{ConnectionId, RoomId, UserId},
+    position::{Position, Seq},
+    protocol::FrameRef,
+};
+use tokio::sync::oneshot;
+
+use super::{join::PendingJoin, presence::PresenceQuery};
+use crate::{
+    bus::{
+        BusError,
+        presence_store::{OnlineStatus, PresenceSnapshot},
+        sessions::{SessionSelector, UnixMicros},
+    },
+    connection::{handle::ConnectionHandle, outbox::Close},
+    delivery::page::LogPage,
+};
+
+/// The pause before a failed read is repeated.
+pub(super) const READ_RETRY_DELAY: Duration = Duration::from_millis(250);
+
+/// The bounds of the hub, for a whole node.
+#[derive(Clone, Debug)]
+pub struct HubOptions {
+    /// The most bytes in the rings of all rooms.
+    pub ring_bytes_max: usize,
+    /// The most bytes of message ids in all dedup windows.
+    pub dedup_ids_bytes_max: usize,
+    /// The time for which the id of a message is remembered.
+    pub dedup_window: Duration,
+    /// Retention of an idle room's log.
+    pub log_ttl: Duration,
+    /// The most rooms that a node is subscribed to, not counting inboxes. Further joins are
+    /// rejected.
+    pub rooms_max: usize,
+    /// The most rooms and inboxes without members that a node stays subscribed to.
+    pub empty_rooms_max: usize,
+    /// The most users whose status the node watches.
+    pub watched_users_max: usize,
+}
+
+/// A command to the task of a shard.
+pub(super) enum ShardCommand {
+    Join(RoomId, PendingJoin),
+    Leave {
+        room: RoomId,
+        connection: ConnectionId,
+        /// Sent to the connection after the last entry.
+        reply: Option<(Arc<ConnectionHandle>, Bytes)>,
+    },
+    CancelJoin {
+        room: RoomId,
+        handle: Arc<ConnectionHandle>,
+    },
+    CatchUp {
+        room: RoomId,
+        connection: ConnectionId,
+    },
+    PresentAfter {
+        room: RoomId,
+        after: String,
+        limit: usize,
+        reply: oneshot::Sender<Vec<UserId>>,
+    },
+    CloseConnections {
+        room: RoomId,
+        which: SessionSelector,
+        before: UnixMicros,
+        close: Close,
+        done: oneshot::Sender<()>,
+    },
+    RemoveUser {
+        room: RoomId,
+        user: UserId,
+        before: UnixMicros,
+        done: oneshot::Sender<()>,
+    },
+    Broadcast(Bytes),
+    Connections {
+        room: Option<RoomId>,
+        reply: oneshot::Sender<Vec<Arc<ConnectionHandle>>>,
+    },
+    Cursors {
+        room: RoomId,
+        user: UserId,
+        reply: oneshot::Sender<Vec<(ConnectionId, Position)>>,
+    },
+    Watch {
+        users: Vec<UserId>,
+        handle: Arc<ConnectionHandle>,
+        /// `Some`: report the current status immediately, echoing this `ref`.
+        report_now: Option<Option<FrameRef>>,
+        /// Receives the users that exceed the limit of watched users.
+        rejected: oneshot::Sender<Vec<UserId>>,
+    },
+    Unwatch {
+        users: Vec<UserId>,
+        connection: ConnectionId,
+    },
+    RemoveConnection(ConnectionId),
+    StatusesRead {
+        users: Vec<UserId>,
+        statuses: Vec<OnlineStatus>,
+    },
+    QueryPresence {
+        room: RoomId,
+        query: PresenceQuery,
+    },
+    RostersRead {
+        rooms: Vec<(RoomId, u64)>,
+        snapshots: Vec<PresenceSnapshot>,
+    },
+    HeadsRead {
+        rooms: Vec<(RoomId, u64)>,
+        read_generation: u64,
+        heads: Vec<Option<Position>>,
+    },
+    LogRead {
+        request: LogReadRequest,
+        result: Result<LogPage, BusError>,
+    },
+}
+
+/// A read of a log.
+pub(super) struct LogReadRequest {
+    pub(super) room: RoomId,
+    /// The generation of the room's subscription.
+    pub(super) generation: u64,
+    /// The shard's read generation when the read began. A result of an earlier generation may come
+    /// from a Redis server that the cluster has abandoned.
+    pub(super) read_generation: u64,
+    pub(super) purpose: ReadPurpose,
+}
+
+/// The purpose of a log read.
+pub(super) enum ReadPurpose {
+    /// Open the room: subscribe to it, then read its log.
+    Open,
+    /// Continue the replica from its top.
+    Continue,
+    /// Complete a join.
+    Join(PendingJoin),
+    /// Catch up members that are behind, from after this number.
+    CatchUp(Seq),
+}
