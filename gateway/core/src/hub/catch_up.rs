@@ -40,8 +40,7 @@ impl Room {
     /// Delivers to a member that is behind what the ring holds for it, or lets it wait for a read
     /// of the log.
     pub(super) fn catch_up(&mut self, connection: ConnectionId, batch: &mut ShardBatch) {
-        let Some(index) = self.index_of(connection) else { return };
-        let Some(member) = self.members.get_mut(index) else { return };
+        let Some(member) = self.members.get_mut(connection) else { return };
         if member.state != MemberState::Behind {
             return;
         }
@@ -78,12 +77,8 @@ impl Room {
     /// the same read can serve.
     pub(super) fn next_catch_up_read(&mut self) -> Option<ReadRange> {
         let cursor_of_waiting = |room: &Self, connection| {
-            let index = room.index_of(connection)?;
-            let member = room
-                .members
-                .get(index)
-                .filter(|member| member.state == MemberState::AwaitingRead)?;
-            Some(member.cursor.seq)
+            let member = room.members.get(connection)?;
+            (member.state == MemberState::AwaitingRead).then_some(member.cursor.seq)
         };
         let waiting_for_read = std::mem::take(&mut self.waiting_for_read);
         let cursors: Vec<(ConnectionId, Seq)> = waiting_for_read
@@ -115,8 +110,7 @@ impl Room {
             page.entries.iter().map(|entry| EntryFrames::replay(&self.name, entry)).collect();
         let mut more = Vec::new();
         for connection in std::mem::take(&mut self.waiting_for_read) {
-            let Some(index) = self.index_of(connection) else { continue };
-            let member = &mut self.members[index];
+            let Some(member) = self.members.get_mut(connection) else { continue };
             if member.state != MemberState::AwaitingRead {
                 continue;
             }
@@ -153,8 +147,7 @@ impl Room {
     /// Returns the members that wait for a read to the state `Behind`.
     pub(super) fn abandon_catch_up_read(&mut self) {
         for connection in std::mem::take(&mut self.waiting_for_read) {
-            let Some(index) = self.index_of(connection) else { continue };
-            let member = &mut self.members[index];
+            let Some(member) = self.members.get_mut(connection) else { continue };
             if member.state == MemberState::AwaitingRead {
                 member.state = MemberState::Behind;
             }

@@ -27,8 +27,8 @@ impl Shard {
         before: UnixMicros,
         close: &Close,
     ) {
-        let members = self.rooms.get(inbox).map(|room| &room.members);
-        for member in members.into_iter().flatten() {
+        let members = self.rooms.get(inbox).into_iter().flat_map(|room| room.members.iter());
+        for member in members {
             let handle = &member.handle;
             let is_meant = handle.owner().is_some_and(|owner| which.selects(owner.session));
             if is_meant && handle.was_opened_before(before) {
@@ -48,7 +48,7 @@ impl Shard {
         let left =
             text_frame(&ServerFrame::Left(LeftFrame { reference, room: name.clone(), reason }));
         for handle in removed {
-            room.remove(handle.connection);
+            room.members.remove(handle.connection);
             handle.release_reservations(name);
             // Before `left` is sent, so that a frame sent in response to it is rejected.
             handle.evict_from(name);
@@ -61,13 +61,13 @@ impl Shard {
     pub(super) fn broadcast(&mut self, frame: Bytes) {
         let mut frame = SharedFrame::new(frame);
         let inboxes = self.rooms.values().filter(|room| room.name.kind() == RoomKind::Inbox);
-        for member in inboxes.flat_map(|room| &room.members) {
+        for member in inboxes.flat_map(|room| room.members.iter()) {
             member.send_ephemeral(&mut frame, &mut self.batch);
         }
     }
 
     pub(super) fn cursors(&self, name: &RoomId, user: &UserId) -> Vec<(ConnectionId, Position)> {
-        let members = self.rooms.get(name).into_iter().flat_map(|room| &room.members);
+        let members = self.rooms.get(name).into_iter().flat_map(|room| room.members.iter());
         members
             .filter(|member| member.handle.belongs_to(user))
             .map(|member| (member.handle.connection, member.cursor.clone()))
@@ -79,6 +79,6 @@ impl Shard {
             Some(inbox) => room.name == *inbox,
             None => room.name.kind() == RoomKind::Inbox,
         });
-        inboxes.flat_map(|room| &room.members).map(|member| member.handle.clone()).collect()
+        inboxes.flat_map(|room| room.members.iter()).map(|member| member.handle.clone()).collect()
     }
 }

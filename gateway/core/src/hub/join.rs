@@ -129,7 +129,8 @@ impl Room {
         if !self.durable && matches!(join.start, JoinStart::Since(_)) {
             join.lost = Some(RecoveryFailure::LogLost);
         }
-        if let Some(cursor) = self.cursor_of(join.handle.connection).cloned() {
+        if let Some(member) = self.members.get(join.handle.connection) {
+            let cursor = member.cursor.clone();
             self.send_joined(&join, cursor, vec![], false);
             batch.flush_later(&join.handle);
             // A caller that has gone is a member nevertheless; it cancels the join itself.
@@ -354,7 +355,7 @@ impl Room {
         history: Vec<Box<RawValue>>,
         more: bool,
     ) {
-        let again = self.is_member(join.handle.connection);
+        let again = self.members.get(join.handle.connection).is_some();
         let snapshot = join.grant.snapshot;
         join.handle.send(&ServerFrame::Joined(Box::new(JoinedFrame {
             reference: join.reference.clone(),

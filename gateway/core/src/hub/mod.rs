@@ -41,7 +41,8 @@ use crate::{
     telemetry::{metrics::Metrics, trail::MessageTrails},
 };
 
-mod member;
+pub mod member;
+mod members;
 pub mod join;
 mod room;
 mod catch_up;

@@ -146,7 +146,7 @@ impl Room {
                 let position = Position::new(Epoch::none(), 0);
                 let entry = Entry { position, origin: ServerId::default(), envelope };
                 let mut frames = EntryFrames::live(&self.name, &entry);
-                for member in &self.members {
+                for member in self.members.iter() {
                     member.send_ephemeral_message(&mut frames, batch);
                 }
             }
@@ -160,24 +160,12 @@ impl Room {
 
     /// Closes the connection whose session another connection has taken over.
     fn close_replaced(&self, session: SessionId, by: ConnectionId) {
-        for RoomMember { handle, .. } in &self.members {
+        for RoomMember { handle, .. } in self.members.iter() {
             let has_it = handle.owner().is_some_and(|owner| owner.session == session);
             if has_it && handle.connection != by {
                 let (code, reason) = (CloseCode::SessionReplaced.number(), String::new());
                 handle.outbox.close(Close { code, reason });
             }
-        }
-    }
-
-    fn send_to_members(
-        &self,
-        answer: &ServerFrame<Box<RawValue>>,
-        but: impl Fn(&ConnectionHandle) -> bool,
-        batch: &mut ShardBatch,
-    ) {
-        let mut frame = SharedFrame::new(text_frame(answer));
-        for member in self.members.iter().filter(|member| !but(&member.handle)) {
-            member.send_ephemeral(&mut frame, batch);
         }
     }
 
@@ -215,7 +203,7 @@ impl Room {
                 ServerFrame::MemberLeft(moved)
             };
             let mut frame = SharedFrame::new(text_frame(&answer));
-            for member in &self.members {
+            for member in self.members.iter() {
                 if member.has_not_seen(version) && !member.handle.belongs_to(&user.id) {
                     member.send_ephemeral(&mut frame, batch);
                 }
@@ -235,11 +223,7 @@ impl Room {
         if count > diff_members_max as u64 {
             let (joined, left) = (Vec::new(), Vec::new());
             let diff = PresenceDiffFrame { room: self.name.clone(), joined, left, count };
-            return self.send_to_members(
-                &ServerFrame::PresenceDiff(Box::new(diff)),
-                |_| false,
-                batch,
-            );
+            return self.members.send(&ServerFrame::PresenceDiff(Box::new(diff)), |_| false, batch);
         }
         let mut pending = pending.into_iter().peekable();
         while pending.peek().is_some() {
@@ -248,7 +232,7 @@ impl Room {
                 if came { joined.push(user) } else { left.push(user) }
             }
             let diff = PresenceDiffFrame { room: self.name.clone(), joined, left, count };
-            self.send_to_members(&ServerFrame::PresenceDiff(Box::new(diff)), |_| false, batch);
+            self.members.send(&ServerFrame::PresenceDiff(Box::new(diff)), |_| false, batch);
         }
     }
 
@@ -281,7 +265,7 @@ impl Room {
         }
         if let Some(is_typing) = to_send {
             let typing = TypingFrame { room: self.name.clone(), user: user.clone(), is_typing };
-            self.send_to_members(
+            self.members.send(
                 &ServerFrame::Typing(typing),
                 |handle| handle.belongs_to(user),
                 batch,
@@ -291,7 +275,7 @@ impl Room {
 
     fn send_read_mark(&self, user: UserId, seq: Seq, by: ConnectionId, batch: &mut ShardBatch) {
         let read = ServerFrame::Read(ReadFrame { room: self.name.clone(), user, seq });
-        self.send_to_members(&read, |handle| handle.connection == by, batch);
+        self.members.send(&read, |handle| handle.connection == by, batch);
     }
 
     /// Does the work that is due.
@@ -570,7 +554,7 @@ impl Shard {
         let queries = std::mem::take(&mut room.presence.queries);
         let closed = RoomClosedFrame { reference: None, room: name.clone(), reason };
         let answer = ServerFrame::RoomClosed(closed);
-        for member in std::mem::take(&mut room.members) {
+        for member in room.members.take() {
             let handle = member.handle;
             handle.release_reservations(name);
             if Some(handle.connection) != by {

@@ -4,7 +4,7 @@
 //! that the replica delivers. Members that are behind are caught up from the ring or from the log
 //! ([`catch_up`](super::catch_up)), and never beyond the replica's top.
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::VecDeque;
 
 use serde::Deserialize;
 use skein_protocol::{
@@ -18,6 +18,7 @@ use super::{
     catch_up::CatchUpRead,
     join::PendingJoin,
     member::{EntryFrames, MemberState, RoomMember, ShardBatch},
+    members::Members,
     presence::RoomPresence,
 };
 use crate::{
@@ -34,9 +35,6 @@ use crate::{
         trail::FanOutCounts,
     },
 };
-
-/// Up to this number of members a linear search finds a member; a map would cost more memory.
-const LINEAR_SEARCH_MAX: usize = 8;
 
 /// A room that this node is subscribed to.
 #[derive(Debug)]
@@ -56,9 +54,7 @@ pub(super) struct Room {
     pub(super) unverified: bool,
     /// Whether the last read followed a log restore.
     pub(super) restoring: bool,
-    pub(super) members: Vec<RoomMember>,
-    /// The index of each member in `members`; empty for a small room, which is searched linearly.
-    member_index: HashMap<ConnectionId, usize>,
+    pub(super) members: Members,
     /// Members that wait for a catch-up read, longest wait first.
     pub(super) waiting_for_read: VecDeque<ConnectionId>,
     /// The state of that read.
@@ -74,7 +70,7 @@ pub(super) struct Room {
 /// Delivers to the members what the replica decides.
 struct RoomFanOut<'a> {
     name: &'a RoomId,
-    members: &'a mut [RoomMember],
+    members: &'a mut Members,
     batch: &'a mut ShardBatch,
     reset: bool,
 }
@@ -171,8 +167,7 @@ impl Room {
             received: true,
             unverified: false,
             restoring: false,
-            members: Vec::new(),
-            member_index: HashMap::new(),
+            members: Members::default(),
             waiting_for_read: VecDeque::new(),
             catch_up_read: CatchUpRead::Idle,
             waiting_joins: Vec::new(),
@@ -257,47 +252,7 @@ impl Room {
     }
 
     pub(super) fn add(&mut self, member: RoomMember) {
-        // Most inboxes have one member.
-        self.members.reserve_exact(usize::from(self.members.is_empty()));
-        self.members.push(member);
-        if self.members.len() > LINEAR_SEARCH_MAX || !self.member_index.is_empty() {
-            let from = if self.member_index.is_empty() { 0 } else { self.members.len() - 1 };
-            for (index, member) in self.members.iter().enumerate().skip(from) {
-                self.member_index.insert(member.handle.connection, index);
-            }
-        }
+        self.members.add(member);
         self.idle_since = None;
-    }
-
-    pub(super) fn index_of(&self, connection: ConnectionId) -> Option<usize> {
-        if self.member_index.is_empty() {
-            let is_it = |member: &RoomMember| member.handle.connection == connection;
-            return self.members.iter().position(is_it);
-        }
-        self.member_index.get(&connection).copied()
-    }
-
-    pub(super) fn cursor_of(&self, connection: ConnectionId) -> Option<&Position> {
-        Some(&self.members.get(self.index_of(connection)?)?.cursor)
-    }
-
-    pub(super) fn is_member(&self, connection: ConnectionId) -> bool {
-        self.index_of(connection).is_some()
-    }
-
-    pub(super) fn remove(&mut self, connection: ConnectionId) -> bool {
-        let Some(index) = self.index_of(connection) else { return false };
-        self.members.swap_remove(index);
-        if self.member_index.remove(&connection).is_some()
-            && let Some(moved) = self.members.get(index)
-        {
-            self.member_index.insert(moved.handle.connection, index);
-        }
-        true
-    }
-
-    /// The number of members.
-    pub(super) fn len(&self) -> usize {
-        self.members.len()
     }
 }

@@ -492,7 +492,7 @@ impl Shard {
         reply: Option<(Arc<ConnectionHandle>, Bytes)>,
     ) {
         if let Some(room) = self.rooms.get_mut(&name) {
-            room.remove(connection);
+            room.members.remove(connection);
             self.note_if_idle(&name);
         }
         if let Some((handle, frame)) = reply {
@@ -503,7 +503,7 @@ impl Shard {
     }
 
     fn remove_connection(&mut self, connection: ConnectionId) {
-        let here = self.rooms.values().filter(|room| room.is_member(connection));
+        let here = self.rooms.values().filter(|room| room.members.get(connection).is_some());
         let rooms: Vec<RoomId> = here.map(|room| room.name.clone()).collect();
         for room in rooms {
             self.leave(room, connection, None);
@@ -515,7 +515,7 @@ impl Shard {
 
     fn cancel_join(&mut self, name: &RoomId, handle: &Arc<ConnectionHandle>) {
         let Some(room) = self.rooms.get_mut(name) else { return };
-        if room.remove(handle.connection) {
+        if room.members.remove(handle.connection) {
             if let Some(room) = name.client_visible() {
                 handle.send(&ServerFrame::Left(LeftFrame { reference: None, room, reason: None }));
                 self.batch.flush_later(handle);
@@ -558,7 +558,7 @@ impl Shard {
             room.replica.forget_past_retention(&self.batch.retention);
             self.budget.count(before, room, now);
             if room.name.kind() == RoomKind::Room {
-                members += room.len();
+                members += room.members.len();
             }
         }
         self.batch.metrics.members.add(members as i64 - self.members as i64);
