@@ -28,7 +28,7 @@ use std::{
 
 use skein_protocol::{
     ids::{RoomId, RoomKind},
-    position::{Position, Seq},
+    position::Position,
 };
 use tokio::{
     sync::{Notify, mpsc, oneshot},
@@ -52,6 +52,8 @@ pub mod unconfirmed;
 
 use node_state::NodeState;
 use presence_store::EphemeralEvent;
+
+pub use crate::delivery::page::ReadRange;
 
 /// A boxed future. A trait with `async fn` could not be used as an object.
 pub type BoxFuture<T> = Pin<Box<dyn Future<Output = T> + Send>>;
@@ -171,46 +173,6 @@ impl BusError {
     /// Whether a limit was reached: nothing was done, and the bus is healthy.
     pub fn is_limit(self) -> bool {
         matches!(self, Self::MemoryFull | Self::UnseenQuota | Self::UnseenBytes)
-    }
-}
-
-/// A range of a log.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum ReadRange {
-    /// The newest `limit` entries.
-    Newest {
-        /// The most entries.
-        limit: u32,
-    },
-    /// The oldest `limit` entries above `seq`.
-    After {
-        /// The number before the first entry.
-        seq: Seq,
-        /// The most entries.
-        limit: u32,
-    },
-    /// The newest `limit` entries below `seq`.
-    Before {
-        /// The number behind the last entry.
-        seq: Seq,
-        /// The most entries.
-        limit: u32,
-    },
-}
-
-impl ReadRange {
-    /// The most entries.
-    pub fn limit(self) -> u32 {
-        match self {
-            Self::Newest { limit } | Self::After { limit, .. } | Self::Before { limit, .. } => {
-                limit
-            }
-        }
-    }
-
-    /// Whether a result that is cut for its size keeps the newest entries instead of the oldest.
-    pub fn keeps_newest(self) -> bool {
-        !matches!(self, Self::After { .. })
     }
 }
 

@@ -8,6 +8,50 @@ use skein_protocol::{
 
 use super::Entry;
 
+/// The number of entries in one read of a log: as many as a ring holds, so that one read shows
+/// which entries of a ring the log has lost.
+pub const READ_LEN: u32 = 256;
+
+/// A range of a log.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ReadRange {
+    /// The newest `limit` entries.
+    Newest {
+        /// The most entries.
+        limit: u32,
+    },
+    /// The oldest `limit` entries above `seq`.
+    After {
+        /// The number before the first entry.
+        seq: Seq,
+        /// The most entries.
+        limit: u32,
+    },
+    /// The newest `limit` entries below `seq`.
+    Before {
+        /// The number behind the last entry.
+        seq: Seq,
+        /// The most entries.
+        limit: u32,
+    },
+}
+
+impl ReadRange {
+    /// The most entries.
+    pub fn limit(self) -> u32 {
+        match self {
+            Self::Newest { limit } | Self::After { limit, .. } | Self::Before { limit, .. } => {
+                limit
+            }
+        }
+    }
+
+    /// Whether a result that is cut for its size keeps the newest entries instead of the oldest.
+    pub fn keeps_newest(self) -> bool {
+        !matches!(self, Self::After { .. })
+    }
+}
+
 /// A part of a log, as it was at one moment.
 #[derive(Clone, Debug)]
 pub struct LogPage {

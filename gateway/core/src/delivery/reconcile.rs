@@ -12,22 +12,9 @@ use skein_protocol::{
 
 use super::{
     Entry, ordinal,
-    page::LogPage,
+    page::{LogPage, READ_LEN, ReadRange},
     replica::{DeliverySink, NextAction, ReadPlan, ReadState, RetentionContext, RoomReplica},
 };
-
-/// The number of entries in one read of a log: as many as a ring holds, so that one read shows
-/// which entries of a ring the log has lost.
-pub const READ_LEN: u32 = 256;
-
-/// The start of the next read of a log; each read takes at most [`READ_LEN`] entries.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum ReadFrom {
-    /// The newest entries.
-    Newest,
-    /// The oldest entries after a number.
-    After(Seq),
-}
 
 /// The progress that a page made.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -39,16 +26,15 @@ enum PageProgress {
 }
 
 impl RoomReplica {
-    /// The start of the next read.
-    pub fn next_read(&self) -> ReadFrom {
-        match (self.plan, &self.top) {
-            (ReadPlan::Newest, _) | (_, None) => ReadFrom::Newest,
-            (ReadPlan::Overlap, Some(top)) => ReadFrom::After(top.seq.saturating_sub(1)),
-            (ReadPlan::AfterTop, Some(top)) => ReadFrom::After(top.seq),
-            (ReadPlan::Ring, Some(top)) => {
-                ReadFrom::After(self.ring.first().unwrap_or(top.seq) - 1)
-            }
-        }
+    /// The range of the log to read next.
+    pub fn next_read(&self) -> ReadRange {
+        let seq = match (self.plan, &self.top) {
+            (ReadPlan::Newest, _) | (_, None) => return ReadRange::Newest { limit: READ_LEN },
+            (ReadPlan::Overlap, Some(top)) => top.seq.saturating_sub(1),
+            (ReadPlan::AfterTop, Some(top)) => top.seq,
+            (ReadPlan::Ring, Some(top)) => self.ring.first().unwrap_or(top.seq) - 1,
+        };
+        ReadRange::After { seq, limit: READ_LEN }
     }
 
     /// Applies a page of the log, then the entries buffered meanwhile.

@@ -13,8 +13,7 @@ use super::{
     Entry, ReplicaSnapshot, ServerId,
     cursor::{self, NextDelivery, Resume},
     ordinal,
-    page::LogPage,
-    reconcile::{READ_LEN, ReadFrom},
+    page::{LogPage, READ_LEN, ReadRange},
     replica::{
         DeliverySink, NextAction, ReadState, ReplicaEntryClass, RetentionContext, RoomReplica,
     },
@@ -125,14 +124,14 @@ impl ModelLog {
         self.begin_epoch(None);
     }
 
-    fn page(&self, part: ReadFrom) -> LogPage {
-        let entries = match part {
-            ReadFrom::Newest => {
-                let from = self.entries.len().saturating_sub(READ_LEN as usize);
+    fn page(&self, range: ReadRange) -> LogPage {
+        let entries = match range {
+            ReadRange::Newest { limit } => {
+                let from = self.entries.len().saturating_sub(limit as usize);
                 self.entries[from..].to_vec()
             }
             // Small, so that a read takes several pages.
-            ReadFrom::After(seq) => {
+            ReadRange::After { seq, .. } | ReadRange::Before { seq, .. } => {
                 let behind = self.entries.iter().filter(|entry| entry.position.seq > seq);
                 behind.take(5).cloned().collect()
             }
@@ -171,6 +170,10 @@ impl ModelLog {
         self.entries.extend(lost.iter().cloned());
         lost
     }
+}
+
+fn after(seq: Seq) -> ReadRange {
+    ReadRange::After { seq, limit: READ_LEN }
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -336,7 +339,7 @@ impl ModelNode {
         // Only the first read counts; a log that cannot continue the client leads to a reset.
         while client.state == ModelClientState::Behind {
             let page = match self.replica.next(&client.cursor) {
-                NextDelivery::NotBuffered => log.page(ReadFrom::After(client.cursor.seq)),
+                NextDelivery::NotBuffered => log.page(after(client.cursor.seq)),
                 NextDelivery::Entry(entry) => {
                     if !client.offer(entry) {
                         return;
@@ -396,7 +399,7 @@ impl ModelNode {
             Some(entries) => cursor::within_epoch(entries, &since, until.seq),
             None if since.seq == top.seq => Some(vec![]),
             None => {
-                let mut page = log.page(ReadFrom::After(since.seq));
+                let mut page = log.page(after(since.seq));
                 if !self.replica.has_epoch_of(&page) {
                     return false;
                 }
@@ -696,7 +699,7 @@ fn ring_restores_entries_lost_before_an_epoch_change() {
 fn read_older_than_received_entries_changes_nothing() {
     let mut model = DeliveryModel::new(256);
     model.take(&ModelEvent::Append(3), 256);
-    let old = model.log.page(ReadFrom::After(0));
+    let old = model.log.page(after(0));
     model.take(&ModelEvent::Append(3), 256);
     model.deliver(256, 6);
     model.next(NextAction::Read);

@@ -11,9 +11,9 @@ use super::{
     member::{EntryFrames, MemberState, ShardBatch},
     room::Room,
 };
-use crate::{
-    bus::ReadRange,
-    delivery::{cursor::NextDelivery, page::LogPage, reconcile::READ_LEN},
+use crate::delivery::{
+    cursor::NextDelivery,
+    page::{LogPage, READ_LEN, ReadRange},
 };
 
 /// The state of a room's catch-up read.

@@ -19,13 +19,12 @@ use super::{
     room::Room,
 };
 use crate::{
-    bus::{ReadRange, presence_store::JoinSnapshot},
+    bus::presence_store::JoinSnapshot,
     connection::handle::ConnectionHandle,
     delivery::{
         Entry,
         cursor::{self, Resume},
-        page::LogPage,
-        reconcile::READ_LEN,
+        page::{LogPage, READ_LEN, ReadRange},
     },
     presence::RoomAlive,
     telemetry::metrics::ResumeSource,

@@ -124,7 +124,7 @@ impl Shard {
         let Some(room) = self.rooms.get_mut(name) else { return };
         if !room.replica.read_again() {
             room.replica.begin_read();
-            let (generation, range) = (room.generation, room.next_range());
+            let (generation, range) = (room.generation, room.replica.next_read());
             self.read(name.clone(), generation, ReadPurpose::Continue, range, pause);
         }
     }
@@ -148,7 +148,7 @@ impl Shard {
         // Twice in a row: the server does not hold the restored log yet.
         let pause = if room.restoring { READ_RETRY_DELAY } else { Duration::ZERO };
         room.restoring = true;
-        let (generation, range) = (room.generation, room.next_range());
+        let (generation, range) = (room.generation, room.replica.next_read());
         let request = self.read_request(name.clone(), generation, ReadPurpose::Continue);
         self.spawn_read(request, Some(snapshot), range, pause);
     }
@@ -247,7 +247,7 @@ impl Shard {
                 self.drop_room(&name);
             }
             (ReadPurpose::Open | ReadPurpose::Continue, Ok(_)) if is_old => {
-                let range = room.next_range();
+                let range = room.replica.next_read();
                 let pause = if self.suspended { READ_RETRY_DELAY } else { Duration::ZERO };
                 self.read(name, generation, ReadPurpose::Continue, range, pause);
             }

@@ -22,11 +22,9 @@ use super::{
     presence::RoomPresence,
 };
 use crate::{
-    bus::ReadRange,
     delivery::{
         Entry, ReplicaSnapshot, ordinal,
         page::LogPage,
-        reconcile::{READ_LEN, ReadFrom},
         replica::{DeliverySink, NextAction, ReplicaEntryClass, RoomReplica},
     },
     envelope::FrameType,
@@ -184,14 +182,6 @@ impl Room {
     pub(super) fn snapshot(&self, batch: &ShardBatch) -> Option<ReplicaSnapshot> {
         self.durable.then_some(())?;
         self.replica.snapshot(&self.name, &batch.retention)
-    }
-
-    /// The range of the log to read next.
-    pub(super) fn next_range(&self) -> ReadRange {
-        match self.replica.next_read() {
-            ReadFrom::Newest => ReadRange::Newest { limit: READ_LEN },
-            ReadFrom::After(seq) => ReadRange::After { seq, limit: READ_LEN },
-        }
     }
 
     /// Handles an entry from the bus.

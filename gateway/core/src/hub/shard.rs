@@ -418,7 +418,7 @@ impl Shard {
         let durable = self.rules.is_durable(&name);
         let mut room = Box::new(Room::opening(name.clone(), self.generation, durable));
         room.queue_join(join);
-        let range = room.next_range();
+        let range = room.replica.next_read();
         self.batch.count_room(&name, 1);
         self.rooms.insert(name.clone(), room);
         self.read(name, self.generation, ReadPurpose::Open, range, Duration::ZERO);
