@@ -12,8 +12,9 @@ use skein_core::envelope::{AuthorHash, Envelope, EnvelopeParts};
 use skein_core::{
     bus::{Append, Bus, Mailboxes, Retention, memory::MemoryBus},
     connection::{handle::ConnectionHandle, outbox::Outbox},
+    delivery::join::JoinStart,
     drain::Tasks,
-    hub::{Hub, HubOptions, join::JoinStart},
+    hub::{Hub, HubOptions},
     presence::{PresenceOptions, PresenceTracker},
     telemetry::metrics::Metrics,
 };

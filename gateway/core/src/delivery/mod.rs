@@ -14,6 +14,7 @@ pub mod recent_ids;
 pub mod replica;
 pub mod reconcile;
 pub mod cursor;
+pub mod join;
 
 /// Identifies one run of a Redis server and the data set that it serves. Another server, or the
 /// same server after a restart or a promotion, has another id. Written as 16 hexadecimal digits.
@@ -100,32 +101,77 @@ mod tests;
 pub(crate) mod samples {
     //! Entries for the tests of this module and of the modules above.
 
-    use crate::envelope::{AuthorHash, EnvelopeParts};
+    use std::{ops::RangeInclusive, time::Duration};
+
     use skein_protocol::{
         ids::{ConnectionId, MessageId},
         position::Seq,
+        protocol::server_frame::RecoveryFailure,
     };
     use uuid::Uuid;
 
-    use super::*;
+    use super::{
+        page::LogPage,
+        replica::{DeliverySink, NextAction, ReplicaEntryClass, RetentionContext, RoomReplica},
+        ring::RingLimits,
+        *,
+    };
+    use crate::envelope::{AuthorHash, EnvelopeParts};
 
     /// The entry `seq` of `epoch`, with an id derived from the number.
     pub(crate) fn entry(epoch: &str, seq: Seq) -> Entry {
-        let envelope = Envelope::pack(EnvelopeParts {
+        let envelope = with_fields(seq, r#""room":"r""#);
+        Entry { position: position(epoch, seq), origin: ServerId::default(), envelope }
+    }
+
+    /// The envelope of a message, with an id derived from a number.
+    pub(crate) fn with_fields(id: Seq, fields: &str) -> Envelope {
+        Envelope::pack(EnvelopeParts {
             frame: Default::default(),
             author: AuthorHash::of(&"ann".parse().unwrap()),
-            id: MessageId(Uuid::from_u128(u128::from(seq))),
+            id: MessageId(Uuid::from_u128(u128::from(id))),
             sender: ConnectionId(Uuid::nil()),
             echo: true,
-            fields: r#""room":"r""#,
+            fields,
             binary_payload: None,
-        });
-        Entry { position: position(epoch, seq), origin: ServerId::default(), envelope }
+        })
     }
 
     /// Some time.
     pub(crate) fn now() -> tokio::time::Instant {
         tokio::time::Instant::now()
+    }
+
+    /// The bounds of a replica, with time to keep everything.
+    pub(crate) fn retention() -> RetentionContext {
+        let (ids_for, entries_for) = (Duration::from_secs(600), Duration::from_secs(3600));
+        RetentionContext { ring: RingLimits::DEFAULT, ids_for, entries_for, now: now() }
+    }
+
+    /// A page with the entries `seqs` of a log whose entries end at `top`.
+    pub(crate) fn page(epoch: &str, seqs: RangeInclusive<Seq>, top: Seq) -> LogPage {
+        let entries = seqs.map(|seq| entry(epoch, seq)).collect();
+        let epoch = epoch.parse().unwrap();
+        LogPage { epoch, former: None, deleted: 0, generation: 0, top, oldest: 1, entries }
+    }
+
+    /// A replica that holds the entries `seqs`, of a log that begins with entry 1.
+    pub(crate) fn replica(epoch: &str, seqs: RangeInclusive<Seq>) -> RoomReplica {
+        let mut replica = RoomReplica::default();
+        let page = page(epoch, seqs.clone(), *seqs.end());
+        assert_eq!(replica.apply_page(page, &retention(), &mut Ignored), NextAction::Nothing);
+        replica
+    }
+
+    /// A sink without members.
+    pub(crate) struct Ignored;
+
+    impl DeliverySink for Ignored {
+        fn classified(&mut self, _: ReplicaEntryClass) {}
+        fn entry(&mut self, _: &Entry) {}
+        fn epoch_changed(&mut self, _: &Position) {}
+        fn reset(&mut self, _: &Position, _: RecoveryFailure) {}
+        fn lost(&mut self, _: &Entry) {}
     }
 
     /// A position.

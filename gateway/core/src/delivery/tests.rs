@@ -11,7 +11,8 @@ use skein_protocol::{
 
 use super::{
     Entry, ReplicaSnapshot, ServerId,
-    cursor::{self, NextDelivery, Resume},
+    cursor::NextDelivery,
+    join::{JoinPlan, JoinStart, JoinStep},
     ordinal,
     page::{LogPage, READ_LEN, ReadRange},
     replica::{
@@ -20,6 +21,7 @@ use super::{
     ring::RingLimits,
     samples,
 };
+use crate::telemetry::metrics::ResumeSource;
 
 /// A step of the model.
 #[derive(Clone, Debug)]
@@ -200,6 +202,8 @@ struct ModelClient {
     /// Epoch changes that skip nothing.
     epoch_changes: Vec<Position>,
     not_recovered: usize,
+    /// The join under way.
+    plan: Option<JoinPlan>,
 }
 
 impl ModelClient {
@@ -215,6 +219,7 @@ impl ModelClient {
             resets: vec![],
             epoch_changes: vec![],
             not_recovered: 0,
+            plan: None,
         }
     }
 
@@ -272,7 +277,6 @@ struct ModelNode {
     delivered: Vec<Entry>,
     /// The number of times that the log could not be continued.
     restarts: usize,
-    refreshed: bool,
 }
 
 /// Applies the decisions of `RoomReplica` to the clients.
@@ -377,48 +381,37 @@ impl ModelNode {
 
     /// Answers a join; `false`: the log must be read first.
     fn join(&mut self, client: usize, log: &ModelLog) -> bool {
-        let Some(top) = self.replica.top().cloned() else { return false };
         let client = &mut self.clients[client];
-        let Some(since) = client.has.clone() else {
-            (client.has, client.cursor, client.state) =
-                (Some(top.clone()), top, ModelClientState::Live);
-            return true;
-        };
-        let lost = |client: &mut ModelClient| {
-            client.not_recovered += 1;
-            (client.has, client.cursor, client.state) =
-                (Some(top.clone()), top.clone(), ModelClientState::Live);
-            true
-        };
-        let until = match self.replica.resume(&since) {
-            Resume::Until(until) => until,
-            Resume::Unknown(_) if !self.refreshed => return false,
-            Resume::Unknown(_) => return lost(client),
-        };
-        let entries = match self.replica.ring().after(since.seq) {
-            Some(entries) => cursor::within_epoch(entries, &since, until.seq),
-            None if since.seq == top.seq => Some(vec![]),
-            None => {
-                let mut page = log.page(after(since.seq));
-                if !self.replica.has_epoch_of(&page) {
-                    return false;
-                }
-                page.keep_contiguous();
-                page.entries.retain(|entry| entry.position.seq <= top.seq);
-                if page.continues(since.seq).is_err() {
-                    return lost(client);
-                }
-                cursor::within_epoch(page.entries.iter(), &since, until.seq)
-            }
-        };
-        let Some(entries) = entries else { return lost(client) };
-        client.cursor = since;
-        for entry in entries.iter().take(3) {
-            client.see(entry);
-            client.cursor = entry.position.clone();
+        let start = client.has.clone().map_or(JoinStart::Newest(0), JoinStart::Since);
+        let plan = client.plan.get_or_insert_with(|| JoinPlan::new(start));
+        let mut step = plan.next(&self.replica, true);
+        let mut read = None;
+        while let JoinStep::Read(range) = step {
+            let page = read.insert(log.page(range));
+            step = plan.next_with_page(&self.replica, page.clone());
         }
-        client.state =
-            if client.cursor == top { ModelClientState::Live } else { ModelClientState::Behind };
+        let JoinStep::Admit(admission) = step else { return false };
+        client.plan = None;
+        client.not_recovered += usize::from(admission.lost.is_some());
+        if admission.resumed.is_none() {
+            client.has = Some(admission.at);
+        }
+        for json in admission.history.iter().filter(|_| admission.resumed.is_some()) {
+            let json: serde_json::Value = serde_json::from_str(json.get()).unwrap();
+            let seq = json["seq"].as_u64().unwrap();
+            let entry = match (&admission.resumed, &read) {
+                (Some(ResumeSource::Log), Some(page)) => page.at(seq),
+                _ => self.replica.ring().at(seq),
+            };
+            client.see(entry.unwrap());
+        }
+        assert_eq!(client.has.as_ref(), Some(&admission.cursor));
+        client.cursor = admission.cursor;
+        client.state = if self.replica.top() == Some(&client.cursor) {
+            ModelClientState::Live
+        } else {
+            ModelClientState::Behind
+        };
         true
     }
 }
@@ -441,7 +434,7 @@ impl DeliveryModel {
         replica.begin_read();
         let clients = (0..4).map(|_| ModelClient::new(usize::MAX)).collect();
         let (lost, delivered) = (vec![], vec![]);
-        let node = ModelNode { replica, clients, lost, delivered, restarts: 0, refreshed: false };
+        let node = ModelNode { replica, clients, lost, delivered, restarts: 0 };
         let (link, delivered_by_link) = (vec![], vec![]);
         let mut model =
             Self { log, link, delivered_by_link, node, next: NextAction::Read, page: None };
@@ -492,12 +485,10 @@ impl DeliveryModel {
         for lost in std::mem::take(&mut self.node.lost) {
             self.link.extend(self.log.append(lost));
         }
-        self.node.refreshed = true;
         for client in 0..self.node.clients.len() {
             self.node.catch_up(client, &self.log);
         }
         self.joins();
-        self.node.refreshed = false;
     }
 
     fn joins(&mut self) {
@@ -565,6 +556,7 @@ impl DeliveryModel {
             ModelEvent::ReturnPage => self.return_page(ring),
             ModelEvent::LeaveOrReturn(client) => {
                 let client = &mut self.node.clients[usize::from(client) % 4];
+                client.plan = None;
                 client.state = match client.state {
                     ModelClientState::Disconnected => ModelClientState::Joining,
                     _ => ModelClientState::Disconnected,

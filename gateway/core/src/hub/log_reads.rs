@@ -9,7 +9,7 @@ use super::{
     budget::RoomMemory,
     catch_up::{CatchUpOutcome, CatchUpRead},
     commands::{LogReadRequest, READ_RETRY_DELAY, ReadPurpose, ShardCommand},
-    join::JoinStep,
+    join::JoinProgress,
     shard::Shard,
 };
 use crate::{
@@ -255,12 +255,13 @@ impl Shard {
                 self.apply_log_page(&name, page);
             }
             (ReadPurpose::Join(join), Ok(page)) => {
-                let step = if is_old || !self.batch.serves(&name) {
-                    JoinStep::Wait(join)
+                let progress = if is_old || !self.batch.serves(&name) {
+                    room.queue_join(join);
+                    JoinProgress::Refresh
                 } else {
                     room.join_with_page(join, page, &mut self.batch)
                 };
-                self.run_join_step(&name, step);
+                self.continue_join(&name, progress);
             }
             (ReadPurpose::Join(join), Err(_)) => {
                 drop(join);
@@ -300,16 +301,14 @@ impl Shard {
         let next = room.apply_page(page, &mut self.batch);
         self.budget.count(before, room, self.batch.retention.now);
         room.restoring &= next == NextAction::Restore;
-        let waiting = room.take_waiting_joins();
+        let waiting = room.joins.take(bytes);
         self.act_on(name, next);
         self.forget_ids();
         if next == NextAction::Nothing {
             self.mark_verified(name);
         }
         self.catch_up_all(name);
-        for (number, mut join) in waiting.into_iter().enumerate() {
-            // The first join caused the read.
-            join.bytes_read += if number == 0 { bytes } else { 0 };
+        for join in waiting {
             self.join(name.clone(), join);
         }
         self.note_if_idle(name);

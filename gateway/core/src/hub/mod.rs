@@ -35,6 +35,7 @@ use crate::{
         sessions::{SessionSelector, UnixMicros},
     },
     connection::{handle::ConnectionHandle, outbox::Close},
+    delivery::join::{JoinPlan, JoinStart},
     drain::Tasks,
     presence::PresenceTracker,
     rooms::RoomRules,
@@ -58,7 +59,7 @@ pub mod presence;
 pub use commands::HubOptions;
 use commands::ShardCommand;
 pub use join::JoinOutcome;
-use join::{JoinGrant, JoinStart, PendingJoin};
+use join::{JoinGrant, PendingJoin};
 pub use lingering::LINGER;
 use presence::PresenceQuery;
 pub use shard::COMPARE_INTERVAL;
@@ -131,9 +132,8 @@ impl Hub {
         grant: JoinGrant,
     ) -> Result<JoinOutcome, SubscribeFailed> {
         let (done, joined) = oneshot::channel();
-        let (refreshed, lost, bytes_read) = (false, None, 0);
-        let join =
-            PendingJoin { handle, reference, start, grant, done, refreshed, lost, bytes_read };
+        let plan = JoinPlan::new(start);
+        let join = PendingJoin { handle, reference, plan, grant, done, bytes_read: 0 };
         self.send(room.clone(), ShardCommand::Join(room, join)).await;
         joined.await.map_err(|_| SubscribeFailed)
     }

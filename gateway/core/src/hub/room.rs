@@ -10,26 +10,28 @@ use serde::Deserialize;
 use skein_protocol::{
     ids::{ConnectionId, RoomId, RoomKind, UserId},
     position::Position,
-    protocol::server_frame::{RecoveryFailure, UserInfo},
+    protocol::server_frame::{JoinedFrame, RecoveryFailure, ServerFrame, UserInfo},
 };
 use tokio::time::Instant;
 
 use super::{
     catch_up::CatchUpRead,
-    join::PendingJoin,
+    join::{JoinOutcome, JoinProgress, Joins, PendingJoin},
     member::{EntryFrames, MemberState, RoomMember, ShardBatch},
     members::Members,
-    presence::RoomPresence,
+    presence::{RoomPresence, count_for},
 };
 use crate::{
     delivery::{
-        Entry, ReplicaSnapshot, ordinal,
+        Entry, ReplicaSnapshot,
+        join::{Admission, JoinStep},
+        ordinal,
         page::LogPage,
         replica::{DeliverySink, NextAction, ReplicaEntryClass, RoomReplica},
     },
     envelope::FrameType,
     telemetry::{
-        metrics::{EntryResult, LogRepairResult},
+        metrics::{EntryResult, LogRepairResult, ResumeSource},
         trail::FanOutCounts,
     },
 };
@@ -58,7 +60,7 @@ pub(super) struct Room {
     /// The state of that read.
     pub(super) catch_up_read: CatchUpRead,
     /// Joins that wait for a read of the log.
-    waiting_joins: Vec<PendingJoin>,
+    pub(super) joins: Joins,
     /// The time since which the room has had no members.
     pub(super) idle_since: Option<Instant>,
     /// The key of the room among the lingering rooms. A connection may have joined since.
@@ -168,14 +170,14 @@ impl Room {
             members: Members::default(),
             waiting_for_read: VecDeque::new(),
             catch_up_read: CatchUpRead::Idle,
-            waiting_joins: Vec::new(),
+            joins: Joins::default(),
             idle_since: None,
             lingers_until: None,
         }
     }
 
     pub(super) fn is_empty(&self) -> bool {
-        self.members.is_empty() && self.waiting_joins.is_empty()
+        self.members.is_empty() && self.joins.is_empty()
     }
 
     /// The replica's snapshot, once the room is open.
@@ -224,25 +226,104 @@ impl Room {
         next
     }
 
-    /// Queues a join until the log has been read.
+    /// Lets a join wait until the log has been read.
     pub(super) fn queue_join(&mut self, join: PendingJoin) {
         self.idle_since = None;
-        self.remove_cancelled_joins();
-        self.waiting_joins.push(join);
+        self.joins.wait(join);
     }
 
-    /// Removes joins whose callers have gone, and with them the references to their connections.
-    pub(super) fn remove_cancelled_joins(&mut self) {
-        self.waiting_joins.retain(|join| !join.done.is_closed());
+    /// Answers a join from the replica, or returns what it needs first.
+    pub(super) fn join(&mut self, mut join: PendingJoin, batch: &mut ShardBatch) -> JoinProgress {
+        if join.done.is_closed() || !join.grant.holds(self.deleted) {
+            // Dropping the join notifies the session.
+            return JoinProgress::Done;
+        }
+        if let Some(member) = self.members.get(join.handle.connection) {
+            self.send_joined(&join, Admission::again(member.cursor.clone()));
+            batch.flush_later(&join.handle);
+            // A caller that has gone is a member nevertheless; it cancels the join itself.
+            let _ = join.done.send(JoinOutcome::Member { bytes_read: join.bytes_read });
+            return JoinProgress::Done;
+        }
+        let step = join.plan.next(&self.replica, self.durable);
+        self.run_join(join, step, batch)
     }
 
-    /// Takes the queued joins.
-    pub(super) fn take_waiting_joins(&mut self) -> Vec<PendingJoin> {
-        std::mem::take(&mut self.waiting_joins)
+    /// Answers a join with a page read from the log for it.
+    pub(super) fn join_with_page(
+        &mut self,
+        mut join: PendingJoin,
+        page: LogPage,
+        batch: &mut ShardBatch,
+    ) -> JoinProgress {
+        if join.done.is_closed() || !join.grant.holds(self.deleted) {
+            return JoinProgress::Done;
+        }
+        join.bytes_read += page.bytes();
+        let step = join.plan.next_with_page(&self.replica, page);
+        self.run_join(join, step, batch)
     }
 
-    pub(super) fn add(&mut self, member: RoomMember) {
+    /// Executes a step of a join.
+    fn run_join(
+        &mut self,
+        join: PendingJoin,
+        step: JoinStep,
+        batch: &mut ShardBatch,
+    ) -> JoinProgress {
+        let new = |cursor| RoomMember::new(join.handle.clone(), cursor, MemberState::Live);
+        let mut member = match step {
+            JoinStep::Read(range) => return JoinProgress::Read(join, range),
+            JoinStep::Refresh => {
+                self.queue_join(join);
+                return JoinProgress::Refresh;
+            }
+            JoinStep::Admit(admission) => {
+                if let Some(source) = admission.resumed {
+                    batch.metrics.resumes.of(source).inc();
+                }
+                let member = new(admission.cursor.clone());
+                self.send_joined(&join, admission);
+                member
+            }
+            JoinStep::AdmitToInbox(cursor, None) => {
+                batch.metrics.resumes.of(ResumeSource::Ring).inc();
+                new(cursor)
+            }
+            JoinStep::AdmitToInbox(cursor, Some(reason)) => {
+                let mut member = new(cursor.clone());
+                member.reset(&self.name, &cursor, reason, batch);
+                member
+            }
+        };
+        member.presence_version = join.grant.snapshot.version;
+        if self.replica.top() != Some(&member.cursor) {
+            member.state = MemberState::Behind;
+            member.handle.outbox.mark_lagging(self.name.clone());
+        }
+        batch.flush_later(&member.handle);
         self.members.add(member);
         self.idle_since = None;
+        // A caller that has gone meanwhile sends a later command that cancels the join.
+        let _ = join.done.send(JoinOutcome::Member { bytes_read: join.bytes_read });
+        JoinProgress::Done
+    }
+
+    fn send_joined(&self, join: &PendingJoin, admission: Admission) {
+        let Admission { at, history, more, resumed, lost, .. } = admission;
+        let snapshot = join.grant.snapshot;
+        join.handle.send(&ServerFrame::Joined(Box::new(JoinedFrame {
+            reference: join.reference.clone(),
+            room: self.name.clone(),
+            epoch: at.epoch,
+            seq: at.seq,
+            members: count_for(snapshot, &self.presence.roster),
+            recovered: resumed.is_some(),
+            reason: lost,
+            history,
+            more,
+            read: snapshot.read,
+            durable: self.durable,
+        })));
     }
 }

@@ -20,7 +20,7 @@ use tokio::{
 use super::{
     budget::{MemoryBudget, RoomMemory},
     commands::{HubOptions, READ_RETRY_DELAY, ReadPurpose, ShardCommand},
-    join::{JoinOutcome, JoinStep, PendingJoin},
+    join::{JoinOutcome, JoinProgress, PendingJoin},
     lingering::{Lingering, linger_of},
     member::ShardBatch,
     room::Room,
@@ -382,23 +382,27 @@ impl Shard {
             room.queue_join(join);
             return;
         }
-        let serves = self.batch.serves(&name);
-        let step = if serves { room.join(join, &mut self.batch) } else { JoinStep::Wait(join) };
-        self.run_join_step(&name, step);
+        let progress = if self.batch.serves(&name) {
+            room.join(join, &mut self.batch)
+        } else {
+            room.queue_join(join);
+            JoinProgress::Refresh
+        };
+        self.continue_join(&name, progress);
     }
 
-    pub(super) fn run_join_step(&mut self, name: &RoomId, step: JoinStep) {
+    /// Does what a join needs.
+    pub(super) fn continue_join(&mut self, name: &RoomId, progress: JoinProgress) {
         let Some(room) = self.rooms.get_mut(name) else { return };
-        match step {
-            JoinStep::Done => self.note_if_idle(name),
-            JoinStep::Read(join, range) => {
+        match progress {
+            JoinProgress::Done => self.note_if_idle(name),
+            JoinProgress::Read(join, range) => {
                 room.idle_since = None;
                 let generation = room.generation;
                 let purpose = ReadPurpose::Join(join);
                 self.read(name.clone(), generation, purpose, range, Duration::ZERO);
             }
-            JoinStep::Wait(join) => {
-                room.queue_join(join);
+            JoinProgress::Refresh => {
                 // The read may complete before the node is allowed to answer joins.
                 let pause = if self.batch.serves(name) { Duration::ZERO } else { READ_RETRY_DELAY };
                 self.read_forward_after(name, pause);
@@ -553,7 +557,7 @@ impl Shard {
         self.forget_ids();
         let mut members = 0;
         for room in self.rooms.values_mut() {
-            room.remove_cancelled_joins();
+            room.joins.remove_cancelled();
             let before = RoomMemory::of(room);
             room.replica.forget_past_retention(&self.batch.retention);
             self.budget.count(before, room, now);

@@ -21,8 +21,7 @@ use super::{
 };
 use crate::{
     bus::{ReadRange, sessions::SessionDataError},
-    delivery::{Entry, page::LogPage},
-    hub::join::history as whole_frames,
+    delivery::{Entry, join::history as whole_frames, page::LogPage},
     telemetry::metrics::StorageLimit,
 };
 

@@ -30,12 +30,11 @@ use crate::{
         },
     },
     connection::handle::{ConnectionHandle, text_frame},
-    delivery::page::LogPage,
-    hub::{
-        JoinOutcome,
-        join::{JoinGrant, JoinStart, history as whole_frames},
-        presence::wire_time,
+    delivery::{
+        join::{JoinStart, history as whole_frames},
+        page::LogPage,
     },
+    hub::{JoinOutcome, join::JoinGrant, presence::wire_time},
     limits::{address_key, quotas::Writer},
     presence::{PresenceGuard, RoomAlive},
     publisher::storage_bound,

@@ -33,10 +33,8 @@ use skein_core::{
         handle::{ConnectionHandle, Owner},
         outbox::Close,
     },
-    hub::{
-        SubscribeFailed,
-        join::{JoinGrant, JoinStart},
-    },
+    delivery::join::JoinStart,
+    hub::{SubscribeFailed, join::JoinGrant},
     limits::Permit,
     session::{
         Services,

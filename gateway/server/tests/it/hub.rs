@@ -22,9 +22,9 @@ use skein_core::{
         memory::MemoryBus,
     },
     connection::{handle::ConnectionHandle, outbox::Outbox},
-    delivery::{Entry, ReplicaSnapshot, ServerId, page::LogPage},
+    delivery::{Entry, ReplicaSnapshot, ServerId, join::JoinStart, page::LogPage},
     drain::Tasks,
-    hub::{COMPARE_INTERVAL, Hub, LINGER, join::JoinStart},
+    hub::{COMPARE_INTERVAL, Hub, LINGER},
     telemetry::metrics::{EntryResult, Metrics},
 };
 use skein_protocol::{

@@ -12,8 +12,9 @@ use skein_core::envelope::{AuthorHash, Envelope, EnvelopeParts};
 use skein_core::{
     bus::{Append, Bus, Mailboxes},
     connection::{handle::ConnectionHandle, outbox::Outbox},
+    delivery::join::JoinStart,
     drain::Tasks,
-    hub::{MAILBOX_LEN, join::JoinStart},
+    hub::MAILBOX_LEN,
     telemetry::metrics::Metrics,
 };
 use skein_protocol::ids::{ConnectionId, MessageId, RoomId};
