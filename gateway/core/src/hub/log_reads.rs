@@ -7,7 +7,7 @@ use skein_protocol::{ids::RoomId, position::Position, protocol::server_frame::Ro
 
 use super::{
     budget::RoomMemory,
-    catch_up::{CatchUpOutcome, CatchUpRead},
+    catch_up::CatchUpOutcome,
     commands::{LogReadRequest, READ_RETRY_DELAY, ReadPurpose, ShardCommand},
     join::JoinProgress,
     shard::Shard,
@@ -16,7 +16,7 @@ use crate::{
     bus::{Append, BusError, ReadRange, UnseenPolicy},
     delivery::{
         ReplicaSnapshot,
-        page::LogPage,
+        page::{LogPage, READ_LEN},
         replica::{NextAction, ReadState},
     },
     telemetry::metrics::LogRepairResult,
@@ -268,13 +268,11 @@ impl Shard {
                 self.note_if_idle(&name);
             }
             (ReadPurpose::CatchUp(_), Ok(_)) if is_old => {
-                room.catch_up_read = CatchUpRead::Idle;
-                room.abandon_catch_up_read();
+                room.catch_up.abandon_read(&mut room.members);
                 self.catch_up_all(&name);
             }
             (ReadPurpose::CatchUp(from), Ok(page)) => {
-                room.catch_up_read = CatchUpRead::Idle;
-                match room.catch_up_from_page(from, page, &mut self.batch) {
+                match room.catch_up_with_page(from, page, &mut self.batch) {
                     CatchUpOutcome::More(members) => {
                         for member in members {
                             room.catch_up(member, &mut self.batch);
@@ -314,25 +312,28 @@ impl Shard {
         self.note_if_idle(name);
     }
 
-    /// Starts a read of the log for members of a room that wait for one, unless one is under way.
+    /// Starts a read of the log for members of a room that wait for one, unless one is under way,
+    /// or queues it.
     pub(super) fn start_catch_up_read(&mut self, name: &RoomId) {
-        let Some(room) = self.rooms.get_mut(name) else { return };
-        if room.catch_up_read != CatchUpRead::Idle {
+        let Some(room) = self.rooms.get_mut(name).filter(|room| room.catch_up.needs_read()) else {
             return;
-        }
+        };
         if self.catch_up_reads >= CATCH_UP_READS_MAX {
-            if !room.waiting_for_read.is_empty() {
-                room.catch_up_read = CatchUpRead::Queued;
-                self.waiting_for_read.push_back((name.clone(), room.generation));
-            }
+            room.catch_up.queue_read();
+            self.waiting_for_read.push_back((name.clone(), room.generation));
             return;
         }
-        let Some(range) = room.next_catch_up_read() else { return };
-        let ReadRange::After { seq, .. } = range else { return };
-        room.catch_up_read = CatchUpRead::InProgress;
+        self.begin_catch_up_read(name);
+    }
+
+    fn begin_catch_up_read(&mut self, name: &RoomId) {
+        let Some(room) = self.rooms.get_mut(name) else { return };
+        let Some(seq) = room.catch_up.begin_read(&room.members) else { return };
         self.catch_up_reads += 1;
+        let (purpose, range) =
+            (ReadPurpose::CatchUp(seq), ReadRange::After { seq, limit: READ_LEN });
         let generation = room.generation;
-        self.read(name.clone(), generation, ReadPurpose::CatchUp(seq), range, Duration::ZERO);
+        self.read(name.clone(), generation, purpose, range, Duration::ZERO);
     }
 
     /// A catch-up read has ended, so that a read of another room may start.
@@ -341,11 +342,8 @@ impl Shard {
         while self.catch_up_reads < CATCH_UP_READS_MAX
             && let Some((name, generation)) = self.waiting_for_read.pop_front()
         {
-            if let Some(room) = self.rooms.get_mut(&name)
-                && room.generation == generation
-            {
-                room.catch_up_read = CatchUpRead::Idle;
-                self.start_catch_up_read(&name);
+            if self.rooms.get(&name).is_some_and(|room| room.generation == generation) {
+                self.begin_catch_up_read(&name);
             }
         }
     }

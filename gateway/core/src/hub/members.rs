@@ -5,7 +5,7 @@ use std::collections::HashMap;
 use serde_json::value::RawValue;
 use skein_protocol::{ids::ConnectionId, protocol::server_frame::ServerFrame};
 
-use super::member::{RoomMember, ShardBatch, SharedFrame};
+use super::member::{MemberState, RoomMember, ShardBatch, SharedFrame};
 use crate::connection::handle::{ConnectionHandle, text_frame};
 
 /// Up to this number of members a linear search finds a member; a map would cost more memory.
@@ -82,6 +82,12 @@ impl Members {
         self.list.is_empty()
     }
 
+    /// The members that are behind.
+    pub(super) fn behind(&self) -> Vec<ConnectionId> {
+        let behind = self.list.iter().filter(|member| member.state == MemberState::Behind);
+        behind.map(|member| member.handle.connection).collect()
+    }
+
     /// Sends an ephemeral frame to all members except those of `but`.
     pub(super) fn send(
         &self,
@@ -105,8 +111,8 @@ pub(super) mod samples {
     use skein_protocol::position::Position;
     use uuid::Uuid;
 
-    use super::{super::member::MemberState, *};
-    use crate::connection::outbox::Outbox;
+    use super::*;
+    use crate::{connection::outbox::Outbox, delivery::samples::retention};
 
     /// A connection whose outbox takes `bytes_max`.
     pub(in super::super) fn handle(number: u128, bytes_max: usize) -> Arc<ConnectionHandle> {
@@ -117,6 +123,11 @@ pub(super) mod samples {
     /// A member that is up to date at `cursor`.
     pub(in super::super) fn member(number: u128, cursor: Position) -> RoomMember {
         RoomMember::new(handle(number, 1 << 20), cursor, MemberState::Live)
+    }
+
+    /// A batch of a node that holds its lease.
+    pub(in super::super) fn batch() -> ShardBatch {
+        ShardBatch::new(retention(), Default::default(), Arc::default())
     }
 }
 

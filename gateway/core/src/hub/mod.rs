@@ -52,6 +52,7 @@ mod lingering;
 mod commands;
 mod shard;
 mod log_reads;
+mod rosters;
 mod status;
 mod control;
 pub mod presence;

@@ -4,32 +4,34 @@
 //! that the replica delivers. Members that are behind are caught up from the ring or from the log
 //! ([`catch_up`](super::catch_up)), and never beyond the replica's top.
 
-use std::collections::VecDeque;
-
 use serde::Deserialize;
 use skein_protocol::{
-    ids::{ConnectionId, RoomId, RoomKind, UserId},
-    position::Position,
-    protocol::server_frame::{JoinedFrame, RecoveryFailure, ServerFrame, UserInfo},
+    close::CloseCode,
+    ids::{ConnectionId, RoomId, RoomKind, SessionId, UserId},
+    position::{Epoch, Position, Seq},
+    protocol::server_frame::{JoinedFrame, ReadFrame, RecoveryFailure, ServerFrame, UserInfo},
 };
 use tokio::time::Instant;
 
 use super::{
-    catch_up::CatchUpRead,
+    catch_up::{CatchUp, CatchUpOutcome},
     join::{JoinOutcome, JoinProgress, Joins, PendingJoin},
     member::{EntryFrames, MemberState, RoomMember, ShardBatch},
     members::Members,
-    presence::{RoomPresence, count_for},
+    presence::RoomPresence,
 };
 use crate::{
+    bus::presence_store::{EphemeralEvent, PresenceSnapshot},
+    connection::outbox::Close,
     delivery::{
-        Entry, ReplicaSnapshot,
+        Entry, ReplicaSnapshot, ServerId,
         join::{Admission, JoinStep},
         ordinal,
         page::LogPage,
         replica::{DeliverySink, NextAction, ReplicaEntryClass, RoomReplica},
     },
     envelope::FrameType,
+    presence::PresenceOptions,
     telemetry::{
         metrics::{EntryResult, LogRepairResult, ResumeSource},
         trail::FanOutCounts,
@@ -55,12 +57,8 @@ pub(super) struct Room {
     /// Whether the last read followed a log restore.
     pub(super) restoring: bool,
     pub(super) members: Members,
-    /// Members that wait for a catch-up read, longest wait first.
-    pub(super) waiting_for_read: VecDeque<ConnectionId>,
-    /// The state of that read.
-    pub(super) catch_up_read: CatchUpRead,
-    /// Joins that wait for a read of the log.
     pub(super) joins: Joins,
+    pub(super) catch_up: CatchUp,
     /// The time since which the room has had no members.
     pub(super) idle_since: Option<Instant>,
     /// The key of the room among the lingering rooms. A connection may have joined since.
@@ -168,9 +166,8 @@ impl Room {
             unverified: false,
             restoring: false,
             members: Members::default(),
-            waiting_for_read: VecDeque::new(),
-            catch_up_read: CatchUpRead::Idle,
             joins: Joins::default(),
+            catch_up: CatchUp::default(),
             idle_since: None,
             lingers_until: None,
         }
@@ -224,6 +221,23 @@ impl Room {
             batch.metrics.log_repairs.of(outcome).inc();
         }
         next
+    }
+
+    /// Catches up a member that is behind, as far as its outbox and the ring allow.
+    pub(super) fn catch_up(&mut self, connection: ConnectionId, batch: &mut ShardBatch) {
+        let Self { name, replica, members, .. } = self;
+        self.catch_up.serve(connection, name, replica, members, batch);
+    }
+
+    /// Delivers a page, read from after `from`, to the members that wait for it.
+    pub(super) fn catch_up_with_page(
+        &mut self,
+        from: Seq,
+        page: LogPage,
+        batch: &mut ShardBatch,
+    ) -> CatchUpOutcome {
+        let Self { name, replica, members, .. } = self;
+        self.catch_up.apply_page(from, page, name, replica, members, batch)
     }
 
     /// Lets a join wait until the log has been read.
@@ -317,7 +331,7 @@ impl Room {
             room: self.name.clone(),
             epoch: at.epoch,
             seq: at.seq,
-            members: count_for(snapshot, &self.presence.roster),
+            members: self.presence.count_for(snapshot),
             recovered: resumed.is_some(),
             reason: lost,
             history,
@@ -325,5 +339,68 @@ impl Room {
             read: snapshot.read,
             durable: self.durable,
         })));
+    }
+
+    /// Applies an ephemeral event. Returns whether the roster must be read.
+    pub(super) fn apply_event(
+        &mut self,
+        event: EphemeralEvent,
+        options: &PresenceOptions,
+        batch: &mut ShardBatch,
+    ) -> bool {
+        let Self { name, members, presence, .. } = self;
+        match event {
+            EphemeralEvent::Presence(change) => {
+                return presence.apply(change, options, name, members, batch);
+            }
+            EphemeralEvent::Typing { user, is_typing } => {
+                presence.apply_typing(user, is_typing, name, members, batch);
+            }
+            EphemeralEvent::Read { user, seq, by } => {
+                let read = ServerFrame::Read(ReadFrame { room: name.clone(), user, seq });
+                members.send(&read, |handle| handle.connection == by, batch);
+            }
+            // In a room with a log, messages arrive as entries only.
+            EphemeralEvent::Message(_) if self.durable => {}
+            EphemeralEvent::Message(envelope) => {
+                let position = Position::new(Epoch::none(), 0);
+                let entry = Entry { position, origin: ServerId::default(), envelope };
+                let mut frames = EntryFrames::live(name, &entry);
+                for member in members.iter() {
+                    member.send_ephemeral_message(&mut frames, batch);
+                }
+            }
+            EphemeralEvent::Replaced { session, by } => self.close_replaced(session, by),
+            // The shard handles these.
+            EphemeralEvent::Closed { .. } | EphemeralEvent::Status | EphemeralEvent::LogDeleted => {
+            }
+        }
+        false
+    }
+
+    /// Sends the presence changes and typing states that are due.
+    pub(super) fn send_due_presence(&mut self, options: &PresenceOptions, batch: &mut ShardBatch) {
+        self.presence.send_due(options, &self.name, &self.members, batch);
+    }
+
+    /// Applies a roster that was read. Returns whether it must be read again.
+    pub(super) fn apply_roster(
+        &mut self,
+        snapshot: PresenceSnapshot,
+        options: &PresenceOptions,
+        batch: &mut ShardBatch,
+    ) -> bool {
+        self.presence.apply_snapshot(snapshot, options, &self.name, &self.members, batch)
+    }
+
+    /// Closes the connection whose session another connection has taken over.
+    fn close_replaced(&self, session: SessionId, by: ConnectionId) {
+        for RoomMember { handle, .. } in self.members.iter() {
+            let has_it = handle.owner().is_some_and(|owner| owner.session == session);
+            if has_it && handle.connection != by {
+                let (code, reason) = (CloseCode::SessionReplaced.number(), String::new());
+                handle.outbox.close(Close { code, reason });
+            }
+        }
     }
 }

@@ -483,7 +483,7 @@ impl Shard {
     /// Catches up all members of a room that are behind.
     pub(super) fn catch_up_all(&mut self, name: &RoomId) {
         let Some(room) = self.rooms.get_mut(name).filter(|_| !self.suspended) else { return };
-        for connection in room.behind() {
+        for connection in room.members.behind() {
             room.catch_up(connection, &mut self.batch);
         }
         self.start_catch_up_read(name);
