@@ -49,7 +49,7 @@ pub struct JoinPlan {
 #[derive(Debug)]
 pub enum JoinStep {
     /// Send `joined`, and deliver the entries after the cursor.
-    Admit(Admission),
+    Admit(JoinReply),
     /// Send no `joined`, but `reset` to the cursor if a reason is given, and deliver the entries
     /// after the cursor.
     AdmitToInbox(Position, Option<RecoveryFailure>),
@@ -61,7 +61,7 @@ pub enum JoinStep {
 
 /// The content of a `joined` frame, and the cursor after it.
 #[derive(Debug)]
-pub struct Admission {
+pub struct JoinReply {
     /// The position at which the connection joins. If it resumes, the end of what it missed within
     /// the epoch that it knows.
     pub at: Position,
@@ -77,7 +77,7 @@ pub struct Admission {
     pub lost: Option<RecoveryFailure>,
 }
 
-impl Admission {
+impl JoinReply {
     /// The answer to a connection that is a member already, and has received everything up to
     /// `cursor`.
     pub fn again(cursor: Position) -> Self {
@@ -202,7 +202,7 @@ impl JoinPlan {
         let last = history.len().checked_sub(1).and_then(|last| entries.get(last));
         let cursor = last.map_or(since, |last| last.position.clone());
         let (more, resumed, lost) = (false, Some(source), None);
-        JoinStep::Admit(Admission { at: until, cursor, history, more, resumed, lost })
+        JoinStep::Admit(JoinReply { at: until, cursor, history, more, resumed, lost })
     }
 
     /// Continues from now, with the newest entries of the ring as history, or of the log if the
@@ -249,7 +249,7 @@ impl JoinPlan {
         let first = shown.map_or(top.seq + 1, |entry| entry.position.seq);
         let more = oldest != 0 && oldest < first;
         let (cursor, resumed, lost) = (top.clone(), None, self.lost);
-        JoinStep::Admit(Admission { at: top, cursor, history, more, resumed, lost })
+        JoinStep::Admit(JoinReply { at: top, cursor, history, more, resumed, lost })
     }
 }
 
@@ -279,14 +279,14 @@ fn history_within<'a>(
 mod tests {
     use super::{super::samples::*, *};
 
-    fn seqs(admission: &Admission) -> Vec<Seq> {
-        let json = admission.history.iter().map(|json| serde_json::from_str(json.get()).unwrap());
+    fn seqs(reply: &JoinReply) -> Vec<Seq> {
+        let json = reply.history.iter().map(|json| serde_json::from_str(json.get()).unwrap());
         json.map(|json: serde_json::Value| json["seq"].as_u64().unwrap()).collect()
     }
 
-    fn admitted(step: JoinStep) -> Admission {
+    fn admitted(step: JoinStep) -> JoinReply {
         match step {
-            JoinStep::Admit(admission) => admission,
+            JoinStep::Admit(reply) => reply,
             other => panic!("{other:?}"),
         }
     }

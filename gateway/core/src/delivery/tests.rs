@@ -390,23 +390,23 @@ impl ModelNode {
             let page = read.insert(log.page(range));
             step = plan.next_with_page(&self.replica, page.clone());
         }
-        let JoinStep::Admit(admission) = step else { return false };
+        let JoinStep::Admit(reply) = step else { return false };
         client.plan = None;
-        client.not_recovered += usize::from(admission.lost.is_some());
-        if admission.resumed.is_none() {
-            client.has = Some(admission.at);
+        client.not_recovered += usize::from(reply.lost.is_some());
+        if reply.resumed.is_none() {
+            client.has = Some(reply.at);
         }
-        for json in admission.history.iter().filter(|_| admission.resumed.is_some()) {
+        for json in reply.history.iter().filter(|_| reply.resumed.is_some()) {
             let json: serde_json::Value = serde_json::from_str(json.get()).unwrap();
             let seq = json["seq"].as_u64().unwrap();
-            let entry = match (&admission.resumed, &read) {
+            let entry = match (&reply.resumed, &read) {
                 (Some(ResumeSource::Log), Some(page)) => page.at(seq),
                 _ => self.replica.ring().at(seq),
             };
             client.see(entry.unwrap());
         }
-        assert_eq!(client.has.as_ref(), Some(&admission.cursor));
-        client.cursor = admission.cursor;
+        assert_eq!(client.has.as_ref(), Some(&reply.cursor));
+        client.cursor = reply.cursor;
         client.state = if self.replica.top() == Some(&client.cursor) {
             ModelClientState::Live
         } else {

@@ -25,7 +25,7 @@ use crate::{
     connection::outbox::Close,
     delivery::{
         Entry, ReplicaSnapshot, ServerId,
-        join::{Admission, JoinStep},
+        join::{JoinReply, JoinStep},
         ordinal,
         page::LogPage,
         replica::{DeliverySink, NextAction, ReplicaEntryClass, RoomReplica},
@@ -253,7 +253,7 @@ impl Room {
             return JoinProgress::Done;
         }
         if let Some(member) = self.members.get(join.handle.connection) {
-            self.send_joined(&join, Admission::again(member.cursor.clone()));
+            self.send_joined(&join, JoinReply::again(member.cursor.clone()));
             batch.flush_later(&join.handle);
             // A caller that has gone is a member nevertheless; it cancels the join itself.
             let _ = join.done.send(JoinOutcome::Member { bytes_read: join.bytes_read });
@@ -292,12 +292,12 @@ impl Room {
                 self.queue_join(join);
                 return JoinProgress::Refresh;
             }
-            JoinStep::Admit(admission) => {
-                if let Some(source) = admission.resumed {
+            JoinStep::Admit(reply) => {
+                if let Some(source) = reply.resumed {
                     batch.metrics.resumes.of(source).inc();
                 }
-                let member = new(admission.cursor.clone());
-                self.send_joined(&join, admission);
+                let member = new(reply.cursor.clone());
+                self.send_joined(&join, reply);
                 member
             }
             JoinStep::AdmitToInbox(cursor, None) => {
@@ -323,8 +323,8 @@ impl Room {
         JoinProgress::Done
     }
 
-    fn send_joined(&self, join: &PendingJoin, admission: Admission) {
-        let Admission { at, history, more, resumed, lost, .. } = admission;
+    fn send_joined(&self, join: &PendingJoin, reply: JoinReply) {
+        let JoinReply { at, history, more, resumed, lost, .. } = reply;
         let snapshot = join.grant.snapshot;
         join.handle.send(&ServerFrame::Joined(Box::new(JoinedFrame {
             reference: join.reference.clone(),
