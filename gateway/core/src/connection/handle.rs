@@ -4,7 +4,7 @@ use std::{
     collections::{BTreeMap, btree_map},
     sync::{
         Arc,
-        atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering},
+        atomic::{AtomicU32, AtomicU64, Ordering},
     },
     time::Duration,
 };
@@ -46,11 +46,6 @@ pub struct ConnectionHandle {
     pending_publishes: AtomicU32,
     /// The number of rejected frames that the input meter has not counted yet.
     refused: AtomicU32,
-    /// Rooms from which the connection was evicted and whose presence guards the session still
-    /// holds.
-    evicted: Mutex<Vec<RoomId>>,
-    /// Whether `evicted` is not empty.
-    has_evictions: AtomicBool,
     /// Inline acks of messages sent with `echo:false`.
     inline_acks: Mutex<BTreeMap<(RoomId, MessageId), InlineAck>>,
 }
@@ -155,18 +150,7 @@ impl ConnectionHandle {
         crate::fault_injection::on_connect();
         let (pending_publishes, refused, inline_acks) = (0.into(), 0.into(), Mutex::default());
         let health = Health::default();
-        let (evicted, has_evictions) = (Mutex::default(), false.into());
-        Self {
-            connection,
-            owner: None,
-            outbox,
-            health,
-            pending_publishes,
-            refused,
-            evicted,
-            has_evictions,
-            inline_acks,
-        }
+        Self { connection, owner: None, outbox, health, pending_publishes, refused, inline_acks }
     }
 
     /// Sets the owner.
@@ -189,21 +173,6 @@ impl ConnectionHandle {
     /// to it.
     pub(crate) fn was_opened_before(&self, order: UnixMicros) -> bool {
         self.owner.as_ref().is_some_and(|owner| owner.since <= order)
-    }
-
-    /// Records an eviction, so that the session drops its presence guard.
-    pub(crate) fn evict_from(&self, room: &RoomId) {
-        self.evicted.lock().push(room.clone());
-        self.has_evictions.store(true, Ordering::Release);
-        self.outbox.wake();
-    }
-
-    /// Takes the rooms from which the connection was evicted since the last call.
-    pub fn take_evicted(&self) -> Vec<RoomId> {
-        if !self.has_evictions.swap(false, Ordering::AcqRel) {
-            return Vec::new();
-        }
-        std::mem::take(&mut *self.evicted.lock())
     }
 
     /// Counts a publish that was passed to the bus.

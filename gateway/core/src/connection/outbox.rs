@@ -11,16 +11,19 @@
 //!   memory is bounded.
 //! - A reply to the client's own frame is taken ([`Outbox::push`]), but the connection's task reads
 //!   no further frame until there is space, so that replies are bounded by the input of one read.
+//!
+//! Beside the frames stand the [`Signal`]s to the connection's task, since one of them waits for
+//! space in the queue.
 
 use std::{io, sync::Arc, time::Duration};
 
 use bytes::Bytes;
 use parking_lot::Mutex;
-use skein_protocol::ids::{RoomId, RoomKind};
 use skein_websocket::Opcode;
 use smallvec::SmallVec;
 use tokio::{net::TcpStream, sync::Notify, time::Instant};
 
+use super::signals::{Signal, SignalQueue};
 use crate::telemetry::metrics::Metrics;
 
 pub mod deflate;
@@ -98,12 +101,8 @@ struct OutboxState {
     link: Option<Box<PeerLink>>,
     /// The latest pong, while too many frames are ahead of the others.
     pong: Option<Box<Bytes>>,
-    /// Rooms in which this connection must be caught up once there is space; and status rooms of
-    /// users whom it must auto-watch.
-    lagging: SmallVec<[RoomId; 1]>,
+    signals: SignalQueue,
     close: Option<Close>,
-    /// The reply to a publish is queued; the copy, if there is one, is on its way.
-    acked: bool,
     /// The socket is closed or the close frame is queued: nothing more is taken.
     closed: bool,
 }
@@ -209,18 +208,6 @@ impl Outbox {
         self.write(&mut self.queue.lock());
     }
 
-    /// As [`Outbox::wake`], with the reply to a publish queued. An `ack` may leave together with
-    /// the copy that is on its way.
-    pub fn wake_for_ack(&self) {
-        self.queue.lock().acked = true;
-        self.wake.notify_one();
-    }
-
-    /// Whether [`Outbox::wake_for_ack`] was called since the last call of this.
-    pub fn take_acked(&self) -> bool {
-        std::mem::take(&mut self.queue.lock().acked)
-    }
-
     /// Wakes the connection's task to flush and to check its deadlines.
     pub fn wake(&self) {
         self.wake.notify_one();
@@ -242,27 +229,22 @@ impl Outbox {
         self.queue.lock().link.as_ref()?.last_progress()
     }
 
-    /// Marks a room in which the connection must be caught up.
-    pub fn mark_lagging(&self, room: RoomId) {
-        let mut queue = self.queue.lock();
-        if !queue.lagging.contains(&room) {
-            queue.lagging.push(room);
-            self.wake.notify_one();
-        }
+    /// Sends a signal to the connection's task, and wakes it.
+    pub fn signal(&self, signal: Signal) {
+        self.queue.lock().signals.push(signal);
+        self.wake.notify_one();
     }
 
-    /// Whether rooms wait for catch-up.
+    /// Takes the signals: a catch-up once half of the bound is free, all others at once.
+    pub fn take_signals(&self) -> SmallVec<[Signal; 1]> {
+        let mut queue = self.queue.lock();
+        let has_space = queue.has_space(self.bytes_max);
+        queue.signals.take(has_space)
+    }
+
+    /// Whether a room waits for catch-up.
     pub fn is_lagging(&self) -> bool {
-        self.queue.lock().lagging.iter().any(|room| room.kind() != RoomKind::Status)
-    }
-
-    /// Takes the rooms that wait for catch-up, once half of the bound is free.
-    pub fn take_lagging(&self) -> SmallVec<[RoomId; 1]> {
-        let mut queue = self.queue.lock();
-        if queue.lagging.is_empty() || !queue.has_space(self.bytes_max) {
-            return SmallVec::new();
-        }
-        std::mem::take(&mut queue.lagging)
+        self.queue.lock().signals.is_lagging()
     }
 
     /// Closes the connection from any task: the queue is sent, then a close frame.
@@ -408,8 +390,8 @@ impl Outbox {
         if let Some(link) = &mut queue.link {
             link.queue_emptied();
         }
-        if !queue.lagging.is_empty() {
-            // Whichever task wrote, the connection's task asks for the catch-up.
+        if queue.signals.is_lagging() {
+            // Whichever task wrote, the connection's task requests the catch-up.
             self.wake.notify_one();
         }
     }
@@ -495,17 +477,20 @@ mod tests {
         assert_eq!(outbox.offer(&Bytes::from_static(b"1")), OfferResult::Full);
     }
 
-    #[test]
-    fn lagging_rooms_are_taken_once_half_is_free() {
+    #[tokio::test]
+    async fn a_catch_up_is_taken_once_half_is_free() {
         let outbox = outbox(FRAME_OVERHEAD_BYTES + 10);
-        let room: RoomId = "r".parse().unwrap();
+        let catch_up = Signal::CatchUp("r".parse().unwrap());
         assert_eq!(outbox.offer(&Bytes::from_static(b"1234567890")), OfferResult::First);
-        outbox.mark_lagging(room.clone());
-        outbox.mark_lagging(room.clone());
-        assert!(outbox.take_lagging().is_empty());
+        outbox.signal(catch_up.clone());
+        outbox.signal(catch_up.clone());
+        outbox.signal(Signal::PublishAnswered);
+        outbox.woken().await;
+        assert_eq!(outbox.take_signals().as_slice(), &[Signal::PublishAnswered]);
+        assert!(outbox.is_lagging() && outbox.take_signals().is_empty());
         outbox.take();
-        assert_eq!(outbox.take_lagging().as_slice(), &[room]);
-        assert!(outbox.take_lagging().is_empty());
+        assert_eq!(outbox.take_signals().as_slice(), &[catch_up]);
+        assert!(!outbox.is_lagging() && outbox.take_signals().is_empty());
     }
 
     #[test]

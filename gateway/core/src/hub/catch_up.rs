@@ -16,10 +16,13 @@ use super::{
     member::{EntryFrames, MemberState, ShardBatch},
     members::Members,
 };
-use crate::delivery::{
-    cursor::NextDelivery,
-    page::{LogPage, READ_LEN},
-    replica::RoomReplica,
+use crate::{
+    connection::signals::Signal,
+    delivery::{
+        cursor::NextDelivery,
+        page::{LogPage, READ_LEN},
+        replica::RoomReplica,
+    },
 };
 
 /// The members of a room that wait for a read of its log, and that read.
@@ -69,7 +72,7 @@ impl CatchUp {
         let is_at_end = replica.top().is_none_or(|top| member.cursor.seq >= top.seq);
         if !is_at_end && !member.handle.outbox.has_space() {
             // A read would be in vain. The connection asks again when its socket has drained.
-            member.handle.outbox.mark_lagging(name.clone());
+            member.handle.outbox.signal(Signal::CatchUp(name.clone()));
             return;
         }
         loop {

@@ -16,6 +16,7 @@ use crate::{
     connection::{
         handle::{ConnectionHandle, text_frame},
         outbox::Close,
+        signals::Signal,
     },
 };
 
@@ -51,7 +52,7 @@ impl Shard {
             room.members.remove(handle.connection);
             handle.release_reservations(name);
             // Before `left` is sent, so that a frame sent in response to it is rejected.
-            handle.evict_from(name);
+            handle.outbox.signal(Signal::Evicted(name.clone()));
             handle.outbox.push(left.clone());
             self.batch.flush_later(&handle);
         }

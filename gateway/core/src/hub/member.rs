@@ -15,6 +15,7 @@ use crate::{
     connection::{
         handle::ConnectionHandle,
         outbox::{OfferResult, Outbox, deflate::DeflateOptions},
+        signals::Signal,
     },
     delivery::{Entry, replica::RetentionContext},
     envelope::Envelope,
@@ -247,7 +248,7 @@ impl RoomMember {
                     batch.new_slow_consumers += 1;
                 }
                 self.state = MemberState::Behind;
-                outbox.mark_lagging(room.clone());
+                outbox.signal(Signal::CatchUp(room.clone()));
                 return false;
             }
         }

@@ -22,7 +22,7 @@ use super::{
 };
 use crate::{
     bus::presence_store::{EphemeralEvent, PresenceSnapshot},
-    connection::outbox::Close,
+    connection::{outbox::Close, signals::Signal},
     delivery::{
         Entry, ReplicaSnapshot, ServerId,
         join::{JoinReply, JoinStep},
@@ -88,11 +88,9 @@ impl DeliverySink for RoomFanOut<'_> {
         self.batch.node_state.confirm(entry);
         let mut frames = EntryFrames::live(self.name, entry);
         if let Some(peer) = peer_of_direct(self.name, entry) {
-            // The task of each member's connection watches the peer.
-            let status = RoomId::status_of(&peer);
-            self.members
-                .iter()
-                .for_each(|member| member.handle.outbox.mark_lagging(status.clone()));
+            for member in self.members.iter() {
+                member.handle.outbox.signal(Signal::Watch(peer.clone()));
+            }
         }
         let mut counts = FanOutCounts::default();
         let silent = entry.envelope.sender_without_echo();
@@ -313,7 +311,7 @@ impl Room {
         member.presence_version = join.grant.snapshot.version;
         if self.replica.top() != Some(&member.cursor) {
             member.state = MemberState::Behind;
-            member.handle.outbox.mark_lagging(self.name.clone());
+            member.handle.outbox.signal(Signal::CatchUp(self.name.clone()));
         }
         batch.flush_later(&member.handle);
         self.members.add(member);

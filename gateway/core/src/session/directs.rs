@@ -189,11 +189,6 @@ pub(super) async fn unwatch(context: RequestContext, users: Vec<UserId>) -> Requ
     RequestOutcome::Done
 }
 
-/// Watches a user with whom this connection exchanges directs, and reports only changes.
-pub(super) async fn auto_watch(context: RequestContext, user: UserId) -> RequestOutcome {
-    RequestOutcome::NotWatched(context.services.hub.watch([user], &context.handle, None).await)
-}
-
 pub(super) async fn session(
     context: RequestContext,
     user: UserId,

@@ -18,7 +18,7 @@ use std::{
 use serde_json::value::RawValue;
 use skein_protocol::{
     error::ErrorCode,
-    ids::{RoomId, RoomKind, SessionId, UserId},
+    ids::{RoomId, SessionId, UserId},
     protocol::{
         FrameRef,
         client_frame::{
@@ -30,7 +30,6 @@ use skein_protocol::{
     },
     token::RoomAccess,
 };
-use smallvec::SmallVec;
 use tokio::{sync::watch, time::Instant};
 
 use crate::{
@@ -41,7 +40,10 @@ use crate::{
         room_store::{RoomConfig, RoomStore},
         sessions::SessionStore,
     },
-    connection::handle::{ConnectionHandle, InlineAck},
+    connection::{
+        handle::{ConnectionHandle, InlineAck},
+        signals::Signal,
+    },
     envelope::AuthorHash,
     hub::{Hub, presence::TYPING_EVERY},
     limits::{
@@ -153,8 +155,6 @@ pub enum DeferredRequest {
     Watch(Option<FrameRef>, WatchFrame),
     /// `unwatch`
     Unwatch(WatchFrame),
-    /// Not a frame: a direct was sent to this user, who is to be watched.
-    AutoWatch(UserId),
     /// `session_get`, and with data `session_set`
     Session(Option<FrameRef>, Option<SessionSetFrame>),
     /// `refresh`
@@ -178,7 +178,6 @@ impl DeferredRequest {
             Self::History(..)
                 | Self::Presence(..)
                 | Self::Watch(..)
-                | Self::AutoWatch(_)
                 | Self::Session(_, None)
                 | Self::RoomInfo(..)
                 | Self::Rooms(..)
@@ -273,12 +272,13 @@ impl Session {
         let reference = frame.reference;
         if let FrameBody::Message(message) = &frame.body {
             let taken = self.message(reference, message, meter, now);
-            return match &message.to {
-                Recipient::User(user) if taken && !self.watching.contains(user) => {
-                    Some(DeferredRequest::AutoWatch(user.clone()))
-                }
-                _ => None,
-            };
+            if let Recipient::User(user) = &message.to
+                && taken
+                && !self.watching.contains(user)
+            {
+                self.handle.outbox.signal(Signal::Watch(user.clone()));
+            }
+            return None;
         }
         if let Err(wait) = meter.take_frame(frame.body.listed_users(), now) {
             self.reject(rate_limited(reference, frame.body.frame_type(), wait));
@@ -350,18 +350,15 @@ impl Session {
         false
     }
 
-    /// Drops the guards of rooms from which this connection was evicted.
-    fn leave_evicted(&mut self) {
-        for room in self.handle.take_evicted() {
-            if let Ok(place) = self.index_of(&room) {
-                self.rooms.remove(place).leave();
-            }
+    /// Gives up the presence guard of a room, if this connection has one.
+    fn drop_guard(&mut self, room: &RoomId) {
+        if let Ok(place) = self.index_of(room) {
+            self.rooms.remove(place).leave();
         }
     }
 
     /// The presence guard of a room, if this connection is a member.
     fn guard_in(&mut self, room: &RoomId) -> Option<&PresenceGuard> {
-        self.leave_evicted();
         let place = self.index_of(room).ok()?;
         if self.rooms[place].is_closed() {
             self.rooms.remove(place);
@@ -474,9 +471,7 @@ impl Session {
                 }
             }
             DeferredRequest::Leave(reference, room) => {
-                if let Ok(place) = self.index_of(&room) {
-                    self.rooms.remove(place).leave();
-                }
+                self.drop_guard(&room);
                 Box::pin(requests::leave(context(reference), room))
             }
             DeferredRequest::History(reference, history) => {
@@ -512,10 +507,6 @@ impl Session {
                 users.retain(|user| self.watching.remove(user));
                 Box::pin(directs::unwatch(context(None), users))
             }
-            DeferredRequest::AutoWatch(user) => match self.begin_auto_watch(&user) {
-                true => Box::pin(directs::auto_watch(context(None), user)),
-                false => answered,
-            },
             DeferredRequest::Session(reference, set) => {
                 let (user, session) = (user.id, self.session);
                 Box::pin(directs::session(context(reference), user, session, set))
@@ -632,11 +623,6 @@ impl Session {
         self.services.sessions.close(user, self.session, connection);
     }
 
-    /// Marks a user as auto-watched. `false`: the user is watched already, or the limit is reached.
-    fn begin_auto_watch(&mut self, user: &UserId) -> bool {
-        self.watching.len() < self.services.limits.watches_max && self.watching.insert(user.clone())
-    }
-
     /// Replaces the token. Returns the end of the new one, and the rooms that it no longer grants.
     fn refresh(
         &mut self,
@@ -661,26 +647,36 @@ impl Session {
         Ok((expires_at, gone.into_iter().filter_map(leave).collect()))
     }
 
-    /// Takes the rooms in which this session lags, if its outbox has space; the caller passes them
-    /// to [`Session::catch_up`]. Rooms from which the connection was evicted are left first.
-    pub fn take_lagging(&mut self) -> SmallVec<[RoomId; 1]> {
-        self.leave_evicted();
-        self.handle.outbox.take_lagging()
-    }
-
-    /// Catches up rooms, and watches the users of status rooms, who have begun a direct exchange
-    /// with this connection.
-    pub async fn catch_up(&mut self, rooms: SmallVec<[RoomId; 1]>) {
-        for room in rooms {
-            match room.user().filter(|_| room.kind() == RoomKind::Status) {
-                None => self.services.hub.catch_up(room, self.handle.connection).await,
-                Some(user) if self.begin_auto_watch(&user) => {
-                    let refused = self.services.hub.watch([user], &self.handle, None).await;
-                    self.watching.retain(|user| !refused.contains(user));
+    /// Does what the hub and the publisher request by signals. The caller must call it between a
+    /// read of input and the first frame of it, and before it writes the outbox.
+    pub async fn handle_signals(&mut self) {
+        for signal in self.handle.outbox.take_signals() {
+            match signal {
+                Signal::CatchUp(room) => {
+                    Box::pin(self.services.hub.catch_up(room, self.handle.connection)).await;
                 }
-                Some(_) => {}
+                Signal::Watch(user) => Box::pin(self.auto_watch(user)).await,
+                Signal::Evicted(room) => self.drop_guard(&room),
+                Signal::PublishAnswered => {
+                    // The shard that has the copy yields once itself, to batch. After two yields
+                    // the ack and the copy are queued here, and leave in one write
+                    // (docs/adr/0011).
+                    tokio::task::yield_now().await;
+                    tokio::task::yield_now().await;
+                }
             }
         }
+    }
+
+    /// Watches a user with whom this connection exchanges directs, and reports only changes.
+    async fn auto_watch(&mut self, user: UserId) {
+        if self.watching.len() >= self.services.limits.watches_max
+            || !self.watching.insert(user.clone())
+        {
+            return;
+        }
+        let rejected = self.services.hub.watch([user], &self.handle, None).await;
+        self.watching.retain(|user| !rejected.contains(user));
     }
 
     fn pong(&self, reference: Option<FrameRef>, timestamp: Option<&RawValue>) {
@@ -865,7 +861,7 @@ impl PublishReply {
             }
         }
         self.handle.end_publish();
-        self.handle.outbox.wake_for_ack();
+        self.handle.outbox.signal(Signal::PublishAnswered);
     }
 
     fn ack(&self, Appended { position, duplicate, .. }: Appended) {

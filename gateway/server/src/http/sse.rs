@@ -611,10 +611,7 @@ impl EventStream {
                     has_held = true;
                 }
             }
-            let behind = self.session.take_lagging();
-            if !behind.is_empty() {
-                Box::pin(self.session.catch_up(behind)).await;
-            }
+            self.session.handle_signals().await;
             if let Some(Close { code, .. }) = outbox.begin_close() {
                 tracing::debug!(connection = %handle.connection, code, "an event stream ended");
                 return StreamEnd(code);

@@ -238,6 +238,9 @@ impl WebSocketConnection {
                 if self.has_backlog && is_write_closed(socket) {
                     return ServeEnd::Gone;
                 }
+                // Before the input, so that frames of rooms from which the connection was evicted
+                // are rejected.
+                self.handle_signals().await;
                 let step = self.handle_unread(&mut budget);
                 self.outbox_full = matches!(step, InputStep::Full);
                 match step {
@@ -272,19 +275,9 @@ impl WebSocketConnection {
                     continue;
                 }
             }
-            if outbox.take_acked() {
-                // The shard that has the copy yields once itself, to batch. After two yields the
-                // ack and the copy are queued here, and leave in one write (docs/adr/0011).
-                tokio::task::yield_now().await;
-                tokio::task::yield_now().await;
-            }
+            // Before the flush, so that acks leave with their copies.
+            self.handle_signals().await;
             outbox.flush();
-            if let Handler::Chat(session) = &mut self.handler {
-                let behind = session.take_lagging();
-                if !behind.is_empty() {
-                    Box::pin(session.catch_up(behind)).await;
-                }
-            }
             let blocked = outbox.blocked_since();
             if self.outbox_full && blocked.is_none() {
                 tokio::task::yield_now().await;
@@ -333,6 +326,12 @@ impl WebSocketConnection {
                     }
                 }
             }
+        }
+    }
+
+    async fn handle_signals(&mut self) {
+        if let Some(session) = self.session() {
+            session.handle_signals().await;
         }
     }
 

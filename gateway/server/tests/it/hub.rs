@@ -21,7 +21,7 @@ use skein_core::{
         Append, Appended, BoxFuture, Bus, BusError, Mailboxes, ReadRange, Retention, ShardMessage,
         memory::MemoryBus,
     },
-    connection::{handle::ConnectionHandle, outbox::Outbox},
+    connection::{handle::ConnectionHandle, outbox::Outbox, signals::Signal},
     delivery::{Entry, ReplicaSnapshot, ServerId, join::JoinStart, page::LogPage},
     drain::Tasks,
     hub::{COMPARE_INTERVAL, Hub, LINGER},
@@ -246,7 +246,8 @@ impl Member {
     /// Takes the queued frames, checks their order, and requests catch-up if the member is behind.
     async fn drain(&mut self, fixture: &HubFixture) {
         self.note(self.handle.outbox.take());
-        for room in self.handle.outbox.take_lagging() {
+        for signal in self.handle.outbox.take_signals() {
+            let Signal::CatchUp(room) = signal else { panic!("{signal:?}") };
             fixture.hub.catch_up(room, self.handle.connection).await;
         }
     }

@@ -253,6 +253,7 @@ impl SimConnection {
                 full = outbox.is_full();
                 if !full {
                     let Some(frame) = input.0.0.lock().frames.pop_front() else { break };
+                    self.session.handle_signals().await;
                     let frame = ClientFrame::from_text(&frame);
                     let request = self.session.handle_frame(frame, &mut meter, Instant::now());
                     performing = request.map(|request| self.session.execute(request));
@@ -271,8 +272,7 @@ impl SimConnection {
                     }
                 }
             }
-            let behind = self.session.take_lagging();
-            self.session.catch_up(behind).await;
+            self.session.handle_signals().await;
             // All arms are cancel-safe: the request in progress is kept.
             tokio::select! {
                 biased;
