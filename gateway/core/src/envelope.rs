@@ -3,8 +3,8 @@
 //! The bytes hold all fields of a `message`, `direct` or `notification` frame but `epoch` and
 //! `seq`, which the log assigns. A gateway builds the frame for its clients without parsing JSON:
 //! it puts the two numbers in front of the stored fields. JSON is scanned once per entry that comes
-//! from Redis ([`Envelope::parse_for_room`]), and parsed only for a direct, whose peer the hub and
-//! the session look up.
+//! from Redis ([`Envelope::parse_for_room`]), and in a direct up to the users whom it names
+//! ([`Envelope::direct_users`]).
 //!
 //! ```text
 //! byte 0        version, 2
@@ -194,6 +194,18 @@ impl Envelope {
     /// The JSON fields of the frame without braces, `type`, `epoch` and `seq`.
     pub fn fields(&self) -> &[u8] {
         self.fields_and_payload().0
+    }
+
+    /// The sender and the recipient of a direct; `None` for other frames.
+    pub fn direct_users(&self) -> Option<(UserId, UserId)> {
+        if self.frame_type() != FrameType::Direct {
+            return None;
+        }
+        let from = fields::value_of(self.fields(), "from")?;
+        let from = from.strip_prefix(b"{")?.strip_suffix(b"}")?;
+        let sender = fields::id_in(fields::value_of(from, "id")?)?;
+        let recipient = fields::id_in(fields::value_of(self.fields(), "to")?)?;
+        Some((sender, recipient))
     }
 
     /// The packed bytes.

@@ -343,3 +343,57 @@ pub fn storage_bound(error: BusError) -> Option<StorageLimit> {
         BusError::Unavailable | BusError::Overloaded | BusError::Rejected => None,
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use skein_protocol::ids::DisplayName;
+
+    use super::*;
+
+    proptest! {
+        /// Whatever the sender writes beside them, the users of a direct are found, and the bytes
+        /// are an envelope of both inboxes.
+        #[test]
+        fn the_users_of_a_published_direct_are_found(
+            sender in "[A-Za-z0-9_.:@|+=-]{3,128}",
+            recipient in "[A-Za-z0-9_.:@|+=-]{3,128}",
+            name in any::<String>(),
+            content in any::<String>(),
+            is_binary: bool,
+        ) {
+            let id: UserId = sender.parse().unwrap();
+            let name = DisplayName::sanitized(&name).unwrap_or_else(|| DisplayName::from(&id));
+            let (from, to) = (UserInfo { id, name }, recipient.parse().unwrap());
+            let content = format!(r#"{{"from":{{"id":"x"}},"to":{}}}"#, serde_json::json!(content));
+            let content = RawValue::from_string(content).unwrap();
+            let fields = MessageFields {
+                room: None,
+                id: MessageId::random(),
+                from: &from,
+                to: Some(&to),
+                kind: MessageKind::Text,
+                content: Some(&*content).filter(|_| !is_binary),
+                reply_to: None,
+                meta: Some(&content),
+                timestamp: "2026-12-01T00:00:00.000Z",
+            };
+            let json = serde_json::to_string(&fields).unwrap();
+            let envelope = Envelope::pack(EnvelopeParts {
+                frame: FrameType::Direct,
+                author: AuthorHash::of(&from.id),
+                id: fields.id,
+                sender: ConnectionId::random(),
+                echo: true,
+                fields: &json[1..json.len() - 1],
+                binary_payload: is_binary.then_some(b"{}"),
+            });
+            prop_assert_eq!(envelope.direct_users(), Some((from.id.clone(), to.clone())));
+            for user in [&from.id, &to] {
+                let bytes = envelope.as_bytes().clone();
+                prop_assert!(Envelope::parse_for_room(bytes, &RoomId::inbox_of(user)).is_ok());
+            }
+        }
+    }
+}

@@ -1,8 +1,11 @@
-//! Validates the fields of an envelope: well-formed JSON that clients of the room may receive.
+//! Validates the fields of an envelope, which are well-formed JSON that clients of the room may
+//! receive, and finds a field in them.
 //!
 //! Frames copy the fields unchanged, so that delivery parses no JSON. Fields from a log or a
 //! subscription are checked here instead, once, where they enter the process. This runs for every
 //! entry that a node receives, so it builds nothing: it scans the bytes at some GB/s.
+
+use std::str::FromStr;
 
 use uuid::{Uuid, fmt::Hyphenated};
 
@@ -96,6 +99,30 @@ impl SeenFields {
     fn mark_seen(&mut self, field: &mut dyn FnMut(&mut Self) -> &mut bool) -> bool {
         !std::mem::replace(field(self), true)
     }
+}
+
+/// Finds the value of a field, and reads no fields behind it. `None` if there is none, or if the
+/// fields before it are not JSON.
+pub(super) fn value_of<'a>(fields: &'a [u8], wanted: &str) -> Option<&'a [u8]> {
+    let mut scanner = JsonScanner { bytes: fields, at: 0 };
+    loop {
+        scanner.skip_whitespace();
+        let name = scanner.field_name()?;
+        let begins = scanner.at;
+        scanner.value()?;
+        if name == wanted.as_bytes() {
+            return Some(&fields[begins..scanner.at]);
+        }
+        scanner.skip_whitespace();
+        if !scanner.eat(b',') {
+            return None;
+        }
+    }
+}
+
+/// The id in a JSON string. Ids have no characters that JSON escapes.
+pub(super) fn id_in<T: FromStr>(value: &[u8]) -> Option<T> {
+    std::str::from_utf8(unquoted(value)?).ok()?.parse().ok()
 }
 
 /// The characters between the quotes of a string. A string with escapes never equals an id or a
@@ -305,6 +332,19 @@ mod tests {
         let fields = fields.replace("content", "payload");
         assert!(notification.matches(fields.as_bytes()));
         assert!(!notification.matches(fields.replace("payload", "p").as_bytes()));
+    }
+
+    #[test]
+    fn a_field_is_found_at_any_place() {
+        let fields = br#" "a" : {"to":"x"} , "b":[1,"}"], "to":"bob","c":3"#;
+        assert_eq!(value_of(fields, "to"), Some(&br#""bob""#[..]));
+        assert_eq!(value_of(fields, "a"), Some(&br#"{"to":"x"}"#[..]));
+        assert_eq!(value_of(fields, "c"), Some(&b"3"[..]));
+        assert_eq!(value_of(fields, "x"), None);
+        assert_eq!(value_of(br#""a":bad,"to":"bob""#, "to"), None);
+        assert_eq!(value_of(br#""a":"#, "a"), None);
+        assert_eq!(id_in::<Uuid>(br#""00000000-0000-0000-0000-000000000000""#), Some(Uuid::nil()));
+        assert_eq!(id_in::<Uuid>(b"7"), None);
     }
 
     fn json() -> impl Strategy<Value = String> {

@@ -4,12 +4,11 @@
 //! that the replica delivers. Members that are behind are caught up from the ring or from the log
 //! ([`catch_up`](super::catch_up)), and never beyond the replica's top.
 
-use serde::Deserialize;
 use skein_protocol::{
     close::CloseCode,
     ids::{ConnectionId, RoomId, RoomKind, SessionId, UserId},
     position::{Epoch, Position, Seq},
-    protocol::server_frame::{JoinedFrame, ReadFrame, RecoveryFailure, ServerFrame, UserInfo},
+    protocol::server_frame::{JoinedFrame, ReadFrame, RecoveryFailure, ServerFrame},
 };
 use tokio::time::Instant;
 
@@ -30,7 +29,6 @@ use crate::{
         page::LogPage,
         replica::{DeliverySink, NextAction, ReplicaEntryClass, RoomReplica},
     },
-    envelope::FrameType,
     presence::PresenceOptions,
     telemetry::{
         metrics::{EntryResult, LogRepairResult, ResumeSource},
@@ -137,16 +135,8 @@ impl DeliverySink for RoomFanOut<'_> {
 /// The sender of a direct in an inbox. `None` if the inbox's own user sent it, or if the entry is
 /// not a direct.
 fn peer_of_direct(inbox: &RoomId, entry: &Entry) -> Option<UserId> {
-    #[derive(Deserialize)]
-    struct DirectFields {
-        from: UserInfo,
-    }
-    if entry.envelope.frame_type() != FrameType::Direct {
-        return None;
-    }
-    let members = [b"{", entry.envelope.fields(), b"}"].concat();
-    let from = serde_json::from_slice::<DirectFields>(&members).ok()?.from.id;
-    (inbox.without_prefix() != from.as_str()).then_some(from)
+    let (sender, _) = entry.envelope.direct_users()?;
+    (inbox.without_prefix() != sender.as_str()).then_some(sender)
 }
 
 impl Room {

@@ -15,7 +15,6 @@ use std::{
 };
 
 use parking_lot::Mutex;
-use serde::Deserialize;
 use skein_protocol::{
     ids::UserId,
     position::{Epoch, Seq},
@@ -26,7 +25,6 @@ use tokio::sync::Semaphore;
 use crate::{
     bus::ReadRange,
     delivery::{Entry, page::LogPage},
-    envelope::FrameType,
 };
 
 /// The most indexed entries, over all inboxes.
@@ -226,30 +224,17 @@ impl InboxIndex {
 
 /// The peer of a direct in `user`'s inbox; `None` for other entries.
 fn peer_of(entry: &Entry, user: &UserId) -> Option<UserId> {
-    #[derive(Deserialize)]
-    struct DirectEnds {
-        from: From,
-        to: UserId,
-    }
-    #[derive(Deserialize)]
-    struct From {
-        id: UserId,
-    }
-    if entry.envelope.frame_type() != FrameType::Direct {
-        return None;
-    }
-    let members = [b"{", entry.envelope.fields(), b"}"].concat();
-    let DirectEnds { from, to } = serde_json::from_slice(&members).ok()?;
-    match (from.id == *user, to == *user) {
-        (true, _) => Some(to),
-        (false, true) => Some(from.id),
+    let (sender, recipient) = entry.envelope.direct_users()?;
+    match (sender == *user, recipient == *user) {
+        (true, _) => Some(recipient),
+        (false, true) => Some(sender),
         (false, false) => None,
     }
 }
 
 #[cfg(test)]
 mod tests {
-    use crate::envelope::{AuthorHash, Envelope, EnvelopeParts};
+    use crate::envelope::{AuthorHash, Envelope, EnvelopeParts, FrameType};
     use skein_protocol::{
         ids::{ConnectionId, MessageId},
         position::Position,
