@@ -8,7 +8,8 @@ use skein_protocol::{
     position::{Position, Seq},
     protocol::FrameRef,
 };
-use tokio::sync::oneshot;
+use tokio::sync::{mpsc, oneshot};
+use tokio_util::sync::CancellationToken;
 
 use super::{join::PendingJoin, presence::PresenceQuery};
 use crate::{
@@ -19,6 +20,7 @@ use crate::{
     },
     connection::{handle::ConnectionHandle, outbox::Close},
     delivery::page::LogPage,
+    drain::Tasks,
 };
 
 /// The pause before a failed read is repeated.
@@ -42,6 +44,41 @@ pub struct HubOptions {
     pub empty_rooms_max: usize,
     /// The most users whose status the node watches.
     pub watched_users_max: usize,
+}
+
+/// Starts the tasks of a shard, each of which puts its result into the shard's queue.
+#[derive(Clone)]
+pub(super) struct ShardTasks {
+    tasks: Tasks,
+    commands: mpsc::Sender<ShardCommand>,
+}
+
+impl ShardTasks {
+    pub(super) fn new(tasks: Tasks, commands: mpsc::Sender<ShardCommand>) -> Self {
+        Self { tasks, commands }
+    }
+
+    /// Cancelled when the shard must stop.
+    pub(super) fn stopped(&self) -> &CancellationToken {
+        self.tasks.stopped()
+    }
+
+    /// Starts a task, which ends without a result when the shard must stop.
+    pub(super) fn spawn(
+        &self,
+        name: &'static str,
+        result: impl Future<Output = ShardCommand> + Send + 'static,
+    ) {
+        let (stopped, commands) = (self.stopped().clone(), self.commands.clone());
+        self.tasks.spawn_job(name, async move {
+            // Both arms are cancel-safe: after the stop the result is not needed.
+            tokio::select! {
+                biased;
+                () = stopped.cancelled() => {}
+                command = result => drop(commands.send(command).await),
+            }
+        });
+    }
 }
 
 /// A command to the task of a shard.

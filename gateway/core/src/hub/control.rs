@@ -10,7 +10,12 @@ use skein_protocol::{
     protocol::server_frame::{LeftFrame, LeftReason, ServerFrame},
 };
 
-use super::{member::SharedFrame, shard::Shard};
+use super::{
+    member::{ShardBatch, SharedFrame},
+    members::Members,
+    room::Room,
+    rooms::Rooms,
+};
 use crate::{
     bus::sessions::{SessionSelector, UnixMicros},
     connection::{
@@ -20,66 +25,70 @@ use crate::{
     },
 };
 
-impl Shard {
-    pub(super) fn close_connections(
-        &self,
-        inbox: &RoomId,
-        which: SessionSelector,
-        before: UnixMicros,
-        close: &Close,
-    ) {
-        let members = self.rooms.get(inbox).into_iter().flat_map(|room| room.members.iter());
-        for member in members {
-            let handle = &member.handle;
-            let is_meant = handle.owner().is_some_and(|owner| which.selects(owner.session));
-            if is_meant && handle.was_opened_before(before) {
-                handle.outbox.close(close.clone());
-            }
+/// Closes those connections of a user that belong to `which` sessions and were opened before a
+/// time.
+pub(super) fn close_connections(
+    inbox: &Members,
+    which: SessionSelector,
+    before: UnixMicros,
+    close: &Close,
+) {
+    for member in inbox.iter() {
+        let handle = &member.handle;
+        let is_meant = handle.owner().is_some_and(|owner| which.selects(owner.session));
+        if is_meant && handle.was_opened_before(before) {
+            handle.outbox.close(close.clone());
         }
     }
+}
 
-    pub(super) fn remove(&mut self, name: &RoomId, user: &UserId, before: UnixMicros) {
-        let Some(room) = self.rooms.get_mut(name) else { return };
-        let removed = room.members.iter().map(|member| &member.handle);
-        let removed: Vec<Arc<ConnectionHandle>> = removed
-            .filter(|handle| handle.belongs_to(user) && handle.was_opened_before(before))
-            .cloned()
-            .collect();
-        let (reference, reason) = (None, Some(LeftReason::Kicked));
-        let left =
-            text_frame(&ServerFrame::Left(LeftFrame { reference, room: name.clone(), reason }));
-        for handle in removed {
-            room.members.remove(handle.connection);
-            handle.release_reservations(name);
-            // Before `left` is sent, so that a frame sent in response to it is rejected.
-            handle.outbox.signal(Signal::Evicted(name.clone()));
-            handle.outbox.push(left.clone());
-            self.batch.flush_later(&handle);
-        }
-        self.note_if_idle(name);
+/// Removes those connections of a user from a room that were opened before a time.
+pub(super) fn remove_user(
+    room: &mut Room,
+    user: &UserId,
+    before: UnixMicros,
+    batch: &mut ShardBatch,
+) {
+    let removed = room.members.iter().map(|member| &member.handle);
+    let removed: Vec<Arc<ConnectionHandle>> = removed
+        .filter(|handle| handle.belongs_to(user) && handle.was_opened_before(before))
+        .cloned()
+        .collect();
+    let (reference, reason) = (None, Some(LeftReason::Kicked));
+    let left =
+        text_frame(&ServerFrame::Left(LeftFrame { reference, room: room.name.clone(), reason }));
+    for handle in removed {
+        room.members.remove(handle.connection);
+        handle.release_reservations(&room.name);
+        // Before `left` is sent, so that a frame sent in response to it is rejected.
+        handle.outbox.signal(Signal::Evicted(room.name.clone()));
+        handle.outbox.push(left.clone());
+        batch.flush_later(&handle);
     }
+}
 
-    pub(super) fn broadcast(&mut self, frame: Bytes) {
-        let mut frame = SharedFrame::new(frame);
-        let inboxes = self.rooms.values().filter(|room| room.name.kind() == RoomKind::Inbox);
-        for member in inboxes.flat_map(|room| room.members.iter()) {
-            member.send_ephemeral(&mut frame, &mut self.batch);
-        }
+/// Sends a frame to every connection.
+pub(super) fn broadcast(rooms: &Rooms, frame: Bytes, batch: &mut ShardBatch) {
+    let mut frame = SharedFrame::new(frame);
+    let inboxes = rooms.iter().filter(|room| room.name.kind() == RoomKind::Inbox);
+    for member in inboxes.flat_map(|room| room.members.iter()) {
+        member.send_ephemeral(&mut frame, batch);
     }
+}
 
-    pub(super) fn cursors(&self, name: &RoomId, user: &UserId) -> Vec<(ConnectionId, Position)> {
-        let members = self.rooms.get(name).into_iter().flat_map(|room| room.members.iter());
-        members
-            .filter(|member| member.handle.belongs_to(user))
-            .map(|member| (member.handle.connection, member.cursor.clone()))
-            .collect()
-    }
+/// The cursors of a user's connections in a room.
+pub(super) fn cursors(room: &Members, user: &UserId) -> Vec<(ConnectionId, Position)> {
+    room.iter()
+        .filter(|member| member.handle.belongs_to(user))
+        .map(|member| (member.handle.connection, member.cursor.clone()))
+        .collect()
+}
 
-    pub(super) fn connections(&self, inbox: Option<&RoomId>) -> Vec<Arc<ConnectionHandle>> {
-        let inboxes = self.rooms.values().filter(|room| match inbox {
-            Some(inbox) => room.name == *inbox,
-            None => room.name.kind() == RoomKind::Inbox,
-        });
-        inboxes.flat_map(|room| room.members.iter()).map(|member| member.handle.clone()).collect()
-    }
+/// The connections of an inbox, or of all inboxes.
+pub(super) fn connections(rooms: &Rooms, inbox: Option<&RoomId>) -> Vec<Arc<ConnectionHandle>> {
+    let inboxes = rooms.iter().filter(|room| match inbox {
+        Some(inbox) => room.name == *inbox,
+        None => room.name.kind() == RoomKind::Inbox,
+    });
+    inboxes.flat_map(|room| room.members.iter()).map(|member| member.handle.clone()).collect()
 }

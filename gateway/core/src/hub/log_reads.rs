@@ -1,25 +1,24 @@
-//! The requests of a shard to the bus: log reads, comparison of heads, log restores. Each is a task
-//! that puts its result into the shard's queue.
+//! The requests of a shard to the bus: log reads, reads of heads, log restores. Each is a task that
+//! puts its result into the shard's queue.
 
-use std::time::Duration;
+use std::{collections::VecDeque, sync::Arc, time::Duration};
 
-use skein_protocol::{ids::RoomId, position::Position, protocol::server_frame::RoomClosedReason};
+use skein_protocol::ids::RoomId;
 
 use super::{
-    budget::RoomMemory,
-    catch_up::CatchUpOutcome,
-    commands::{LogReadRequest, READ_RETRY_DELAY, ReadPurpose, ShardCommand},
-    join::JoinProgress,
-    shard::Shard,
+    commands::{LogReadRequest, READ_RETRY_DELAY, ReadPurpose, ShardCommand, ShardTasks},
+    join::PendingJoin,
+    member::ShardBatch,
+    room::Room,
+    rooms::Rooms,
 };
 use crate::{
-    bus::{Append, BusError, ReadRange, UnseenPolicy},
+    bus::{Append, Bus, BusError, ReadRange, UnseenPolicy},
     delivery::{
         ReplicaSnapshot,
         page::{LogPage, READ_LEN},
-        replica::{NextAction, ReadState},
     },
-    telemetry::metrics::LogRepairResult,
+    telemetry::metrics::{LogRepairResult, Metrics},
 };
 
 /// The time for which a lost entry is tried to be appended again.
@@ -27,159 +26,123 @@ const REAPPEND_MAX: Duration = Duration::from_secs(30);
 /// The most catch-up reads of a shard under way, which bounds the memory of their results.
 const CATCH_UP_READS_MAX: usize = 16;
 
-impl Shard {
-    /// Starts a resync: entries of any room may have been lost, so all logs are compared with their
-    /// replicas.
-    pub(super) fn resync_all(&mut self) {
-        if self.comparing != ReadState::Idle {
-            self.comparing = ReadState::Again;
-            return;
-        }
-        self.resync_running = self.resyncs_seen;
-        self.unverified = self.rooms.values().filter(|room| room.durable).count();
-        let mut rooms = Vec::with_capacity(self.unverified);
-        for (name, room) in self.rooms.iter_mut().filter(|(_, room)| room.durable) {
-            room.unverified = true;
-            if !room.replica.read_again() {
-                rooms.push((name.clone(), room.generation));
-            }
-        }
-        self.compare_heads(rooms);
-        self.report_if_synced();
-        self.read_rosters(self.rooms.keys().cloned().collect());
-        self.reread_statuses();
+/// Starts the log reads of a shard.
+pub(super) struct LogReads {
+    bus: Arc<dyn Bus>,
+    tasks: ShardTasks,
+    metrics: Arc<Metrics>,
+    /// Counts the events that void earlier reads: the node lost its lease, or sent the snapshots
+    /// from which a new Redis server is restored.
+    generation: u64,
+    /// The number of catch-up reads under way.
+    catch_up_reads: usize,
+    /// Rooms that wait for a catch-up read.
+    waiting: VecDeque<(RoomId, u64)>,
+}
+
+impl LogReads {
+    pub(super) fn new(bus: Arc<dyn Bus>, tasks: ShardTasks, metrics: Arc<Metrics>) -> Self {
+        let waiting = VecDeque::new();
+        Self { bus, tasks, metrics, generation: 0, catch_up_reads: 0, waiting }
     }
 
-    /// Marks a room as verified since the last resync, or as dropped.
-    pub(super) fn mark_verified(&mut self, name: &RoomId) {
-        if let Some(room) = self.rooms.get_mut(name)
-            && std::mem::take(&mut room.unverified)
-        {
-            self.unverified -= 1;
-            self.report_if_synced();
-        }
+    /// Voids all reads under way.
+    pub(super) fn void(&mut self) {
+        self.generation += 1;
     }
 
-    fn report_if_synced(&self) {
-        if self.unverified == 0 {
-            self.resync.mark_synced(self.resync_running);
-        }
+    /// Whether a read began before an event that voids it.
+    pub(super) fn is_void(&self, read_generation: u64) -> bool {
+        self.generation != read_generation
     }
 
-    /// Reads the heads of `rooms` in a task, until it succeeds.
-    pub(super) fn compare_heads(&mut self, mut rooms: Vec<(RoomId, u64)>) {
-        if rooms.is_empty() {
-            return;
-        }
-        rooms.sort_unstable();
-        self.comparing = ReadState::InProgress;
-        let (bus, commands, read_generation) =
-            (self.bus.clone(), self.commands.clone(), self.read_generation);
-        let metrics = self.batch.metrics.clone();
-        let read_heads = async move {
-            let names: Vec<RoomId> = rooms.iter().map(|(name, _)| name.clone()).collect();
-            let heads = loop {
-                match bus.heads(names.clone()).await {
-                    Ok(heads) => break heads,
-                    Err(_) => metrics.log_repairs.of(LogRepairResult::Failed).inc(),
-                }
-                tokio::time::sleep(READ_RETRY_DELAY).await;
-            };
-            let _ = commands.send(ShardCommand::HeadsRead { rooms, read_generation, heads }).await;
-        };
-        self.spawn("compare_heads", read_heads);
+    /// Subscribes to a room, then reads its log.
+    pub(super) fn open(&self, room: &Room) {
+        let range = room.replica.next_read();
+        self.start(room, ReadPurpose::Open, None, range, Duration::ZERO);
     }
 
-    /// Reads forward in each room whose log holds entries that the replica lacks.
-    pub(super) fn heads_read(
-        &mut self,
-        rooms: Vec<(RoomId, u64)>,
-        read_generation: u64,
-        heads: &[Option<Position>],
-    ) {
-        let again = self.comparing == ReadState::Again || self.is_stale(read_generation);
-        self.comparing = ReadState::Idle;
-        for ((name, generation), head) in rooms.into_iter().zip(heads) {
-            let room = self.rooms.get(&name).filter(|room| room.generation == generation);
-            let Some(room) = room else { continue };
-            if !room.replica.has_reached(head.as_ref()) {
-                self.read_forward(&name);
-            } else if !again && room.replica.read_state() == ReadState::Idle {
-                self.mark_verified(&name);
-            }
-        }
-        // Without a lease, reacquiring it starts a resync.
-        if again && !self.suspended {
-            self.resync_all();
-        }
-    }
-
-    /// Reads a room's log from the replica's top, or once more after the read under way.
-    pub(super) fn read_forward(&mut self, name: &RoomId) {
-        self.read_forward_after(name, Duration::ZERO);
-    }
-
-    /// As [`Shard::read_forward`], after a pause.
-    pub(super) fn read_forward_after(&mut self, name: &RoomId, pause: Duration) {
-        let Some(room) = self.rooms.get_mut(name) else { return };
+    /// Reads a room's log from the replica's top after a pause, or once more after the read under
+    /// way.
+    pub(super) fn forward(&self, room: &mut Room, pause: Duration) {
         if !room.replica.read_again() {
             room.replica.begin_read();
-            let (generation, range) = (room.generation, room.replica.next_read());
-            self.read(name.clone(), generation, ReadPurpose::Continue, range, pause);
+            self.repeat(room, pause);
         }
     }
 
-    /// Executes the next action of a replica.
-    pub(super) fn act_on(&mut self, name: &RoomId, next: NextAction) {
-        match next {
-            NextAction::Nothing => {}
-            NextAction::Read => self.read_forward(name),
-            NextAction::Restore => self.restore(name),
-        }
+    /// Repeats a read from the replica's top whose result was void.
+    pub(super) fn repeat(&self, room: &Room, pause: Duration) {
+        let range = room.replica.next_read();
+        self.start(room, ReadPurpose::Continue, None, range, pause);
+    }
+
+    /// Reads a part of the log for a join.
+    pub(super) fn for_join(&self, room: &Room, join: PendingJoin, range: ReadRange) {
+        self.start(room, ReadPurpose::Join(join), None, range, Duration::ZERO);
     }
 
     /// Lets the bus restore a room's log from the replica's snapshot, then reads it.
-    fn restore(&mut self, name: &RoomId) {
-        let Some(room) = self.rooms.get_mut(name) else { return };
-        let Some(snapshot) = room.snapshot(&self.batch) else { return };
-        tracing::error!(room = %name, top = %snapshot.top,
+    pub(super) fn restore(&self, room: &mut Room, batch: &ShardBatch) {
+        let Some((snapshot, again)) = room.begin_restore(batch) else { return };
+        tracing::error!(room = %room.name, top = %snapshot.top,
             "the log of a room diverged from its replica or lacks delivered entries: restoring");
-        room.replica.begin_read();
         // Twice in a row: the server does not hold the restored log yet.
-        let pause = if room.restoring { READ_RETRY_DELAY } else { Duration::ZERO };
-        room.restoring = true;
-        let (generation, range) = (room.generation, room.replica.next_read());
-        let request = self.read_request(name.clone(), generation, ReadPurpose::Continue);
-        self.spawn_read(request, Some(snapshot), range, pause);
+        let pause = if again { READ_RETRY_DELAY } else { Duration::ZERO };
+        let range = room.replica.next_read();
+        self.start(room, ReadPurpose::Continue, Some(snapshot), range, pause);
     }
 
-    /// Reads a log in a task, which puts the result into this shard's queue.
-    pub(super) fn read(
+    /// Starts a read of the log for members of a room that wait for one, unless one is under way,
+    /// or queues it.
+    pub(super) fn catch_up(&mut self, room: &mut Room) {
+        if !room.catch_up.needs_read() {
+            return;
+        }
+        if self.catch_up_reads >= CATCH_UP_READS_MAX {
+            room.catch_up.queue_read();
+            self.waiting.push_back((room.name.clone(), room.generation));
+            return;
+        }
+        self.begin_catch_up(room);
+    }
+
+    fn begin_catch_up(&mut self, room: &mut Room) {
+        let Some(seq) = room.catch_up.begin_read(&room.members) else { return };
+        self.catch_up_reads += 1;
+        let range = ReadRange::After { seq, limit: READ_LEN };
+        self.start(room, ReadPurpose::CatchUp(seq), None, range, Duration::ZERO);
+    }
+
+    /// A catch-up read has ended, so that a read of another room may start.
+    pub(super) fn end_catch_up(&mut self, rooms: &mut Rooms) {
+        self.catch_up_reads -= 1;
+        while self.catch_up_reads < CATCH_UP_READS_MAX
+            && let Some((name, generation)) = self.waiting.pop_front()
+        {
+            if let Some(room) = rooms.current(&name, generation) {
+                self.begin_catch_up(room);
+            }
+        }
+    }
+
+    /// Reads a log in a task.
+    fn start(
         &self,
-        room: RoomId,
-        generation: u64,
+        room: &Room,
         purpose: ReadPurpose,
-        range: ReadRange,
-        pause: Duration,
-    ) {
-        self.spawn_read(self.read_request(room, generation, purpose), None, range, pause);
-    }
-
-    fn read_request(&self, room: RoomId, generation: u64, purpose: ReadPurpose) -> LogReadRequest {
-        LogReadRequest { room, generation, read_generation: self.read_generation, purpose }
-    }
-
-    fn spawn_read(
-        &self,
-        request: LogReadRequest,
         restore: Option<ReplicaSnapshot>,
         range: ReadRange,
         pause: Duration,
     ) {
-        let (bus, commands) = (self.bus.clone(), self.commands.clone());
-        let metrics = self.batch.metrics.clone();
-        let durable = self.rules.is_durable(&request.room);
-        let read = async move {
+        let (bus, metrics, durable) = (self.bus.clone(), self.metrics.clone(), room.durable);
+        let mut request = LogReadRequest {
+            room: room.name.clone(),
+            generation: room.generation,
+            read_generation: self.generation,
+            purpose,
+        };
+        self.tasks.spawn("read_log", async move {
             // A sleep of zero would last one tick of the clock.
             if !pause.is_zero() {
                 tokio::time::sleep(pause).await;
@@ -187,14 +150,10 @@ impl Shard {
             if let ReadPurpose::Open = request.purpose
                 && let Err(error) = bus.subscribe(request.room.clone()).await
             {
-                let _ = commands.send(ShardCommand::LogRead { request, result: Err(error) }).await;
-                return;
+                return ShardCommand::LogRead { request, result: Err(error) };
             }
             if !durable {
-                let _ = commands
-                    .send(ShardCommand::LogRead { request, result: Ok(LogPage::without_log()) })
-                    .await;
-                return;
+                return ShardCommand::LogRead { request, result: Ok(LogPage::without_log()) };
             }
             if let Some(snapshots) = restore {
                 while bus.restore(snapshots.clone()).await.is_err() {
@@ -202,7 +161,6 @@ impl Shard {
                     tokio::time::sleep(READ_RETRY_DELAY).await;
                 }
             }
-            let mut request = request;
             let read = bus.read(request.room.clone(), range);
             let mut result = match &mut request.purpose {
                 // Stop waiting if the connection has left meanwhile.
@@ -221,144 +179,38 @@ impl Shard {
                 tokio::time::sleep(READ_RETRY_DELAY).await;
                 result = bus.read(request.room.clone(), range).await;
             }
-            let _ = commands.send(ShardCommand::LogRead { request, result }).await;
-        };
-        self.spawn("read_log", read);
+            ShardCommand::LogRead { request, result }
+        });
     }
 
-    /// Handles the result of a read.
-    pub(super) fn log_read(&mut self, request: LogReadRequest, result: Result<LogPage, BusError>) {
-        let LogReadRequest { room: name, generation, read_generation, purpose } = request;
-        if let ReadPurpose::CatchUp(_) = purpose {
-            self.catch_up_read_ended();
-        }
-        let is_old = self.is_stale(read_generation);
-        if let (ReadPurpose::Open, Ok(_)) = (&purpose, &result) {
-            // The room is subscribed by now, so no presence change is missed.
-            self.read_rosters(vec![name.clone()]);
-        }
-        let Some(room) = self.rooms.get_mut(&name).filter(|room| room.generation == generation)
-        else {
-            return;
-        };
-        match (purpose, result) {
-            (ReadPurpose::Open, Err(_)) => {
-                // Dropping the joins notifies their sessions.
-                self.drop_room(&name);
-            }
-            (ReadPurpose::Open | ReadPurpose::Continue, Ok(_)) if is_old => {
-                let range = room.replica.next_read();
-                let pause = if self.suspended { READ_RETRY_DELAY } else { Duration::ZERO };
-                self.read(name, generation, ReadPurpose::Continue, range, pause);
-            }
-            (ReadPurpose::Open | ReadPurpose::Continue, Ok(page)) => {
-                self.apply_log_page(&name, page);
-            }
-            (ReadPurpose::Join(join), Ok(page)) => {
-                let progress = if is_old || !self.batch.serves(&name) {
-                    room.queue_join(join);
-                    JoinProgress::Refresh
-                } else {
-                    room.join_with_page(join, page, &mut self.batch)
-                };
-                self.continue_join(&name, progress);
-            }
-            (ReadPurpose::Join(join), Err(_)) => {
-                drop(join);
-                self.note_if_idle(&name);
-            }
-            (ReadPurpose::CatchUp(_), Ok(_)) if is_old => {
-                room.catch_up.abandon_read(&mut room.members);
-                self.catch_up_all(&name);
-            }
-            (ReadPurpose::CatchUp(from), Ok(page)) => {
-                match room.catch_up_with_page(from, page, &mut self.batch) {
-                    CatchUpOutcome::More(members) => {
-                        for member in members {
-                            room.catch_up(member, &mut self.batch);
-                        }
-                        self.start_catch_up_read(&name);
-                    }
-                    CatchUpOutcome::OtherLog => self.read_forward(&name),
+    /// Reads the heads of the logs of `rooms` in a task, until it succeeds.
+    pub(super) fn read_heads(&self, rooms: Vec<(RoomId, u64)>) {
+        let (bus, metrics, read_generation) =
+            (self.bus.clone(), self.metrics.clone(), self.generation);
+        self.tasks.spawn("compare_heads", async move {
+            let names: Vec<RoomId> = rooms.iter().map(|(name, _)| name.clone()).collect();
+            let heads = loop {
+                match bus.heads(names.clone()).await {
+                    Ok(heads) => break heads,
+                    Err(_) => metrics.log_repairs.of(LogRepairResult::Failed).inc(),
                 }
-            }
-            // These reads are repeated until they succeed.
-            (ReadPurpose::Continue | ReadPurpose::CatchUp(_), Err(_)) => {}
-        }
-    }
-
-    fn apply_log_page(&mut self, name: &RoomId, page: LogPage) {
-        self.batch.retention.ring = self.budget.ring_limits();
-        let Some(room) = self.rooms.get_mut(name) else { return };
-        if room.was_deleted(&page) {
-            // This node was disconnected when the deletion was published.
-            return self.close_room(name, RoomClosedReason::Deleted, None);
-        }
-        let before = RoomMemory::of(room);
-        let bytes = page.bytes();
-        let next = room.apply_page(page, &mut self.batch);
-        self.budget.count(before, room, self.batch.retention.now);
-        room.restoring &= next == NextAction::Restore;
-        let waiting = room.joins.take(bytes);
-        self.act_on(name, next);
-        self.forget_ids();
-        if next == NextAction::Nothing {
-            self.mark_verified(name);
-        }
-        self.catch_up_all(name);
-        for join in waiting {
-            self.join(name.clone(), join);
-        }
-        self.note_if_idle(name);
-    }
-
-    /// Starts a read of the log for members of a room that wait for one, unless one is under way,
-    /// or queues it.
-    pub(super) fn start_catch_up_read(&mut self, name: &RoomId) {
-        let Some(room) = self.rooms.get_mut(name).filter(|room| room.catch_up.needs_read()) else {
-            return;
-        };
-        if self.catch_up_reads >= CATCH_UP_READS_MAX {
-            room.catch_up.queue_read();
-            self.waiting_for_read.push_back((name.clone(), room.generation));
-            return;
-        }
-        self.begin_catch_up_read(name);
-    }
-
-    fn begin_catch_up_read(&mut self, name: &RoomId) {
-        let Some(room) = self.rooms.get_mut(name) else { return };
-        let Some(seq) = room.catch_up.begin_read(&room.members) else { return };
-        self.catch_up_reads += 1;
-        let (purpose, range) =
-            (ReadPurpose::CatchUp(seq), ReadRange::After { seq, limit: READ_LEN });
-        let generation = room.generation;
-        self.read(name.clone(), generation, purpose, range, Duration::ZERO);
-    }
-
-    /// A catch-up read has ended, so that a read of another room may start.
-    fn catch_up_read_ended(&mut self) {
-        self.catch_up_reads -= 1;
-        while self.catch_up_reads < CATCH_UP_READS_MAX
-            && let Some((name, generation)) = self.waiting_for_read.pop_front()
-        {
-            if self.rooms.get(&name).is_some_and(|room| room.generation == generation) {
-                self.begin_catch_up_read(&name);
-            }
-        }
+                tokio::time::sleep(READ_RETRY_DELAY).await;
+            };
+            ShardCommand::HeadsRead { rooms, read_generation, heads }
+        });
     }
 
     /// Appends lost messages again, oldest first.
-    pub(super) fn reappend_lost(&mut self) {
+    pub(super) fn reappend_lost(&self, batch: &mut ShardBatch) {
         #[cfg(debug_assertions)]
         if crate::fault_injection::is_injected(
             crate::fault_injection::ProtocolFault::LostEntriesNotReappended,
         ) {
-            self.batch.lost.clear();
+            batch.lost.clear();
         }
-        let deadline = self.batch.retention.now + REAPPEND_MAX;
-        for (room, envelope) in std::mem::take(&mut self.batch.lost) {
-            self.batch.metrics.reappended_messages.inc();
+        let deadline = batch.retention.now + REAPPEND_MAX;
+        for (room, envelope) in std::mem::take(&mut batch.lost) {
+            self.metrics.reappended_messages.inc();
             let (name, id) = (room.clone(), envelope.id());
             let done = Box::new(move |result: Result<_, BusError>| {
                 if let Err(error) = result {
@@ -370,21 +222,5 @@ impl Shard {
             let unseen = UnseenPolicy::Unlimited;
             self.bus.append(Append { room, envelope, urgent: true, unseen, deadline, done });
         }
-    }
-
-    pub(super) fn spawn(
-        &self,
-        name: &'static str,
-        task: impl Future<Output = ()> + Send + 'static,
-    ) {
-        let stopped = self.tasks.stopped().clone();
-        self.tasks.spawn_job(name, async move {
-            // Both arms are cancel-safe: after the stop the result is not needed.
-            tokio::select! {
-                biased;
-                () = stopped.cancelled() => {}
-                () = task => {}
-            }
-        });
     }
 }

@@ -42,28 +42,30 @@ use crate::{
     telemetry::{metrics::Metrics, trail::MessageTrails},
 };
 
-pub mod member;
+mod member;
 mod members;
 pub mod join;
-mod room;
 mod catch_up;
+pub mod presence;
+mod room;
 mod budget;
 mod lingering;
+mod rooms;
 mod commands;
-mod shard;
 mod log_reads;
+mod resync;
 mod rosters;
 mod status;
 mod control;
-pub mod presence;
+mod shard;
 
 pub use commands::HubOptions;
-use commands::ShardCommand;
+use commands::{ShardCommand, ShardTasks};
 pub use join::JoinOutcome;
 use join::{JoinGrant, PendingJoin};
 pub use lingering::LINGER;
 use presence::PresenceQuery;
-pub use shard::COMPARE_INTERVAL;
+pub use resync::COMPARE_INTERVAL;
 use shard::Shard;
 
 /// The most commands that wait in a shard's queue; further callers wait.
@@ -106,9 +108,8 @@ impl Hub {
             let (commands, queue) = mpsc::channel(QUEUE_LEN_MAX);
             let services = (bus.clone(), presence.clone(), rules.clone());
             let telemetry = (telemetry.0.clone(), telemetry.1.clone());
-            let options = options.clone();
-            let shard =
-                Shard::new(services, commands.clone(), &messages, options, telemetry, tasks);
+            let own = ShardTasks::new(tasks.clone(), commands.clone());
+            let shard = Shard::new(services, &messages, &options, telemetry, own);
             tasks.spawn_service("hub_shard", shard.run(queue, messages.messages));
             commands
         };

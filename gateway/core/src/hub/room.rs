@@ -10,7 +10,6 @@ use skein_protocol::{
     position::{Epoch, Position, Seq},
     protocol::server_frame::{JoinedFrame, ReadFrame, RecoveryFailure, ServerFrame},
 };
-use tokio::time::Instant;
 
 use super::{
     catch_up::{CatchUp, CatchUpOutcome},
@@ -46,21 +45,15 @@ pub(super) struct Room {
     /// Whether the room keeps a log.
     pub(super) durable: bool,
     /// The ordinal of the epoch that the last known deletion of the room began.
-    pub(super) deleted: u64,
+    deleted: u64,
     pub(super) presence: RoomPresence,
     /// Whether an entry was received since the last comparison of idle rooms.
-    pub(super) received: bool,
-    /// Whether entries may have been lost that no comparison has looked for yet.
-    pub(super) unverified: bool,
+    received: bool,
     /// Whether the last read followed a log restore.
-    pub(super) restoring: bool,
+    restoring: bool,
     pub(super) members: Members,
     pub(super) joins: Joins,
     pub(super) catch_up: CatchUp,
-    /// The time since which the room has had no members.
-    pub(super) idle_since: Option<Instant>,
-    /// The key of the room among the lingering rooms. A connection may have joined since.
-    pub(super) lingers_until: Option<Instant>,
 }
 
 /// Delivers to the members what the replica decides.
@@ -151,18 +144,28 @@ impl Room {
             deleted: 0,
             presence: RoomPresence::default(),
             received: true,
-            unverified: false,
             restoring: false,
             members: Members::default(),
             joins: Joins::default(),
             catch_up: CatchUp::default(),
-            idle_since: None,
-            lingers_until: None,
         }
     }
 
     pub(super) fn is_empty(&self) -> bool {
         self.members.is_empty() && self.joins.is_empty()
+    }
+
+    /// Whether an entry was received since the last call.
+    pub(super) fn take_received(&mut self) -> bool {
+        std::mem::take(&mut self.received)
+    }
+
+    /// Begins a log restore: returns the snapshot to restore from, and whether the last read
+    /// followed a log restore too.
+    pub(super) fn begin_restore(&mut self, batch: &ShardBatch) -> Option<(ReplicaSnapshot, bool)> {
+        let snapshot = self.snapshot(batch)?;
+        self.replica.begin_read();
+        Some((snapshot, std::mem::replace(&mut self.restoring, true)))
     }
 
     /// The replica's snapshot, once the room is open.
@@ -208,6 +211,7 @@ impl Room {
         if let Some(outcome) = outcome {
             batch.metrics.log_repairs.of(outcome).inc();
         }
+        self.restoring &= next == NextAction::Restore;
         next
     }
 
@@ -226,12 +230,6 @@ impl Room {
     ) -> CatchUpOutcome {
         let Self { name, replica, members, .. } = self;
         self.catch_up.apply_page(from, page, name, replica, members, batch)
-    }
-
-    /// Lets a join wait until the log has been read.
-    pub(super) fn queue_join(&mut self, join: PendingJoin) {
-        self.idle_since = None;
-        self.joins.wait(join);
     }
 
     /// Answers a join from the replica, or returns what it needs first.
@@ -277,7 +275,7 @@ impl Room {
         let mut member = match step {
             JoinStep::Read(range) => return JoinProgress::Read(join, range),
             JoinStep::Refresh => {
-                self.queue_join(join);
+                self.joins.wait(join);
                 return JoinProgress::Refresh;
             }
             JoinStep::Admit(reply) => {
@@ -305,7 +303,6 @@ impl Room {
         }
         batch.flush_later(&member.handle);
         self.members.add(member);
-        self.idle_since = None;
         // A caller that has gone meanwhile sends a later command that cancels the join.
         let _ = join.done.send(JoinOutcome::Member { bytes_read: join.bytes_read });
         JoinProgress::Done

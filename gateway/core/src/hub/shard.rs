@@ -1,16 +1,13 @@
 //! The task that owns a share of the rooms: it fans out received entries, executes commands, and
 //! does periodic work once a second.
 
-use std::{
-    collections::{BTreeSet, HashMap, VecDeque},
-    sync::Arc,
-    time::Duration,
-};
+use std::{sync::Arc, time::Duration};
 
 use bytes::Bytes;
 use skein_protocol::{
-    ids::{ConnectionId, RoomId, RoomKind, UserId},
-    protocol::server_frame::{LeftFrame, ServerFrame},
+    ids::{ConnectionId, RoomId, RoomKind},
+    position::Position,
+    protocol::server_frame::{LeftFrame, RoomClosedFrame, RoomClosedReason, ServerFrame},
 };
 use tokio::{
     sync::{mpsc, oneshot},
@@ -18,22 +15,30 @@ use tokio::{
 };
 
 use super::{
-    budget::{MemoryBudget, RoomMemory},
-    commands::{HubOptions, READ_RETRY_DELAY, ReadPurpose, ShardCommand},
+    budget::MemoryBudget,
+    catch_up::CatchUpOutcome,
+    commands::{
+        HubOptions, LogReadRequest, READ_RETRY_DELAY, ReadPurpose, ShardCommand, ShardTasks,
+    },
+    control,
     join::{JoinOutcome, JoinProgress, PendingJoin},
-    lingering::{Lingering, linger_of},
+    log_reads::LogReads,
     member::ShardBatch,
+    presence::{self, PresenceQuery},
+    resync::Resync,
     room::Room,
-    status::WatchedUsers,
+    rooms::Rooms,
+    rosters::{IncompleteReads, Rosters},
+    status::Statuses,
 };
 use crate::{
-    bus::{Bus, ResyncRequest, ShardMessage, ShardReceiver},
+    bus::{Bus, BusError, ShardMessage, ShardReceiver, presence_store::EphemeralEvent},
     connection::handle::ConnectionHandle,
     delivery::{
         Entry, ReplicaSnapshot,
-        replica::{ReadState, RetentionContext},
+        page::LogPage,
+        replica::{NextAction, ReadState, RetentionContext},
     },
-    drain::Tasks,
     presence::PresenceTracker,
     rooms::RoomRules,
     telemetry::{
@@ -42,9 +47,6 @@ use crate::{
     },
 };
 
-/// The interval at which a shard compares the heads of idle rooms' logs with its replicas. It
-/// bounds the time to detect a lost subscription that shows in no other way: at most twice this.
-pub const COMPARE_INTERVAL: Duration = Duration::from_secs(5);
 /// The most messages and commands in one batch, so that queued frames are written soon.
 const BATCH_LEN: usize = 512;
 /// The most rooms that a shard unsubscribes from in one tick, so that a batch stays short.
@@ -62,70 +64,30 @@ async fn sleep_until(time: Option<Instant>) {
 
 /// The state of one shard.
 pub(super) struct Shard {
-    /// Boxed, since a map allocates more slots than it uses.
-    pub(super) rooms: HashMap<RoomId, Box<Room>>,
-    /// Counts subscriptions, so that a late result for an earlier subscription is not applied to a
-    /// later one.
-    generation: u64,
-    pub(super) bus: Arc<dyn Bus>,
-    pub(super) presence: Arc<PresenceTracker>,
-    pub(super) rules: Arc<RoomRules>,
-    pub(super) tasks: Tasks,
-    pub(super) commands: mpsc::Sender<ShardCommand>,
-    pub(super) batch: ShardBatch,
-    pub(super) budget: MemoryBudget,
-    lingering: Lingering,
-    empty_rooms_max: usize,
-    /// The number of rooms that are not inboxes.
-    joined_rooms: usize,
-    rooms_max: usize,
-    /// The state of the read of log heads.
-    pub(super) comparing: ReadState,
-    /// The time at which the heads of idle rooms were last compared.
-    heads_compared_at: Instant,
-    pub(super) resync: Arc<ResyncRequest>,
-    /// The number of resync requests that the shard has seen.
-    pub(super) resyncs_seen: u64,
-    /// The resync request that is complete once no room is unverified.
-    pub(super) resync_running: u64,
-    /// The number of unverified rooms.
-    pub(super) unverified: usize,
+    rooms: Rooms,
+    reads: LogReads,
+    resync: Resync,
+    rosters: Rosters,
+    statuses: Statuses,
+    incomplete: IncompleteReads,
+    batch: ShardBatch,
     /// Whether the node has no lease: it then delivers nothing.
-    pub(super) suspended: bool,
-    /// Counts the events that void earlier reads: the node lost its lease, or sent the snapshots
-    /// from which a new Redis server is restored.
-    pub(super) read_generation: u64,
-    /// The number of catch-up reads under way.
-    pub(super) catch_up_reads: usize,
-    /// Rooms that wait for a catch-up read.
-    pub(super) waiting_for_read: VecDeque<(RoomId, u64)>,
-    /// The number of memberships at the last count.
-    members: usize,
-    /// The times at which rooms have presence work due.
-    pub(super) presence_due: BTreeSet<(Instant, RoomId)>,
-    /// The time at which incomplete rosters are read again.
-    pub(super) roster_retry_at: Option<Instant>,
-    /// The number of incomplete reads in a row.
-    pub(super) incomplete_reads: u32,
-    /// The users whose status a connection here watches.
-    pub(super) watched: WatchedUsers,
-    pub(super) watched_users_max: usize,
-    /// The number of watched users at the last count.
-    pub(super) watched_counted: usize,
-    /// The users whose status is to be read.
-    pub(super) statuses_to_read: Vec<UserId>,
+    suspended: bool,
+    bus: Arc<dyn Bus>,
+    presence: Arc<PresenceTracker>,
+    rules: Arc<RoomRules>,
+    tasks: ShardTasks,
 }
 
 impl Shard {
     pub(super) fn new(
         (bus, presence, rules): (Arc<dyn Bus>, Arc<PresenceTracker>, Arc<RoomRules>),
-        commands: mpsc::Sender<ShardCommand>,
         messages: &ShardReceiver,
-        options: HubOptions,
+        options: &HubOptions,
         (metrics, trails): (Arc<Metrics>, Arc<MessageTrails>),
-        tasks: &Tasks,
+        tasks: ShardTasks,
     ) -> Self {
-        let budget = MemoryBudget::new(&options, metrics.clone());
+        let budget = MemoryBudget::new(options, metrics.clone());
         let now = Instant::now();
         let retention = RetentionContext {
             ring: budget.ring_limits(),
@@ -133,38 +95,20 @@ impl Shard {
             entries_for: options.log_ttl,
             now,
         };
+        let watched_max = options.watched_users_max;
         Self {
-            rooms: HashMap::new(),
-            generation: 0,
+            rooms: Rooms::new(options, budget),
+            reads: LogReads::new(bus.clone(), tasks.clone(), metrics.clone()),
+            resync: Resync::new(messages.resync.clone(), now),
+            rosters: Rosters::new(presence.clone(), tasks.clone()),
+            statuses: Statuses::new(watched_max, bus.clone(), presence.clone(), tasks.clone()),
+            incomplete: IncompleteReads::default(),
+            batch: ShardBatch::new(retention, (metrics, trails), messages.node_state.clone()),
+            suspended: false,
             bus,
             presence,
             rules,
-            tasks: tasks.clone(),
-            commands,
-            batch: ShardBatch::new(retention, (metrics, trails), messages.node_state.clone()),
-            budget,
-            lingering: Lingering::default(),
-            empty_rooms_max: options.empty_rooms_max,
-            joined_rooms: 0,
-            rooms_max: options.rooms_max,
-            comparing: ReadState::Idle,
-            heads_compared_at: now,
-            resync: messages.resync.clone(),
-            resyncs_seen: 0,
-            resync_running: 0,
-            unverified: 0,
-            suspended: false,
-            read_generation: 0,
-            catch_up_reads: 0,
-            waiting_for_read: VecDeque::new(),
-            members: 0,
-            presence_due: BTreeSet::new(),
-            roster_retry_at: None,
-            incomplete_reads: 0,
-            watched: WatchedUsers::default(),
-            watched_users_max: options.watched_users_max,
-            watched_counted: 0,
-            statuses_to_read: Vec::new(),
+            tasks,
         }
     }
 
@@ -173,7 +117,8 @@ impl Shard {
         mut queue: mpsc::Receiver<ShardCommand>,
         mut messages: mpsc::Receiver<ShardMessage>,
     ) {
-        let (stopped, resync) = (self.tasks.stopped().clone(), self.resync.clone());
+        let stopped = self.tasks.stopped().clone();
+        let resync = self.resync.request().clone();
         let mut tick = tokio::time::interval(Duration::from_secs(1));
         let (mut commands, mut received) = (Vec::new(), Vec::new());
         loop {
@@ -187,7 +132,7 @@ impl Shard {
                 _ = queue.recv_many(&mut commands, BATCH_LEN) => {}
                 _ = messages.recv_many(&mut received, BATCH_LEN) => {}
                 () = resync.requested() => {}
-                () = sleep_until(self.next_presence_due()) => {}
+                () = sleep_until(self.rosters.next_due()) => {}
             }
             if !received.is_empty() {
                 // The sender of the first message woke this task, which would otherwise run next
@@ -209,13 +154,12 @@ impl Shard {
             let worth_timing = !received.is_empty();
             for message in received.drain(..) {
                 match message {
-                    ShardMessage::Entry(room, entry) => self.receive(room, entry),
+                    ShardMessage::Entry(room, entry) => self.receive(&room, entry),
                     ShardMessage::Ephemeral(room, event) => self.handle_event(&room, event),
                     ShardMessage::Snapshots(reply) => self.send_snapshots(reply),
                 }
             }
-            if self.resync.count() != self.resyncs_seen {
-                self.resyncs_seen = self.resync.count();
+            if self.resync.take_request() {
                 self.resync_all();
             }
             if ticked {
@@ -224,9 +168,9 @@ impl Shard {
             for command in commands.drain(..) {
                 self.execute(command);
             }
-            self.send_due_presence(started);
-            self.read_statuses();
-            self.reappend_lost();
+            self.rosters.send_due(&mut self.rooms, &mut self.batch);
+            self.statuses.read_requested();
+            self.reads.reappend_lost(&mut self.batch);
             self.batch.finish();
             if worth_timing {
                 let seconds = started.elapsed().as_secs_f64();
@@ -237,41 +181,60 @@ impl Shard {
 
     fn execute(&mut self, command: ShardCommand) {
         match command {
-            ShardCommand::Join(room, join) => self.join(room, join),
-            ShardCommand::Leave { room, connection, reply } => self.leave(room, connection, reply),
+            ShardCommand::Join(room, join) => self.join(&room, join),
+            ShardCommand::Leave { room, connection, reply } => self.leave(&room, connection, reply),
             ShardCommand::CancelJoin { room, handle } => self.cancel_join(&room, &handle),
             ShardCommand::CatchUp { room, connection } => self.catch_up(&room, connection),
             ShardCommand::PresentAfter { room, after, limit, reply } => {
                 // The caller may have gone.
-                let _ = reply.send(self.present_after(&room, &after, limit));
+                let room = self.rooms.get(&room);
+                let _ = reply
+                    .send(room.map_or_else(Vec::new, |room| room.presence.page(&after, limit)));
             }
             ShardCommand::CloseConnections { room, which, before, close, done } => {
-                self.close_connections(&room, which, before, &close);
+                if let Some(inbox) = self.rooms.get(&room) {
+                    control::close_connections(&inbox.members, which, before, &close);
+                }
                 let _ = done.send(());
             }
             ShardCommand::RemoveUser { room, user, before, done } => {
-                self.remove(&room, &user, before);
+                if let Some(room) = self.rooms.get_mut(&room) {
+                    control::remove_user(room, &user, before, &mut self.batch);
+                }
+                self.note_use(&room);
                 let _ = done.send(());
             }
-            ShardCommand::Broadcast(frame) => self.broadcast(frame),
+            ShardCommand::Broadcast(frame) => {
+                control::broadcast(&self.rooms, frame, &mut self.batch);
+            }
             ShardCommand::Connections { room, reply } => {
-                let _ = reply.send(self.connections(room.as_ref()));
+                let _ = reply.send(control::connections(&self.rooms, room.as_ref()));
             }
             ShardCommand::Cursors { room, user, reply } => {
-                let _ = reply.send(self.cursors(&room, &user));
+                let room = self.rooms.get(&room);
+                let _ = reply.send(
+                    room.map_or_else(Vec::new, |room| control::cursors(&room.members, &user)),
+                );
             }
             ShardCommand::Watch { mut users, handle, report_now, rejected } => {
-                users.retain(|user| !self.watch(user.clone(), handle.clone(), report_now.clone()));
+                users.retain(|user| {
+                    !self.statuses.watch(user.clone(), handle.clone(), report_now.clone())
+                });
                 // The caller may have gone.
                 let _ = rejected.send(users);
             }
             ShardCommand::Unwatch { users, connection } => {
-                users.iter().for_each(|user| self.unwatch(user, connection));
+                users.iter().for_each(|user| self.statuses.unwatch(user, connection));
             }
             ShardCommand::RemoveConnection(connection) => self.remove_connection(connection),
-            ShardCommand::StatusesRead { users, statuses } => self.apply_statuses(users, statuses),
+            ShardCommand::StatusesRead { users, statuses } => {
+                self.statuses.apply(users, statuses, &mut self.incomplete, &mut self.batch);
+            }
             ShardCommand::QueryPresence { room, query } => self.query_presence(&room, query),
-            ShardCommand::RostersRead { rooms, snapshots } => self.apply_rosters(rooms, snapshots),
+            ShardCommand::RostersRead { rooms, snapshots } => {
+                let (incomplete, batch) = (&mut self.incomplete, &mut self.batch);
+                self.rosters.apply(rooms, snapshots, incomplete, &mut self.rooms, batch);
+            }
             ShardCommand::HeadsRead { rooms, read_generation, heads } => {
                 self.heads_read(rooms, read_generation, &heads);
             }
@@ -285,16 +248,14 @@ impl Shard {
         let was_suspended =
             std::mem::replace(&mut self.suspended, !self.batch.node_state.holds_lease(now));
         if self.suspended && !was_suspended {
-            self.read_generation += 1;
+            self.reads.void();
             tracing::warn!(
                 "lease lost: delivery suspended until the cluster agrees on the Redis primary"
             );
         }
         if was_suspended && !self.suspended {
             self.resync_all();
-            let mut names: Vec<RoomId> = self.rooms.keys().cloned().collect();
-            names.sort_unstable();
-            for name in names {
+            for name in self.rooms.names() {
                 self.catch_up_all(&name);
             }
         }
@@ -302,219 +263,177 @@ impl Shard {
 
     /// Whether a read must not be used: it began before an event that voids earlier reads, or the
     /// node has no lease.
-    pub(super) fn is_stale(&self, read_generation: u64) -> bool {
-        self.suspended || self.read_generation != read_generation
+    fn is_stale(&self, read_generation: u64) -> bool {
+        self.suspended || self.reads.is_void(read_generation)
     }
 
-    fn receive(&mut self, name: RoomId, entry: Entry) {
+    fn receive(&mut self, name: &RoomId, entry: Entry) {
         if self.suspended {
             self.batch.metrics.bus_entries_received.of(EntryResult::NoLease).inc();
             return;
         }
-        let Some(room) = self.rooms.get_mut(&name) else {
+        let receive = |room: &mut Room, batch: &mut ShardBatch| room.receive(entry, batch);
+        let Some(next) = self.rooms.change(name, &mut self.batch, receive) else {
             self.batch.metrics.bus_entries_received.of(EntryResult::NotSubscribed).inc();
             return;
         };
-        self.batch.retention.ring = self.budget.ring_limits();
-        let before = RoomMemory::of(room);
-        let next = room.receive(entry, &mut self.batch);
-        self.budget.count(before, room, self.batch.retention.now);
-        self.act_on(&name, next);
-        self.forget_ids();
+        self.act_on(name, next);
+        self.rooms.forget_ids(self.batch.retention.now);
+    }
+
+    fn handle_event(&mut self, name: &RoomId, event: EphemeralEvent) {
+        match event {
+            // Also without a lease: the receivers read nothing afterwards.
+            EphemeralEvent::Closed { reason, by } => self.close_room(name, reason, by),
+            _ if self.suspended => {}
+            EphemeralEvent::Status => self.statuses.note_change(name),
+            EphemeralEvent::LogDeleted => self.read_forward(name, Duration::ZERO),
+            event => {
+                let Some(room) = self.rooms.get_mut(name) else { return };
+                let read = room.apply_event(event, self.presence.options(), &mut self.batch);
+                self.rosters.schedule(room);
+                if read {
+                    self.rosters.read(vec![name.clone()], &mut self.rooms);
+                }
+            }
+        }
     }
 
     fn send_snapshots(&mut self, reply: oneshot::Sender<Vec<ReplicaSnapshot>>) {
-        let snapshots = self.rooms.values().filter_map(|room| room.snapshot(&self.batch));
+        let snapshots = self.rooms.iter().filter_map(|room| room.snapshot(&self.batch));
         let mut snapshots: Vec<ReplicaSnapshot> = snapshots.collect();
         snapshots.sort_unstable_by(|a, b| a.room.cmp(&b.room));
         // A read under way may come from the former server and bring entries that the new server
         // never receives.
-        self.read_generation += 1;
+        self.reads.void();
         // The caller may have moved on to yet another server.
         let _ = reply.send(snapshots);
     }
 
-    /// Removes ids that are older than the dedup window, and the oldest ids while all ids exceed
-    /// the memory budget.
-    pub(super) fn forget_ids(&mut self) {
-        let now = self.batch.retention.now;
-        while let Some(bucket) = self.budget.next_to_forget(now) {
-            let room = self.rooms.get_mut(&bucket.room);
-            let Some(room) = room.filter(|room| room.generation == bucket.generation) else {
-                continue;
-            };
-            if room.replica.ids().oldest() == Some(bucket.since) {
-                let before = RoomMemory::of(room);
-                room.replica.forget_oldest_ids();
-                self.budget.count(before, room, now);
-            }
-        }
-    }
-
-    /// Compares the log heads of rooms that have received nothing since the last comparison.
-    fn compare_idle(&mut self, now: Instant) {
-        if self.suspended
-            || now - self.heads_compared_at < COMPARE_INTERVAL
-            || self.comparing != ReadState::Idle
-        {
-            return;
-        }
-        self.heads_compared_at = now;
-        let mut rooms = Vec::new();
-        for (name, room) in &mut self.rooms {
-            let received = std::mem::take(&mut room.received);
-            if room.durable && !received && room.replica.read_state() == ReadState::Idle {
-                rooms.push((name.clone(), room.generation));
-            }
-        }
-        self.compare_heads(rooms);
-    }
-
-    pub(super) fn join(&mut self, name: RoomId, join: PendingJoin) {
+    fn join(&mut self, name: &RoomId, join: PendingJoin) {
         if join.done.is_closed() {
             // The connection has left while its join waited here.
-            return self.note_if_idle(&name);
+            return self.note_use(name);
         }
-        let Some(room) = self.rooms.get_mut(&name) else {
-            return self.open(name, join);
-        };
+        let serves = self.batch.serves(name);
+        let Some(room) = self.rooms.get_mut(name) else { return self.open(name, join) };
         if room.replica.read_state() != ReadState::Idle {
-            room.queue_join(join);
-            return;
+            room.joins.wait(join);
+            return self.rooms.keep(name);
         }
-        let progress = if self.batch.serves(&name) {
+        let progress = if serves {
             room.join(join, &mut self.batch)
         } else {
-            room.queue_join(join);
+            room.joins.wait(join);
             JoinProgress::Refresh
         };
-        self.continue_join(&name, progress);
+        self.continue_join(name, progress);
     }
 
     /// Does what a join needs.
-    pub(super) fn continue_join(&mut self, name: &RoomId, progress: JoinProgress) {
+    fn continue_join(&mut self, name: &RoomId, progress: JoinProgress) {
         let Some(room) = self.rooms.get_mut(name) else { return };
         match progress {
-            JoinProgress::Done => self.note_if_idle(name),
+            JoinProgress::Done => self.note_use(name),
             JoinProgress::Read(join, range) => {
-                room.idle_since = None;
-                let generation = room.generation;
-                let purpose = ReadPurpose::Join(join);
-                self.read(name.clone(), generation, purpose, range, Duration::ZERO);
+                self.reads.for_join(room, join, range);
+                self.rooms.keep(name);
             }
             JoinProgress::Refresh => {
+                self.rooms.keep(name);
                 // The read may complete before the node is allowed to answer joins.
                 let pause = if self.batch.serves(name) { Duration::ZERO } else { READ_RETRY_DELAY };
-                self.read_forward_after(name, pause);
+                self.read_forward(name, pause);
             }
         }
     }
 
     /// Opens a room: subscribes to it, then reads its log.
-    fn open(&mut self, name: RoomId, join: PendingJoin) {
-        let is_joined = name.kind() == RoomKind::Room;
-        if is_joined && !self.make_space_for_room() {
+    fn open(&mut self, name: &RoomId, join: PendingJoin) {
+        if name.kind() == RoomKind::Room && !self.make_space_for_room() {
             let _ = join.done.send(JoinOutcome::TooManyRooms);
             return;
         }
-        self.joined_rooms += usize::from(is_joined);
-        self.generation += 1;
-        let durable = self.rules.is_durable(&name);
-        let mut room = Box::new(Room::opening(name.clone(), self.generation, durable));
-        room.queue_join(join);
-        let range = room.replica.next_read();
-        self.batch.count_room(&name, 1);
-        self.rooms.insert(name.clone(), room);
-        self.read(name, self.generation, ReadPurpose::Open, range, Duration::ZERO);
+        let room = self.rooms.open(name, self.rules.is_durable(name));
+        room.joins.wait(join);
+        self.reads.open(room);
+        self.batch.count_room(name, 1);
     }
 
     /// Whether the node may subscribe to one more room. A lingering room is dropped to free a
     /// place.
     fn make_space_for_room(&mut self) -> bool {
         for _ in 0..EVICTION_SCAN_MAX {
-            if self.joined_rooms < self.rooms_max {
+            if !self.rooms.is_full() {
                 break;
             }
-            match self.lingering.pop_oldest() {
-                Some(name) => self.drop_if_empty(&name, None),
+            match self.rooms.oldest_empty() {
+                Some(name) => self.drop_room(&name),
                 None => break,
-            };
+            }
         }
-        self.joined_rooms < self.rooms_max
-    }
-
-    /// Drops a room that was taken out of the lingering rooms if it has no members and, with `now`,
-    /// if its time is over. Returns whether it was dropped.
-    fn drop_if_empty(&mut self, name: &RoomId, now: Option<Instant>) -> bool {
-        let Some(room) = self.rooms.get_mut(name) else { return false };
-        room.lingers_until = None;
-        let until = room.idle_since.map(|since| since + linger_of(name));
-        let is_over = now.is_none_or(|now| until.is_some_and(|until| until <= now));
-        let drops = room.is_empty() && is_over;
-        if drops {
-            self.drop_room(name);
-        }
-        drops
+        !self.rooms.is_full()
     }
 
     /// Drops a room and unsubscribes from it.
-    pub(super) fn drop_room(&mut self, name: &RoomId) {
-        self.mark_verified(name);
-        if let Some(mut room) = self.rooms.remove(name) {
-            self.joined_rooms -= usize::from(name.kind() == RoomKind::Room);
-            self.budget.forget(&room);
-            self.lingering.remove(&mut room);
+    fn drop_room(&mut self, name: &RoomId) {
+        self.resync.mark_verified(name);
+        if self.rooms.remove(name) {
             self.batch.count_room(name, -1);
-            self.bus.unsubscribe(room.name);
+            self.bus.unsubscribe(name.clone());
+        }
+    }
+
+    /// Lets a room linger if it has no members, and drops the room that has lingered longest if
+    /// there are too many.
+    fn note_use(&mut self, name: &RoomId) {
+        self.rooms.note_use(name, Instant::now());
+        while let Some(name) = self.rooms.excess_empty() {
+            self.drop_room(&name);
         }
     }
 
     fn catch_up(&mut self, name: &RoomId, connection: ConnectionId) {
-        if self.suspended {
-            // All members are caught up once the node has a lease.
-            return;
-        }
-        if let Some(room) = self.rooms.get_mut(name) {
+        // If the node has no lease, all members are caught up once it has one.
+        if let Some(room) = self.rooms.get_mut(name).filter(|_| !self.suspended) {
             room.catch_up(connection, &mut self.batch);
-            self.start_catch_up_read(name);
+            self.reads.catch_up(room);
         }
     }
 
     /// Catches up all members of a room that are behind.
-    pub(super) fn catch_up_all(&mut self, name: &RoomId) {
+    fn catch_up_all(&mut self, name: &RoomId) {
         let Some(room) = self.rooms.get_mut(name).filter(|_| !self.suspended) else { return };
         for connection in room.members.behind() {
             room.catch_up(connection, &mut self.batch);
         }
-        self.start_catch_up_read(name);
+        self.reads.catch_up(room);
     }
 
     fn leave(
         &mut self,
-        name: RoomId,
+        name: &RoomId,
         connection: ConnectionId,
         reply: Option<(Arc<ConnectionHandle>, Bytes)>,
     ) {
-        if let Some(room) = self.rooms.get_mut(&name) {
+        if let Some(room) = self.rooms.get_mut(name) {
             room.members.remove(connection);
-            self.note_if_idle(&name);
+            self.note_use(name);
         }
         if let Some((handle, frame)) = reply {
-            handle.release_reservations(&name);
+            handle.release_reservations(name);
             handle.outbox.push(frame);
             self.batch.flush_later(&handle);
         }
     }
 
     fn remove_connection(&mut self, connection: ConnectionId) {
-        let here = self.rooms.values().filter(|room| room.members.get(connection).is_some());
+        let here = self.rooms.iter().filter(|room| room.members.get(connection).is_some());
         let rooms: Vec<RoomId> = here.map(|room| room.name.clone()).collect();
         for room in rooms {
-            self.leave(room, connection, None);
+            self.leave(&room, connection, None);
         }
-        for watch in self.watched.values_mut() {
-            watch.remove(connection);
-        }
+        self.statuses.remove_connection(connection);
     }
 
     fn cancel_join(&mut self, name: &RoomId, handle: &Arc<ConnectionHandle>) {
@@ -524,48 +443,180 @@ impl Shard {
                 handle.send(&ServerFrame::Left(LeftFrame { reference: None, room, reason: None }));
                 self.batch.flush_later(handle);
             }
-            self.note_if_idle(name);
+            self.note_use(name);
         }
     }
 
-    pub(super) fn note_if_idle(&mut self, name: &RoomId) {
+    /// Removes all members of a room that was closed or deleted.
+    fn close_room(&mut self, name: &RoomId, reason: RoomClosedReason, by: Option<ConnectionId>) {
+        // Before `room_closed` is sent, so that a frame sent in response to it is rejected.
+        self.presence.close(name);
         let Some(room) = self.rooms.get_mut(name) else { return };
-        if room.is_empty() && room.idle_since.is_none() {
-            let now = Instant::now();
-            room.idle_since = Some(now);
-            self.lingering.insert(room, now);
+        let closed = RoomClosedFrame { reference: None, room: name.clone(), reason };
+        let answer = ServerFrame::RoomClosed(closed);
+        for member in room.members.take() {
+            let handle = member.handle;
+            handle.release_reservations(name);
+            if Some(handle.connection) != by {
+                handle.send(&answer);
+            }
+            self.batch.flush_later(&handle);
         }
-        while self.lingering.len() > self.empty_rooms_max
-            && let Some(name) = self.lingering.pop_oldest()
-        {
-            self.drop_if_empty(&name, None);
+        room.presence.reject_queries(name, &mut self.batch);
+        self.drop_room(name);
+    }
+
+    /// Answers a presence query once the roster has reached the query's version.
+    fn query_presence(&mut self, name: &RoomId, query: PresenceQuery) {
+        match self.rooms.get_mut(name) {
+            Some(room) => room.presence.query(query, name, &mut self.batch),
+            None => presence::reject(name, query, &mut self.batch),
         }
+    }
+
+    /// Starts a resync: entries of any room may have been lost, so all logs are compared with their
+    /// replicas.
+    fn resync_all(&mut self) {
+        if self.resync.begin(&mut self.rooms, &self.reads) {
+            self.rosters.read(self.rooms.names(), &mut self.rooms);
+            self.statuses.request_all();
+        }
+    }
+
+    /// Reads forward in each room whose log holds entries that the replica lacks.
+    fn heads_read(
+        &mut self,
+        rooms: Vec<(RoomId, u64)>,
+        read_generation: u64,
+        heads: &[Option<Position>],
+    ) {
+        let again = self.resync.end_read() || self.is_stale(read_generation);
+        for ((name, generation), head) in rooms.into_iter().zip(heads) {
+            let Some(room) = self.rooms.current(&name, generation) else { continue };
+            if !room.replica.has_reached(head.as_ref()) {
+                self.reads.forward(room, Duration::ZERO);
+            } else if !again && room.replica.read_state() == ReadState::Idle {
+                self.resync.mark_verified(&name);
+            }
+        }
+        // Without a lease, reacquiring it starts a resync.
+        if again && !self.suspended {
+            self.resync_all();
+        }
+    }
+
+    /// Reads a room's log from the replica's top, or once more after the read under way.
+    fn read_forward(&mut self, name: &RoomId, pause: Duration) {
+        if let Some(room) = self.rooms.get_mut(name) {
+            self.reads.forward(room, pause);
+        }
+    }
+
+    /// Executes the next action of a replica.
+    fn act_on(&mut self, name: &RoomId, next: NextAction) {
+        let Some(room) = self.rooms.get_mut(name) else { return };
+        match next {
+            NextAction::Nothing => {}
+            NextAction::Read => self.reads.forward(room, Duration::ZERO),
+            NextAction::Restore => self.reads.restore(room, &self.batch),
+        }
+    }
+
+    /// Handles the result of a read.
+    fn log_read(&mut self, request: LogReadRequest, result: Result<LogPage, BusError>) {
+        let LogReadRequest { room: name, generation, read_generation, purpose } = request;
+        if let ReadPurpose::CatchUp(_) = purpose {
+            self.reads.end_catch_up(&mut self.rooms);
+        }
+        let is_old = self.is_stale(read_generation);
+        if let (ReadPurpose::Open, Ok(_)) = (&purpose, &result) {
+            // The room is subscribed by now, so no presence change is missed.
+            self.rosters.read(vec![name.clone()], &mut self.rooms);
+        }
+        let Some(room) = self.rooms.current(&name, generation) else { return };
+        match (purpose, result) {
+            (ReadPurpose::Open, Err(_)) => {
+                // Dropping the joins notifies their sessions.
+                self.drop_room(&name);
+            }
+            (ReadPurpose::Open | ReadPurpose::Continue, Ok(_)) if is_old => {
+                let pause = if self.suspended { READ_RETRY_DELAY } else { Duration::ZERO };
+                self.reads.repeat(room, pause);
+            }
+            (ReadPurpose::Open | ReadPurpose::Continue, Ok(page)) => {
+                self.apply_log_page(&name, page);
+            }
+            (ReadPurpose::Join(join), Ok(page)) => {
+                let progress = if is_old || !self.batch.serves(&name) {
+                    room.joins.wait(join);
+                    JoinProgress::Refresh
+                } else {
+                    room.join_with_page(join, page, &mut self.batch)
+                };
+                self.continue_join(&name, progress);
+            }
+            (ReadPurpose::Join(join), Err(_)) => {
+                drop(join);
+                self.note_use(&name);
+            }
+            (ReadPurpose::CatchUp(_), Ok(_)) if is_old => {
+                room.catch_up.abandon_read(&mut room.members);
+                self.catch_up_all(&name);
+            }
+            (ReadPurpose::CatchUp(from), Ok(page)) => {
+                match room.catch_up_with_page(from, page, &mut self.batch) {
+                    CatchUpOutcome::More(members) => {
+                        for member in members {
+                            room.catch_up(member, &mut self.batch);
+                        }
+                        self.reads.catch_up(room);
+                    }
+                    CatchUpOutcome::OtherLog => self.reads.forward(room, Duration::ZERO),
+                }
+            }
+            // These reads are repeated until they succeed.
+            (ReadPurpose::Continue | ReadPurpose::CatchUp(_), Err(_)) => {}
+        }
+    }
+
+    fn apply_log_page(&mut self, name: &RoomId, page: LogPage) {
+        if self.rooms.get(name).is_some_and(|room| room.was_deleted(&page)) {
+            // This node was disconnected when the deletion was published.
+            return self.close_room(name, RoomClosedReason::Deleted, None);
+        }
+        let bytes = page.bytes();
+        let apply = |room: &mut Room, batch: &mut ShardBatch| {
+            (room.apply_page(page, batch), room.joins.take(bytes))
+        };
+        let Some((next, waiting)) = self.rooms.change(name, &mut self.batch, apply) else { return };
+        self.act_on(name, next);
+        self.rooms.forget_ids(self.batch.retention.now);
+        if next == NextAction::Nothing {
+            self.resync.mark_verified(name);
+        }
+        self.catch_up_all(name);
+        for join in waiting {
+            self.join(name, join);
+        }
+        self.note_use(name);
     }
 
     /// Periodic work: drops lingering rooms whose time is over, and frees state that is no longer
     /// used.
     fn tick(&mut self, now: Instant) {
-        self.compare_idle(now);
-        let mut left = UNSUBSCRIBES_PER_TICK_MAX;
-        while left > 0
-            && let Some(name) = self.lingering.next_due(now)
-        {
-            left -= usize::from(self.drop_if_empty(&name, Some(now)));
+        if !self.suspended {
+            self.resync.compare_idle(now, &mut self.rooms, &self.reads);
         }
-        self.retry_rosters(now);
-        self.remove_unwatched();
-        self.forget_ids();
-        let mut members = 0;
-        for room in self.rooms.values_mut() {
-            room.joins.remove_cancelled();
-            let before = RoomMemory::of(room);
-            room.replica.forget_past_retention(&self.batch.retention);
-            self.budget.count(before, room, now);
-            if room.name.kind() == RoomKind::Room {
-                members += room.members.len();
-            }
+        for _ in 0..UNSUBSCRIBES_PER_TICK_MAX {
+            let Some(name) = self.rooms.expired_empty(now) else { break };
+            self.drop_room(&name);
         }
-        self.batch.metrics.members.add(members as i64 - self.members as i64);
-        self.members = members;
+        let repeat = self.incomplete.take_due(now);
+        if repeat {
+            self.statuses.request_all();
+        }
+        self.rosters.retry(repeat, &mut self.rooms, &mut self.batch);
+        self.statuses.remove_unwatched(&self.batch.metrics);
+        self.rooms.tick(&self.batch);
     }
 }

@@ -15,21 +15,34 @@ use skein_protocol::{
 };
 
 use super::{
-    commands::{READ_RETRY_DELAY, ShardCommand},
+    commands::{READ_RETRY_DELAY, ShardCommand, ShardTasks},
+    member::ShardBatch,
     presence::wire_time,
-    shard::Shard,
+    rosters::IncompleteReads,
 };
 use crate::{
-    bus::presence_store::OnlineStatus,
+    bus::{Bus, presence_store::OnlineStatus},
     connection::handle::{ConnectionHandle, text_frame},
+    presence::PresenceTracker,
+    telemetry::metrics::Metrics,
 };
 
-/// The users watched on this node.
-pub(super) type WatchedUsers = HashMap<UserId, WatchedUser>;
+/// The users whose status a connection on this shard watches.
+pub(super) struct Statuses {
+    watched: HashMap<UserId, WatchedUser>,
+    watched_max: usize,
+    /// The number of watched users at the last count.
+    counted: usize,
+    /// The users whose status is to be read.
+    to_read: Vec<UserId>,
+    bus: Arc<dyn Bus>,
+    presence: Arc<PresenceTracker>,
+    tasks: ShardTasks,
+}
 
 /// A watched user.
 #[derive(Debug, Default)]
-pub(super) struct WatchedUser {
+struct WatchedUser {
     watchers: HashMap<ConnectionId, StatusWatcher>,
     /// The status last reported to the watchers.
     reported: Option<bool>,
@@ -50,11 +63,6 @@ struct StatusWatcher {
 }
 
 impl WatchedUser {
-    /// Removes a watcher.
-    pub(super) fn remove(&mut self, connection: ConnectionId) {
-        self.watchers.remove(&connection);
-    }
-
     /// Requests a read. Returns whether it must be started, and its number.
     fn request_read(&mut self) -> (bool, u64) {
         if self.reading {
@@ -67,7 +75,17 @@ impl WatchedUser {
     }
 }
 
-impl Shard {
+impl Statuses {
+    pub(super) fn new(
+        watched_max: usize,
+        bus: Arc<dyn Bus>,
+        presence: Arc<PresenceTracker>,
+        tasks: ShardTasks,
+    ) -> Self {
+        let (watched, to_read) = (HashMap::new(), Vec::new());
+        Self { watched, watched_max, counted: 0, to_read, bus, presence, tasks }
+    }
+
     /// Reports the status of a user to a connection on every change, and immediately if `asks` is
     /// set. `false`: the limit of watched users is reached.
     pub(super) fn watch(
@@ -76,7 +94,7 @@ impl Shard {
         handle: Arc<ConnectionHandle>,
         report_now: Option<Option<FrameRef>>,
     ) -> bool {
-        if self.watched.len() >= self.watched_users_max && !self.watched.contains_key(&user) {
+        if self.watched.len() >= self.watched_max && !self.watched.contains_key(&user) {
             return false;
         }
         let watch = self.watched.entry(user.clone()).or_default();
@@ -93,7 +111,7 @@ impl Shard {
             watcher.pending.push((read, reference));
         }
         if begins {
-            self.statuses_to_read.push(user);
+            self.to_read.push(user);
         }
         true
     }
@@ -102,32 +120,39 @@ impl Shard {
     pub(super) fn unwatch(&mut self, user: &UserId, connection: ConnectionId) {
         // A user without watchers is removed at the next tick, since a read may be starting now.
         if let Some(watch) = self.watched.get_mut(user) {
-            watch.remove(connection);
+            watch.watchers.remove(&connection);
+        }
+    }
+
+    /// Removes a connection from all watched users.
+    pub(super) fn remove_connection(&mut self, connection: ConnectionId) {
+        for watch in self.watched.values_mut() {
+            watch.watchers.remove(&connection);
         }
     }
 
     /// Requests a read of a watched user's status after a change.
-    pub(super) fn status_changed(&mut self, room: &RoomId) {
+    pub(super) fn note_change(&mut self, room: &RoomId) {
         let Some(user) = room.user() else { return };
         if let Some(watch) = self.watched.get_mut(&user)
             && watch.request_read().0
         {
-            self.statuses_to_read.push(user);
+            self.to_read.push(user);
         }
     }
 
     /// Requests a read of all statuses, since changes may have been missed.
-    pub(super) fn reread_statuses(&mut self) {
+    pub(super) fn request_all(&mut self) {
         for (user, watch) in &mut self.watched {
             if watch.request_read().0 {
-                self.statuses_to_read.push(user.clone());
+                self.to_read.push(user.clone());
             }
         }
     }
 
     /// Reads the requested statuses in a task, until it succeeds.
-    pub(super) fn read_statuses(&mut self) {
-        let mut users = std::mem::take(&mut self.statuses_to_read);
+    pub(super) fn read_requested(&mut self) {
+        let mut users = std::mem::take(&mut self.to_read);
         // Users without watchers are skipped.
         users.retain(|user| {
             let Some(watch) = self.watched.get_mut(user) else { return false };
@@ -143,9 +168,8 @@ impl Shard {
             watch.is_some_and(|watch| !std::mem::replace(&mut watch.subscribed, true))
         });
         let subscribe: Vec<RoomId> = subscribe.map(RoomId::status_of).collect();
-        let (bus, presence, commands) =
-            (self.bus.clone(), self.presence.clone(), self.commands.clone());
-        self.spawn("read_statuses", async move {
+        let (bus, presence) = (self.bus.clone(), self.presence.clone());
+        self.tasks.spawn("read_statuses", async move {
             // Subscribe first, so that no change is missed between the two.
             join_all(subscribe.into_iter().map(async |room| {
                 while bus.subscribe(room.clone()).await.is_err() {
@@ -159,19 +183,25 @@ impl Shard {
                     Err(_) => tokio::time::sleep(READ_RETRY_DELAY).await,
                 }
             };
-            let _ = commands.send(ShardCommand::StatusesRead { users, statuses }).await;
+            ShardCommand::StatusesRead { users, statuses }
         });
     }
 
     /// Reports statuses that were read to the waiting watchers, and changes to all watchers.
-    pub(super) fn apply_statuses(&mut self, users: Vec<UserId>, statuses: Vec<OnlineStatus>) {
+    pub(super) fn apply(
+        &mut self,
+        users: Vec<UserId>,
+        statuses: Vec<OnlineStatus>,
+        reads: &mut IncompleteReads,
+        batch: &mut ShardBatch,
+    ) {
         let mut incomplete = false;
         for (user, status) in users.into_iter().zip(statuses) {
             let Some(watch) = self.watched.get_mut(&user) else { continue };
             watch.reading = false;
             // A user who seems offline may not have been reported by every node yet.
             if status.complete {
-                self.incomplete_reads = 0;
+                reads.note_complete();
             } else {
                 incomplete = true;
             }
@@ -197,20 +227,20 @@ impl Shard {
                     watcher.handle.outbox.push(frame.clone());
                 }
                 if changed || is_answered {
-                    self.batch.flush_later(&watcher.handle);
+                    batch.flush_later(&watcher.handle);
                 }
             }
             if std::mem::take(&mut watch.again) && watch.request_read().0 {
-                self.statuses_to_read.push(user);
+                self.to_read.push(user);
             }
         }
         if incomplete {
-            self.note_completeness(false);
+            reads.note_incomplete(batch.retention.now);
         }
     }
 
     /// Removes users without watchers.
-    pub(super) fn remove_unwatched(&mut self) {
+    pub(super) fn remove_unwatched(&mut self, metrics: &Metrics) {
         let before = self.watched.len();
         self.watched.retain(|user, watch| {
             let is_watched = !watch.watchers.is_empty() || watch.reading;
@@ -222,9 +252,8 @@ impl Shard {
         if self.watched.len() < before / 2 {
             self.watched.shrink_to_fit();
         }
-        let (now, told) = (self.watched.len(), &mut self.watched_counted);
-        self.batch.metrics.watched_users.add(now as i64 - *told as i64);
-        *told = now;
+        metrics.watched_users.add(self.watched.len() as i64 - self.counted as i64);
+        self.counted = self.watched.len();
     }
 }
 

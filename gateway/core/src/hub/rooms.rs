@@ -1,0 +1,172 @@
+//! The rooms of a shard: which ones it is subscribed to, and the memory that they take together.
+
+use std::collections::HashMap;
+
+use skein_protocol::ids::{RoomId, RoomKind};
+use tokio::time::Instant;
+
+use super::{
+    budget::{MemoryBudget, RoomMemory},
+    commands::HubOptions,
+    lingering::Lingering,
+    member::ShardBatch,
+    room::Room,
+};
+
+/// The rooms that a shard is subscribed to.
+pub(super) struct Rooms {
+    /// Boxed, since a map allocates more slots than it uses.
+    rooms: HashMap<RoomId, Box<Room>>,
+    /// Counts subscriptions, so that a late result for an earlier subscription is not applied to a
+    /// later one.
+    generation: u64,
+    /// The number of rooms that are not inboxes.
+    joined: usize,
+    joined_max: usize,
+    lingering: Lingering,
+    empty_max: usize,
+    budget: MemoryBudget,
+    /// The number of memberships at the last count.
+    members: usize,
+}
+
+impl Rooms {
+    pub(super) fn new(options: &HubOptions, budget: MemoryBudget) -> Self {
+        Self {
+            rooms: HashMap::new(),
+            generation: 0,
+            joined: 0,
+            joined_max: options.rooms_max,
+            lingering: Lingering::default(),
+            empty_max: options.empty_rooms_max,
+            budget,
+            members: 0,
+        }
+    }
+
+    pub(super) fn get(&self, name: &RoomId) -> Option<&Room> {
+        self.rooms.get(name).map(|room| &**room)
+    }
+
+    pub(super) fn get_mut(&mut self, name: &RoomId) -> Option<&mut Room> {
+        self.rooms.get_mut(name).map(|room| &mut **room)
+    }
+
+    /// A room, unless it was subscribed to anew since `generation`.
+    pub(super) fn current(&mut self, name: &RoomId, generation: u64) -> Option<&mut Room> {
+        self.get_mut(name).filter(|room| room.generation == generation)
+    }
+
+    pub(super) fn iter(&self) -> impl Iterator<Item = &Room> {
+        self.rooms.values().map(|room| &**room)
+    }
+
+    pub(super) fn iter_mut(&mut self) -> impl Iterator<Item = &mut Room> {
+        self.rooms.values_mut().map(|room| &mut **room)
+    }
+
+    /// The names of all rooms, sorted.
+    pub(super) fn names(&self) -> Vec<RoomId> {
+        let mut names: Vec<RoomId> = self.rooms.keys().cloned().collect();
+        names.sort_unstable();
+        names
+    }
+
+    /// Whether the node may subscribe to no further room.
+    pub(super) fn is_full(&self) -> bool {
+        self.joined >= self.joined_max
+    }
+
+    /// Adds a room that is being opened.
+    pub(super) fn open(&mut self, name: &RoomId, durable: bool) -> &mut Room {
+        self.joined += usize::from(name.kind() == RoomKind::Room);
+        self.generation += 1;
+        let room = Room::opening(name.clone(), self.generation, durable);
+        self.rooms.entry(name.clone()).or_insert(Box::new(room))
+    }
+
+    /// Removes a room. `false`: there was none.
+    pub(super) fn remove(&mut self, name: &RoomId) -> bool {
+        let Some(room) = self.rooms.remove(name) else { return false };
+        self.joined -= usize::from(name.kind() == RoomKind::Room);
+        self.budget.forget(&room);
+        self.lingering.remove(name);
+        true
+    }
+
+    /// Lets a room linger once it is empty, and no longer once it is used.
+    pub(super) fn note_use(&mut self, name: &RoomId, now: Instant) {
+        match self.rooms.get(name) {
+            Some(room) if room.is_empty() => self.lingering.insert(name, now),
+            _ => self.lingering.remove(name),
+        }
+    }
+
+    /// Keeps a room that is about to be used.
+    pub(super) fn keep(&mut self, name: &RoomId) {
+        self.lingering.remove(name);
+    }
+
+    /// Takes the empty room that has lingered longest, to be removed.
+    pub(super) fn oldest_empty(&mut self) -> Option<RoomId> {
+        self.lingering.pop_oldest()
+    }
+
+    /// As [`Rooms::oldest_empty`], if there are more empty rooms than the limit allows.
+    pub(super) fn excess_empty(&mut self) -> Option<RoomId> {
+        if self.lingering.len() > self.empty_max { self.lingering.pop_oldest() } else { None }
+    }
+
+    /// Takes an empty room that has lingered for its time, to be removed.
+    pub(super) fn expired_empty(&mut self, now: Instant) -> Option<RoomId> {
+        self.lingering.pop_due(now)
+    }
+
+    /// Changes the replica of a room within the memory budget.
+    pub(super) fn change<T>(
+        &mut self,
+        name: &RoomId,
+        batch: &mut ShardBatch,
+        change: impl FnOnce(&mut Room, &mut ShardBatch) -> T,
+    ) -> Option<T> {
+        batch.retention.ring = self.budget.ring_limits();
+        let room = self.rooms.get_mut(name)?;
+        let before = RoomMemory::of(room);
+        let result = change(room, batch);
+        self.budget.count(before, room, batch.retention.now);
+        Some(result)
+    }
+
+    /// Removes ids that are older than the dedup window, and the oldest ids while all ids exceed
+    /// the memory budget.
+    pub(super) fn forget_ids(&mut self, now: Instant) {
+        while let Some(bucket) = self.budget.next_to_forget(now) {
+            let room = self.rooms.get_mut(&bucket.room);
+            let Some(room) = room.filter(|room| room.generation == bucket.generation) else {
+                continue;
+            };
+            if room.replica.ids().oldest() == Some(bucket.since) {
+                let before = RoomMemory::of(room);
+                room.replica.forget_oldest_ids();
+                self.budget.count(before, room, now);
+            }
+        }
+    }
+
+    /// Frees what is no longer needed, and counts the members.
+    pub(super) fn tick(&mut self, batch: &ShardBatch) {
+        self.forget_ids(batch.retention.now);
+        let mut members = 0;
+        for room in self.rooms.values_mut() {
+            room.joins.remove_cancelled();
+            let before = RoomMemory::of(room);
+            room.replica.forget_past_retention(&batch.retention);
+            self.budget.count(before, room, batch.retention.now);
+            if room.name.kind() == RoomKind::Room {
+                members += room.members.len();
+            }
+        }
+        batch.metrics.members.add(members as i64 - self.members as i64);
+        self.members = members;
+    }
+}
