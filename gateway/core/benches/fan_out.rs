@@ -10,7 +10,7 @@ use bytes::Bytes;
 use divan::{Bencher, counter::ItemsCount};
 use skein_core::envelope::{AuthorHash, Envelope, EnvelopeParts};
 use skein_core::{
-    bus::{Append, Bus, Mailboxes, Retention, memory::MemoryBus},
+    bus::{Append, Bus, Mailboxes, Retention, memory::MemoryBus, ticket::PublishTicket},
     connection::{handle::ConnectionHandle, outbox::Outbox},
     delivery::join::JoinStart,
     drain::Tasks,
@@ -119,7 +119,7 @@ impl FanOutBench {
             urgent: false,
             unseen: Default::default(),
             deadline: Instant::now() + Duration::from_secs(5),
-            done: Box::new(|appended| assert!(appended.is_ok())),
+            ticket: PublishTicket::new(|appended| assert!(appended.is_ok())),
         });
         for member in &self.members {
             while member.outbox.take().is_empty() {

@@ -22,14 +22,15 @@ use uuid::Uuid;
 
 use crate::{
     bus::{
-        Append, AppendCallback, Appended, Bus, BusError, UnseenPolicy,
+        Append, Appended, Bus, BusError, UnseenPolicy,
         presence_store::{EphemeralEvent, PresenceStore},
+        ticket::{NewInboxCharge, NextAppend, PublishRecord, PublishTicket, TrailRecord},
     },
     envelope::{AuthorHash, Envelope, EnvelopeParts, FrameType, binary_payload_bytes_max},
     limits::quotas::{ENTRY_BYTES, Quotas, Writer},
     rooms::RoomRules,
     telemetry::{
-        metrics::{Metrics, PublishResult, StorageLimit},
+        metrics::{Metrics, StorageLimit},
         trail::MessageTrails,
     },
 };
@@ -149,26 +150,16 @@ impl Publisher {
         })
     }
 
-    /// The treatment of a direct to a user who was never connected, and a callback that counts the
-    /// opening of an inbox.
-    fn unseen(
-        &self,
-        writer: Option<&Writer>,
-        done: AppendCallback,
-    ) -> (UnseenPolicy, AppendCallback) {
-        let Some(writer) = writer else { return (UnseenPolicy::Unlimited, done) };
+    /// The treatment of a direct to a user who was never connected, and the charge for opening an
+    /// inbox.
+    fn unseen(&self, writer: Option<&Writer>) -> (UnseenPolicy, Option<NewInboxCharge>) {
+        let Some(writer) = writer else { return (UnseenPolicy::Unlimited, None) };
         let unseen = match self.quotas.check_new_inbox(writer, Instant::now()) {
             Ok(()) => UnseenPolicy::Limited,
             Err(_) => UnseenPolicy::Reject,
         };
         let (quotas, writer) = (self.quotas.clone(), writer.clone());
-        let done: AppendCallback = Box::new(move |result| {
-            if matches!(result, Ok(Appended { opened_inbox: true, .. })) {
-                quotas.count_new_inbox(&writer, Instant::now());
-            }
-            done(result);
-        });
-        (unseen, done)
+        (unseen, Some(NewInboxCharge { quotas, writer }))
     }
 
     /// Publishes `message` and returns at once; `done` receives the outcome. Messages of one
@@ -226,54 +217,58 @@ impl Publisher {
         if let Some(writer) = sender.writer {
             self.charge_quota(writer, &message.to, &envelope)?;
         }
-        let done = self.with_metrics(Box::new(done));
+        let record = self.record();
         match &message.to {
             Recipient::Room(room) if self.rules.is_durable(room) => {
-                self.bus.append(self.append(room.clone(), envelope, done));
+                self.append(room.clone(), envelope, UnseenPolicy::Unlimited, record, done);
             }
             Recipient::Room(room) => {
-                self.store.publish_ephemeral(room.clone(), EphemeralEvent::Message(envelope), done);
+                let event = EphemeralEvent::Message(envelope);
+                let ticket = PublishTicket::recorded(record, done);
+                self.store.publish_ephemeral(room.clone(), event, ticket);
             }
             Recipient::User(user) => {
                 let (to, own) = (RoomId::inbox_of(user), RoomId::inbox_of(&sender.user.id));
                 if own == to {
-                    self.bus.append(self.append(to, envelope, done));
+                    self.append(to, envelope, UnseenPolicy::Unlimited, record, done);
                     return Ok(());
                 }
+                let (unseen, new_inbox) = self.unseen(sender.writer);
                 // Append to both even if the id is known: an earlier attempt may have reached
                 // only one of the two logs.
-                let done = self.then_append(self.append(own, envelope.clone(), done));
-                let (unseen, done) = self.unseen(sender.writer, done);
-                self.bus.append(Append { unseen, ..self.append(to, envelope, done) });
+                let next = Some(NextAppend {
+                    bus: self.bus.clone(),
+                    room: own,
+                    envelope: envelope.clone(),
+                    deadline: record.started + self.timeout,
+                });
+                let record = PublishRecord { new_inbox, next, ..record };
+                self.append(to, envelope, unseen, record, done);
             }
         }
         Ok(())
     }
 
-    /// Counts the outcome of a publish and its duration.
-    fn with_metrics(&self, done: AppendCallback) -> AppendCallback {
-        let (begun, metrics) = (Instant::now(), self.metrics.clone());
-        Box::new(move |result| {
-            metrics.publish_seconds.observe(begun.elapsed().as_secs_f64());
-            metrics.publishes.of(outcome(&result)).inc();
-            if let Some(bound) = result.as_ref().err().and_then(|error| storage_bound(*error)) {
-                metrics.storage_rejections.of(bound).inc();
-            }
-            done(result);
-        })
+    /// The record of a publish that begins now.
+    fn record(&self) -> PublishRecord {
+        let (started, metrics) = (Instant::now(), self.metrics.clone());
+        PublishRecord { started, metrics, trail: None, new_inbox: None, next: None }
     }
 
-    /// An append whose deadline starts now, and which is recorded in the message trail.
-    fn append(&self, room: RoomId, envelope: Envelope, done: AppendCallback) -> Append {
-        let deadline = Instant::now() + self.timeout;
+    /// Appends a message, which then has a message trail.
+    fn append(
+        &self,
+        room: RoomId,
+        envelope: Envelope,
+        unseen: UnseenPolicy,
+        record: PublishRecord,
+        done: impl FnOnce(Result<Appended, BusError>) + Send + 'static,
+    ) {
+        let deadline = record.started + self.timeout;
         let (trails, log, id) = (self.trails.clone(), room.clone(), envelope.id());
-        let done: AppendCallback = Box::new(move |result| {
-            if let Ok(appended) = &result {
-                trails.appended(&log, id, &appended.position);
-            }
-            done(result);
-        });
-        Append { room, envelope, urgent: false, unseen: UnseenPolicy::Unlimited, deadline, done }
+        let record = PublishRecord { trail: Some(TrailRecord { trails, log, id }), ..record };
+        let ticket = PublishTicket::recorded(record, done);
+        self.bus.append(Append { room, envelope, urgent: false, unseen, deadline, ticket });
     }
 
     /// Appends a notification to a user's inbox.
@@ -297,17 +292,8 @@ impl Publisher {
             fields: &fields[1..fields.len() - 1],
             binary_payload: None,
         });
-        let done = self.with_metrics(Box::new(done));
-        self.bus.append(self.append(RoomId::inbox_of(user), envelope, done));
-    }
-
-    /// Appends `next` once another append has succeeded, or passes on its error.
-    fn then_append(&self, next: Append) -> AppendCallback {
-        let bus = self.bus.clone();
-        Box::new(move |result| match result {
-            Ok(_) => bus.append(next),
-            Err(error) => (next.done)(Err(error)),
-        })
+        let room = RoomId::inbox_of(user);
+        self.append(room, envelope, UnseenPolicy::Unlimited, self.record(), done);
     }
 }
 
@@ -318,29 +304,6 @@ impl Receipt {
             id: message.id.unwrap_or_else(MessageId::random),
             timestamp: skein_protocol::timestamp(SystemTime::now()),
         }
-    }
-}
-
-fn outcome(result: &Result<Appended, BusError>) -> PublishResult {
-    match result {
-        Ok(Appended { duplicate: false, .. }) => PublishResult::Appended,
-        Ok(Appended { duplicate: true, .. }) => PublishResult::Duplicate,
-        Err(BusError::Unavailable) => PublishResult::Unavailable,
-        Err(BusError::Overloaded) => PublishResult::Overloaded,
-        Err(BusError::Rejected) => PublishResult::Failed,
-        Err(BusError::MemoryFull | BusError::UnseenQuota | BusError::UnseenBytes) => {
-            PublishResult::LimitReached
-        }
-    }
-}
-
-/// The storage limit whose excess caused `error`; `None` if it has another cause.
-pub fn storage_bound(error: BusError) -> Option<StorageLimit> {
-    match error {
-        BusError::MemoryFull => Some(StorageLimit::Memory),
-        BusError::UnseenQuota => Some(StorageLimit::UnseenInboxes),
-        BusError::UnseenBytes => Some(StorageLimit::UnseenBytes),
-        BusError::Unavailable | BusError::Overloaded | BusError::Rejected => None,
     }
 }
 

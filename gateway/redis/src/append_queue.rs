@@ -13,7 +13,9 @@ use skein_protocol::position::Position;
 use tokio::{sync::OwnedSemaphorePermit, time::Instant};
 
 use super::keyspace::Keyspace;
-use skein_core::bus::{Append, Appended, BusError, UnseenPolicy, unconfirmed::Republish};
+use skein_core::bus::{
+    Append, Appended, BusError, UnseenPolicy, ticket::PublishTicket, unconfirmed::Republish,
+};
 
 /// How long publishes of a migrating slot wait before they are sent again.
 const BACK_OFF: Duration = Duration::from_millis(25);
@@ -38,21 +40,25 @@ impl QueuedAppend {
 
     /// An unconfirmed publish.
     fn republish(republish: Republish, now: Instant) -> Self {
-        let room = republish.room.clone();
-        let done = move |result: Result<Appended, BusError>| {
-            if let Err(error) = result {
-                tracing::warn!(%room, %error, "cannot republish an acknowledged message; Redis may have lost it");
-            }
-        };
         let append = Append {
             room: republish.room,
             envelope: republish.envelope,
             urgent: true,
             unseen: UnseenPolicy::Unlimited,
             deadline: now + REPUBLISH_WAIT_MAX,
-            done: Box::new(done),
+            // No caller waits.
+            ticket: PublishTicket::new(drop),
         };
         Self { append, hint: Some(republish.at), number: Some(republish.number), _capacity: None }
+    }
+
+    /// Completes the publish.
+    pub(super) fn complete(self, result: Result<Appended, BusError>) {
+        let Append { room, ticket, .. } = self.append;
+        if let (Some(_), Err(error)) = (&self.hint, &result) {
+            tracing::warn!(%room, %error, "cannot republish an acknowledged message; Redis may have lost it");
+        }
+        ticket.complete(result);
     }
 }
 
@@ -224,7 +230,7 @@ mod tests {
             urgent: false,
             unseen: UnseenPolicy::Unlimited,
             deadline,
-            done: Box::new(|_| {}),
+            ticket: PublishTicket::new(drop),
         };
         QueuedAppend { append, hint: None, number: None, _capacity: None }
     }

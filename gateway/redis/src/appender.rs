@@ -141,7 +141,7 @@ impl AppendWorker {
             self.queue.push(queued);
         }
         for queued in self.queue.drain_all() {
-            (queued.append.done)(Err(BusError::Unavailable));
+            queued.complete(Err(BusError::Unavailable));
         }
     }
 
@@ -207,7 +207,7 @@ impl AppendWorker {
         for queued in self.queue.take_expired(now) {
             // An acknowledged publish stays tracked: the next server gets it.
             unconfirmed.discard(&queued.append.envelope.dedup_key());
-            (queued.append.done)(Err(BusError::Unavailable));
+            queued.complete(Err(BusError::Unavailable));
         }
     }
 
@@ -474,7 +474,7 @@ impl AppendWorker {
                     // lost.
                     let dropped = unconfirmed.acknowledged(&id, &appended.position, server_id, now);
                     self.links.metrics.unconfirmed_publishes_dropped.inc_by(dropped);
-                    (queued.append.done)(Ok(appended));
+                    queued.complete(Ok(appended));
                 }
                 Err(error)
                     if is_slot_error(&error)
@@ -501,7 +501,7 @@ impl AppendWorker {
                         self.log_rejection(&error, &queued, now);
                     }
                     unconfirmed.discard(&id);
-                    (queued.append.done)(Err(to_bus_error(&error)));
+                    queued.complete(Err(to_bus_error(&error)));
                 }
             }
         }

@@ -19,7 +19,7 @@ use skein_protocol::{
 };
 
 use skein_core::bus::{
-    Append, AppendCallback, BoxFuture, Bus, BusError, Mailboxes, ReadRange, Retention,
+    Append, BoxFuture, Bus, BusError, Mailboxes, ReadRange, Retention,
     commands::{CommandBatch, CommandId, CommandProgress, ControlCommand, ControlQueue},
     presence_store::{
         AdmitError, EphemeralEvent, JoinConditions, JoinSnapshot, NodePresence, OnlinePage,
@@ -33,6 +33,7 @@ use skein_core::bus::{
         ConnectionInfo, OpenedSession, SecretDigest, SessionDataError, SessionHolder,
         SessionOptions, SessionRequest, SessionSelector, SessionStore, StoredSession,
     },
+    ticket::PublishTicket,
 };
 use skein_core::{
     delivery::{ReplicaSnapshot, page::LogPage},
@@ -326,8 +327,8 @@ impl PresenceStore for RedisBus {
         self.store.set_read_mark(room, user, seq, by);
     }
 
-    fn publish_ephemeral(&self, room: RoomId, event: EphemeralEvent, done: AppendCallback) {
-        self.store.publish_ephemeral(room, &event, done);
+    fn publish_ephemeral(&self, room: RoomId, event: EphemeralEvent, ticket: PublishTicket) {
+        self.store.publish_ephemeral(room, &event, ticket);
     }
 }
 

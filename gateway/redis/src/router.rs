@@ -255,7 +255,7 @@ impl Router {
     pub(super) fn append(&self, append: Append) {
         let bytes = append.envelope.as_bytes().len() + ENTRY_OVERHEAD_BYTES;
         let Ok(permit) = self.capacity.clone().try_acquire_many_owned(bytes as u32) else {
-            return (append.done)(Err(BusError::Overloaded));
+            return append.ticket.complete(Err(BusError::Overloaded));
         };
         let group = usize::from(self.keyspace().group_of(&append.room));
         let queued = QueuedAppend::new(append, permit);
@@ -516,7 +516,7 @@ impl Router {
 /// Completes rejected publishes, outside of any lock.
 fn complete_rejected(rejected: impl IntoIterator<Item = (QueuedAppend, BusError)>) {
     for (queued, error) in rejected {
-        (queued.append.done)(Err(error));
+        queued.complete(Err(error));
     }
 }
 

@@ -21,7 +21,7 @@ use redis::{Cmd, FromRedisValue, RedisResult, Script, Value};
 use sha1::{Digest as _, Sha1};
 use skein_protocol::{
     ids::{ConnectionId, RoomId, UserId},
-    position::{Epoch, Position, Seq},
+    position::{Epoch, Seq},
 };
 use tokio::{
     sync::{Notify, oneshot},
@@ -43,13 +43,14 @@ use super::{
 };
 use skein_core::{
     bus::{
-        AppendCallback, Appended, BoxFuture, BusError,
+        Appended, BoxFuture, BusError,
         presence_store::{
             AdmitError, EphemeralEvent, JoinConditions, JoinSnapshot, NodePresence, PresenceScope,
             PresenceVersion,
         },
         room_store::RoomStoreOptions,
         sessions::SessionOptions,
+        ticket::PublishTicket,
     },
     delivery::ServerId,
     drain::Tasks,
@@ -137,7 +138,7 @@ pub(super) enum Op {
     Ephemeral {
         room: RoomId,
         payload: Vec<u8>,
-        done: AppendCallback,
+        ticket: PublishTicket,
         deadline: Instant,
     },
     /// Marks the end of the entries to be written under the present incarnation.
@@ -270,10 +271,10 @@ impl StoreWorker {
         &self,
         room: RoomId,
         event: &EphemeralEvent,
-        done: AppendCallback,
+        ticket: PublishTicket,
     ) {
         let deadline = Instant::now() + EPHEMERAL_WAIT_MAX;
-        let op = Op::Ephemeral { room, payload: ephemeral::encode(event), done, deadline };
+        let op = Op::Ephemeral { room, payload: ephemeral::encode(event), ticket, deadline };
         let refused = {
             let queue = &mut self.state.lock().queue;
             if queue.len() < QUEUE_MAX {
@@ -284,7 +285,7 @@ impl StoreWorker {
             }
         };
         match refused {
-            Some(Op::Ephemeral { done, .. }) => done(Err(BusError::Overloaded)),
+            Some(Op::Ephemeral { ticket, .. }) => ticket.complete(Err(BusError::Overloaded)),
             _ => self.wake.notify_one(),
         }
     }
@@ -762,10 +763,7 @@ impl Op {
                 // A caller that does not wait any more has given up.
                 let _ = reply.send(parse_admission(reply_value));
             }
-            Self::Ephemeral { done, .. } => {
-                let position = Position::new(Epoch::none(), 0);
-                done(Ok(Appended { position, duplicate: false, opened_inbox: false }));
-            }
+            Self::Ephemeral { ticket, .. } => ticket.complete(Ok(Appended::without_log())),
             Self::Presence { .. } | Self::ReadMark { .. } | Self::Rewritten => {}
         }
     }
@@ -774,7 +772,7 @@ impl Op {
         match self {
             Self::Session(op) => op.fail(error),
             Self::Presence { reply: Some(reply), .. } => drop(reply.send(Err(error.into()))),
-            Self::Ephemeral { done, .. } => done(Err(error)),
+            Self::Ephemeral { ticket, .. } => ticket.complete(Err(error)),
             Self::Presence { .. } | Self::ReadMark { .. } | Self::Rewritten => {}
         }
     }

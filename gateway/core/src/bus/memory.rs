@@ -299,7 +299,7 @@ impl MemoryBus {
 impl Bus for MemoryBus {
     fn append(&self, append: Append) {
         let appended = self.append_now(&append, Instant::now());
-        (append.done)(appended);
+        append.ticket.complete(appended);
     }
 
     fn subscribe(&self, room: RoomId) -> BoxFuture<Result<(), BusError>> {

@@ -28,7 +28,7 @@ use std::{
 
 use skein_protocol::{
     ids::{RoomId, RoomKind},
-    position::Position,
+    position::{Epoch, Position},
 };
 use tokio::{
     sync::{Notify, mpsc, oneshot},
@@ -38,11 +38,12 @@ use tokio::{
 use crate::{
     delivery::{Entry, ReplicaSnapshot, page::LogPage},
     envelope::Envelope,
-    telemetry::metrics::Metrics,
+    telemetry::metrics::{Metrics, StorageLimit},
 };
 
 pub mod placement;
 pub mod memory;
+pub mod ticket;
 pub mod commands;
 pub mod presence_store;
 pub mod room_store;
@@ -52,6 +53,7 @@ pub mod unconfirmed;
 
 use node_state::NodeState;
 use presence_store::EphemeralEvent;
+use ticket::PublishTicket;
 
 pub use crate::delivery::page::ReadRange;
 
@@ -69,8 +71,8 @@ pub async fn output_of<T>(in_progress: &mut Option<BoxFuture<T>>) -> T {
 
 /// Stores logs and publishes their entries. The module documents the guarantees.
 pub trait Bus: Send + Sync {
-    /// Appends to a room's log. Never waits: calls `append.done` exactly once with the result, not
-    /// later than shortly after `append.deadline`.
+    /// Appends to a room's log. Never waits: completes `append.ticket` with the result, not later
+    /// than shortly after `append.deadline`.
     fn append(&self, append: Append);
 
     /// Subscribes this node's mailboxes to the room's entries. An entry appended after the future
@@ -114,8 +116,8 @@ pub struct Append {
     pub unseen: UnseenPolicy,
     /// When the bus stops trying.
     pub deadline: Instant,
-    /// Called with the result.
-    pub done: AppendCallback,
+    /// Completed with the result.
+    pub ticket: PublishTicket,
 }
 
 /// How an entry for the inbox of an unseen user is stored. A user is unseen if it has never
@@ -132,9 +134,6 @@ pub enum UnseenPolicy {
     Unlimited,
 }
 
-/// Called once with the result of an append.
-pub type AppendCallback = Box<dyn FnOnce(Result<Appended, BusError>) + Send>;
-
 /// Where an append put the entry.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Appended {
@@ -144,6 +143,14 @@ pub struct Appended {
     pub duplicate: bool,
     /// The entry is the first one in the inbox of an unseen user.
     pub opened_inbox: bool,
+}
+
+impl Appended {
+    /// The result of a publish in a room without a log.
+    pub fn without_log() -> Self {
+        let position = Position::new(Epoch::none(), 0);
+        Self { position, duplicate: false, opened_inbox: false }
+    }
 }
 
 /// Why the bus did not carry out a request.
@@ -172,7 +179,17 @@ pub enum BusError {
 impl BusError {
     /// Whether a limit was reached: nothing was done, and the bus is healthy.
     pub fn is_limit(self) -> bool {
-        matches!(self, Self::MemoryFull | Self::UnseenQuota | Self::UnseenBytes)
+        self.storage_limit().is_some()
+    }
+
+    /// The limit of stored state that was reached; `None` if the error has another cause.
+    pub fn storage_limit(self) -> Option<StorageLimit> {
+        match self {
+            Self::MemoryFull => Some(StorageLimit::Memory),
+            Self::UnseenQuota => Some(StorageLimit::UnseenInboxes),
+            Self::UnseenBytes => Some(StorageLimit::UnseenBytes),
+            Self::Unavailable | Self::Overloaded | Self::Rejected => None,
+        }
     }
 }
 

@@ -19,7 +19,7 @@ use skein_protocol::{
     protocol::server_frame::{RoomClosedReason, UserInfo},
 };
 
-use super::{AppendCallback, BoxFuture, BusError};
+use super::{BoxFuture, BusError, ticket::PublishTicket};
 
 /// Where users are counted.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -265,6 +265,7 @@ pub trait PresenceStore: Send + Sync {
     /// Sets a user's read mark, and publishes it if it has advanced.
     fn set_read_mark(&self, room: RoomId, user: UserId, seq: Seq, by: ConnectionId);
 
-    /// Publishes an event without keeping it. Calls `done` with the result, without a position.
-    fn publish_ephemeral(&self, room: RoomId, event: EphemeralEvent, done: AppendCallback);
+    /// Publishes an event without keeping it. Completes `ticket` with the result, which has no
+    /// position.
+    fn publish_ephemeral(&self, room: RoomId, event: EphemeralEvent, ticket: PublishTicket);
 }

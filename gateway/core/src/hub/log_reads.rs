@@ -13,7 +13,7 @@ use super::{
     rooms::Rooms,
 };
 use crate::{
-    bus::{Append, Bus, BusError, ReadRange, UnseenPolicy},
+    bus::{Append, Bus, BusError, ReadRange, UnseenPolicy, ticket::PublishTicket},
     delivery::{
         ReplicaSnapshot,
         page::{LogPage, READ_LEN},
@@ -212,7 +212,7 @@ impl LogReads {
         for (room, envelope) in std::mem::take(&mut batch.lost) {
             self.metrics.reappended_messages.inc();
             let (name, id) = (room.clone(), envelope.id());
-            let done = Box::new(move |result: Result<_, BusError>| {
+            let ticket = PublishTicket::new(move |result| {
                 if let Err(error) = result {
                     // Another node may hold the entry too, and the sender may repeat it.
                     tracing::debug!(room = %name, %id, %error,
@@ -220,7 +220,7 @@ impl LogReads {
                 }
             });
             let unseen = UnseenPolicy::Unlimited;
-            self.bus.append(Append { room, envelope, urgent: true, unseen, deadline, done });
+            self.bus.append(Append { room, envelope, urgent: true, unseen, deadline, ticket });
         }
     }
 }

@@ -39,6 +39,7 @@ use crate::{
         presence_store::{EphemeralEvent, unix_millis_now},
         room_store::{RoomConfig, RoomStore},
         sessions::SessionStore,
+        ticket::PublishTicket,
     },
     connection::{
         handle::{ConnectionHandle, InlineAck},
@@ -397,7 +398,8 @@ impl Session {
             let (user, is_typing) = (self.identity.user.id.clone(), *is_typing);
             let event = EphemeralEvent::Typing { user, is_typing };
             // Sent at most once, without waiting for the result.
-            self.services.presence.store().publish_ephemeral(room.clone(), event, Box::new(drop));
+            let ticket = PublishTicket::new(drop);
+            self.services.presence.store().publish_ephemeral(room.clone(), event, ticket);
         }
     }
 

@@ -37,7 +37,6 @@ use crate::{
     hub::{JoinOutcome, join::JoinGrant, presence::wire_time},
     limits::{address_key, quotas::Writer},
     presence::{PresenceGuard, RoomAlive},
-    publisher::storage_bound,
     rooms::passwords::{PasswordAttempt, PasswordOutcome},
     telemetry::metrics::{Metrics, StorageLimit},
 };
@@ -155,8 +154,8 @@ impl RequestContext {
 
 /// Counts a reached storage limit, and returns its error.
 pub(super) fn reject_storage(metrics: &Metrics, error: BusError) -> (ErrorCode, &'static str) {
-    if let Some(bound) = storage_bound(error) {
-        metrics.storage_rejections.of(bound).inc();
+    if let Some(limit) = error.storage_limit() {
+        metrics.storage_rejections.of(limit).inc();
     }
     storage_bound_text(error)
 }

@@ -6,7 +6,7 @@ use skein_core::envelope::{AuthorHash, Envelope, EnvelopeParts};
 use skein_core::{
     bus::{
         Append, Appended, Bus, BusError, Mailboxes, READ_BYTES_MAX, ReadRange, Retention,
-        ShardMessage, memory::MemoryBus,
+        ShardMessage, memory::MemoryBus, ticket::PublishTicket,
     },
     delivery::Entry,
     drain::Tasks,
@@ -135,7 +135,7 @@ impl BusFixture {
             urgent: false,
             unseen: Default::default(),
             deadline: Instant::now() + Duration::from_secs(5),
-            done: Box::new(move |result| drop(answer.send(result))),
+            ticket: PublishTicket::new(move |result| drop(answer.send(result))),
         });
         answered
     }

@@ -19,7 +19,7 @@ use skein_core::envelope::{AuthorHash, Envelope, EnvelopeParts};
 use skein_core::{
     bus::{
         Append, Appended, BoxFuture, Bus, BusError, Mailboxes, ReadRange, Retention, ShardMessage,
-        memory::MemoryBus,
+        memory::MemoryBus, ticket::PublishTicket,
     },
     connection::{handle::ConnectionHandle, outbox::Outbox, signals::Signal},
     delivery::{Entry, ReplicaSnapshot, ServerId, join::JoinStart, page::LogPage},
@@ -122,7 +122,7 @@ impl HubFixture {
             urgent: false,
             unseen: Default::default(),
             deadline: Instant::now() + Duration::from_secs(5),
-            done: Box::new(|result| assert!(result.is_ok())),
+            ticket: PublishTicket::new(|result| assert!(result.is_ok())),
         });
     }
 }
@@ -359,7 +359,7 @@ impl Bus for LossyBus {
             log.entries.push(entry.clone());
             self.mailboxes.send_entry(append.room, entry);
         }
-        (append.done)(Ok(Appended { position, duplicate, opened_inbox: false }));
+        append.ticket.complete(Ok(Appended { position, duplicate, opened_inbox: false }));
     }
 
     fn subscribe(&self, _: RoomId) -> BoxFuture<Result<(), BusError>> {

@@ -10,7 +10,7 @@ use std::{
 
 use skein_core::envelope::{AuthorHash, Envelope, EnvelopeParts};
 use skein_core::{
-    bus::{Append, Bus, Mailboxes},
+    bus::{Append, Bus, Mailboxes, ticket::PublishTicket},
     connection::{handle::ConnectionHandle, outbox::Outbox},
     delivery::join::JoinStart,
     drain::Tasks,
@@ -154,7 +154,7 @@ async fn a_thousand_rooms_are_repaired_after_a_link_outage() {
             urgent: false,
             unseen: Default::default(),
             deadline: Instant::now() + Duration::from_secs(5),
-            done: Box::new(move |result| drop(done.send(result))),
+            ticket: PublishTicket::new(move |result| drop(done.send(result))),
         });
         within(appended).await.unwrap().unwrap();
     }

@@ -11,7 +11,7 @@ use std::{
 use rand::RngExt as _;
 use skein_protocol::{
     ids::{ConnectionId, DisplayName, RoomId, UserId},
-    position::{Epoch, Position, Seq},
+    position::Seq,
     protocol::server_frame::{RoomClosedReason, UserInfo},
 };
 use tokio::time::Instant;
@@ -19,13 +19,14 @@ use tokio::time::Instant;
 use super::{MemoryBus, ready};
 use crate::{
     bus::{
-        AppendCallback, Appended, BoxFuture, BusError,
+        Appended, BoxFuture, BusError,
         presence_store::{
             AdmitError, EphemeralEvent, JoinConditions, JoinSnapshot, NodePresence, OnlinePage,
             OnlineStatus, PresenceChange, PresenceDetails, PresenceScope, PresenceSnapshot,
             PresenceStore, PresenceVersion, UnixMillis, UserPresence,
         },
         room_store::{CreateOutcome, DeleteOutcome, RoomConfig, RoomPage, RoomStore, RoomSummary},
+        ticket::PublishTicket,
     },
     telemetry::metrics::StorageLimit,
 };
@@ -382,10 +383,9 @@ impl PresenceStore for MemoryBus {
         }
     }
 
-    fn publish_ephemeral(&self, room: RoomId, notice: EphemeralEvent, done: AppendCallback) {
-        self.mailboxes.send_ephemeral(room, notice);
-        let position = Position::new(Epoch::none(), 0);
-        done(Ok(Appended { position, duplicate: false, opened_inbox: false }));
+    fn publish_ephemeral(&self, room: RoomId, event: EphemeralEvent, ticket: PublishTicket) {
+        self.mailboxes.send_ephemeral(room, event);
+        ticket.complete(Ok(Appended::without_log()));
     }
 }
 
