@@ -40,13 +40,14 @@ use tokio::{
 use tokio_util::sync::CancellationToken;
 
 use super::{
-    RetryPause, config, is_slot_error,
+    error::is_slot_error,
     lease::LeaseTimes,
     links::LinkStates,
     requirements::Detector,
     restore::LogRestorer,
+    retry::RetryPause,
     server::RedisServer,
-    topology,
+    topology::{connection_config, warn_if_replicas_optional},
     untrusted::{self, Lossy, texts},
 };
 use skein_core::{
@@ -201,7 +202,7 @@ impl Agreement {
             }
             pause.wait().await;
             let reconnect_all = self.links.reconnect_all.subscribe();
-            match self.server.connect(config()).await {
+            match self.server.connect(connection_config()).await {
                 Ok((connection, server_id)) => {
                     let maintained = self
                         .maintain(connection, server_id, reconnect_all, &mut pause, stopped)
@@ -236,7 +237,7 @@ impl Agreement {
     ) -> RedisResult<()> {
         self.links.observed_server(&self.server, server_id);
         if !std::mem::replace(&mut self.checked_replicas, true) {
-            topology::warn_if_replicas_optional(&mut connection).await;
+            warn_if_replicas_optional(&mut connection).await;
         }
         let mut moved = self.server.dial.moved();
         let mut state = self.links.targets.subscribe();
@@ -700,7 +701,7 @@ impl Agreement {
             return;
         }
         let deregistration = async {
-            let (mut connection, server_id) = self.server.connect(config()).await?;
+            let (mut connection, server_id) = self.server.connect(connection_config()).await?;
             let keyspace = self.server.keyspace;
             let (seconds, micros): (u64, u64) =
                 redis::cmd("TIME").query_async(&mut connection).await?;

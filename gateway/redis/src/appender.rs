@@ -23,16 +23,15 @@ use tokio::{
 use tokio_util::sync::CancellationToken;
 
 use super::{
-    RetryPause,
     append_queue::{AppendQueue, QueuedAppend},
-    config, is_slot_error, is_unagreed,
+    error::{is_denied, is_slot_error, is_unagreed, to_bus_error},
     links::{LinkKind, LinkStates},
     memory::Pressure,
-    position_args,
     probe::PROBE_INTERVAL,
-    requirements::{Detector, is_denied},
-    server::{AgreedServer, RedisServer},
-    to_bus_error,
+    requirements::Detector,
+    retry::RetryPause,
+    server::{AgreedServer, RedisServer, position_args},
+    topology::connection_config,
     untrusted::strip_report,
 };
 use skein_core::{
@@ -543,7 +542,7 @@ async fn connect(
     scripts: &[redis::Script],
     permission_check: &redis::Script,
 ) -> Result<(MultiplexedConnection, ServerId), RedisError> {
-    let (mut connection, server_id) = server.connect(config()).await?;
+    let (mut connection, server_id) = server.connect(connection_config()).await?;
     for script in scripts {
         script.load_async(&mut connection).await?;
     }

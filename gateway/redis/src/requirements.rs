@@ -11,7 +11,11 @@ use redis::{
     ErrorKind, RedisError, RedisResult, ServerErrorKind, Value, aio::MultiplexedConnection,
 };
 
-use super::{server::RedisServer, untrusted};
+use super::{
+    error::{TOO_OLD, is_denied},
+    server::RedisServer,
+    untrusted,
+};
 use skein_core::telemetry::log_limiter::LogLimiter;
 
 /// The first version with the required features: sharded pub/sub and script flags.
@@ -55,26 +59,6 @@ pub(super) enum Detector {
     Check,
     /// The subscriber.
     Subscriber,
-}
-
-/// Whether Redis denies its user a permission.
-pub(super) fn is_denied(error: &RedisError) -> bool {
-    // An error of a command in a script has no such code, and Redis 7.0 words it differently than
-    // 7.2.
-    let in_script = ["The user executing the script", "ACL failure in script"];
-    error.code() == Some("NOPERM")
-        || error.detail().is_some_and(|text| in_script.iter().any(|said| text.contains(said)))
-}
-
-/// Whether an error persists until an operator acts.
-pub(super) fn is_persistent(error: &RedisError) -> bool {
-    is_denied(error) || error.kind() == ErrorKind::RESP3NotSupported || is_too_old(error)
-}
-
-const TOO_OLD: &str = "Redis is older than 7.0";
-
-fn is_too_old(error: &RedisError) -> bool {
-    error.kind() == ErrorKind::Client && error.to_string().contains(TOO_OLD)
 }
 
 impl Requirements {
@@ -276,6 +260,7 @@ fn field<'a>(info: &'a str, name: &str) -> Option<&'a str> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::error::is_persistent;
 
     #[test]
     fn redis_before_7_is_too_old_and_valkey_is_not() {

@@ -6,7 +6,11 @@ use std::sync::Arc;
 use redis::{RedisError, RedisResult, Value, aio::MultiplexedConnection};
 use skein_protocol::ids::RoomId;
 
-use super::{position_args, server::RedisServer, to_bus_error, untrusted};
+use super::{
+    error::to_bus_error,
+    server::{RedisServer, position_args},
+    untrusted,
+};
 use skein_core::{
     bus::{BusError, unconfirmed::UnconfirmedInRoom},
     delivery::{Entry, ReplicaSnapshot, ServerId},

@@ -33,7 +33,6 @@ use tokio::{
 };
 
 use super::{
-    RedisOptions,
     agreement::{self, ProcessIdentity},
     append_queue::QueuedAppend,
     appender::{self, Appender},
@@ -42,6 +41,7 @@ use super::{
     links::LinkStates,
     log::RedisLog,
     memory::{self, MemoryOfAllServers},
+    options::RedisOptions,
     requirements::Requirements,
     server::{AgreedServer, RedisServer},
     status,

@@ -5,16 +5,15 @@ use std::{collections::BTreeSet, sync::Arc};
 use redis::{
     AsyncConnectionConfig, ErrorKind, RedisError, ToRedisArgs, aio::MultiplexedConnection,
 };
-use skein_protocol::ids::RoomId;
+use skein_protocol::{ids::RoomId, position::Position};
 use tokio::sync::{Notify, watch};
 
 use super::{
-    config, is_slot_error, is_unagreed,
+    error::{is_slot_error, is_unagreed, to_bus_error},
     keyspace::Keyspace,
     memory::ServerMemory,
     requirements::{Detector, Requirements},
-    to_bus_error,
-    topology::{Dial, ReadConnection, url::Address},
+    topology::{Dial, ReadConnection, connection_config, url::Address},
 };
 use skein_core::{
     bus::{BusError, Retention, random_epoch},
@@ -110,7 +109,7 @@ impl RedisServer {
 
     /// The number of partitions that the first node recorded.
     pub(super) async fn recorded_partition_count(&self) -> Result<u16, RedisError> {
-        let (mut connection, _) = self.connect(config()).await?;
+        let (mut connection, _) = self.connect(connection_config()).await?;
         let key = self.keyspace.partition_count();
         // Read first: a full Redis takes no SET, not even one without effect.
         let get = redis::cmd("GET").arg(&key).to_owned();
@@ -255,4 +254,9 @@ impl RedisServer {
         let owned = self.owned.borrow();
         owned.iter().copied().filter(|group| !agreed.is_on(server_id, *group)).collect()
     }
+}
+
+/// A position as two arguments of a script, both empty for `None`.
+pub(super) fn position_args(position: Option<&Position>) -> (&str, String) {
+    position.map_or(("", String::new()), |at| (at.epoch.as_str(), at.seq.to_string()))
 }

@@ -32,13 +32,14 @@ mod reaper;
 mod queries;
 
 use super::{
-    RETRY_PAUSE_MAX, RetryPause, ephemeral, is_slot_error,
+    ephemeral,
+    error::{is_denied, is_slot_error, to_bus_error},
     keyspace::{Keyspace, ScopeKeys, scope_name},
-    requirements::{Detector, is_denied},
+    requirements::Detector,
+    retry::{RETRY_PAUSE_MAX, RetryPause},
     router::Router,
     server::RedisServer,
     sessions::SessionOp,
-    to_bus_error,
     untrusted::strip_report,
 };
 use skein_core::{

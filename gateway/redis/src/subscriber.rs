@@ -32,12 +32,14 @@ use tokio::{
 use tokio_util::sync::CancellationToken;
 
 use super::{
-    RetryPause, config, ephemeral,
+    ephemeral,
     keyspace::Keyspace,
     links::{LinkKind, LinkStates},
     probe::{CHECK_INTERVAL, Probe},
     requirements::Detector,
+    retry::RetryPause,
     server::RedisServer,
+    topology::connection_config,
     untrusted,
 };
 use skein_core::{
@@ -242,7 +244,7 @@ impl SubscribeWorker {
     /// Connects, subscribes to all rooms, and applies commands until the connection fails.
     async fn run_connection(&mut self) -> Result<Infallible, RedisError> {
         let receiver = PushReceiver::default();
-        let config = config().set_push_sender(self.push_handler(&receiver));
+        let config = connection_config().set_push_sender(self.push_handler(&receiver));
         let lost = receiver.lost.clone();
         let mut reconnect_all = self.links.reconnect_all.subscribe();
         let mut owned = self.server.owned.subscribe();

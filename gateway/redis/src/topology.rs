@@ -25,7 +25,6 @@ use redis::{
 use rustls::pki_types::{CertificateDer, pem::PemObject as _};
 use tokio::time::timeout_at;
 
-use super::{CONNECT_MAX, RESPONSE_MAX, config};
 use skein_core::bus::BoxFuture;
 
 pub mod url;
@@ -36,6 +35,10 @@ pub use cluster::RedisCluster;
 use sentinel::Sentinel;
 use url::{Address, Login, RedisUrl, ServerAddresses, UrlError};
 
+/// How long Redis may take to answer before the connection counts as dead. A publish whose answer
+/// is late is repeated with its id, so that a false alarm costs no more than a reconnect.
+const RESPONSE_MAX: Duration = Duration::from_secs(2);
+const CONNECT_MAX: Duration = Duration::from_secs(1);
 /// How long further servers have to reply after the first one has.
 const FURTHER_ANSWERS_MAX: Duration = Duration::from_millis(200);
 /// When an idle connection is probed, how often the probe is repeated, and how long data may remain
@@ -291,9 +294,16 @@ async fn pooled_connection(pool: Pool) -> RedisResult<ReadConnection> {
     })
 }
 
+/// The timeouts of a connection.
+pub(super) fn connection_config() -> AsyncConnectionConfig {
+    AsyncConnectionConfig::new()
+        .set_connection_timeout(Some(CONNECT_MAX))
+        .set_response_timeout(Some(RESPONSE_MAX))
+}
+
 /// A pool of connections for reads from one server.
 fn pool(info: ConnectionInfo) -> Result<Pool, RedisError> {
-    Pool::builder(Manager::new_with_config(info, config())?)
+    Pool::builder(Manager::new_with_config(info, connection_config())?)
         .max_size(READ_CONNECTIONS_MAX)
         .runtime(Runtime::Tokio1)
         .timeouts(Timeouts {

@@ -11,7 +11,7 @@ use skein_protocol::{
 
 use super::{
     super::{
-        to_bus_error,
+        error::to_bus_error,
         untrusted::{self, Lossy, or_default, read, texts},
     },
     BATCH_MAX, StoreWorker,

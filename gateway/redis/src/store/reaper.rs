@@ -8,8 +8,8 @@ use tokio::time::Instant;
 
 use super::{
     super::{
+        error::to_bus_error,
         keyspace::ScopeKeys,
-        to_bus_error,
         topology::ReadConnection,
         untrusted::{Lossy, is_wrong_type, or_default, read, report},
     },

@@ -12,8 +12,7 @@ use std::{
 use parking_lot::Mutex;
 use redis::{Client, ErrorKind, RedisError, RedisResult};
 
-use super::{Address, ConnectParams, Dial, SingleServer, first_answers};
-use crate::config;
+use super::{Address, ConnectParams, Dial, SingleServer, connection_config, first_answers};
 
 /// The most nodes that are queried; their replies name the others.
 const ASKED_MAX: usize = 16;
@@ -76,7 +75,8 @@ impl RedisCluster {
 
     async fn query_nodes(&self, node: &Address) -> RedisResult<ClusterView> {
         let client = Client::open(self.params.info(node)?)?;
-        let mut connection = client.get_multiplexed_async_connection_with_config(&config()).await?;
+        let mut connection =
+            client.get_multiplexed_async_connection_with_config(&connection_config()).await?;
         let text: String = redis::cmd("CLUSTER").arg("NODES").query_async(&mut connection).await?;
         parse_nodes(&text, node, self.params.tls.is_some())
             .ok_or_else(|| no_cluster("a node of the Redis Cluster replies in an unknown format"))

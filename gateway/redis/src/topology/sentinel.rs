@@ -19,9 +19,9 @@ use redis::{
 use tokio::time::MissedTickBehavior;
 
 use super::{
-    Address, ConnectParams, Dial, Login, ReadConnection, first_answers, pool, pooled_connection,
+    Address, ConnectParams, Dial, Login, ReadConnection, connection_config, first_answers, pool,
+    pooled_connection,
 };
-use crate::config;
 use skein_core::bus::BoxFuture;
 
 /// How often the Sentinels are polled while connections are up.
@@ -163,7 +163,8 @@ impl SentinelClient {
 
     async fn query(&self, sentinel: &Address) -> RedisResult<SentinelView> {
         let client = Client::open(self.sentinels.info(sentinel)?)?;
-        let mut connection = client.get_multiplexed_async_connection_with_config(&config()).await?;
+        let mut connection =
+            client.get_multiplexed_async_connection_with_config(&connection_config()).await?;
         let mut pipeline = redis::pipe();
         for query in ["GET-MASTER-ADDR-BY-NAME", "MASTER", "SENTINELS"] {
             pipeline.cmd("SENTINEL").arg(query).arg(&self.primary);

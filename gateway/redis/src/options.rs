@@ -1,0 +1,72 @@
+//! The options of the bus, and why it cannot start with them.
+
+use std::time::Duration;
+
+use super::topology::{TlsFiles, TopologyError};
+use skein_core::bus::{Retention, room_store::RoomStoreOptions, sessions::SessionOptions};
+
+/// The duration of a lease unless configured.
+pub const LEASE: Duration = Duration::from_secs(10);
+
+/// How to reach Redis, and how rooms are stored in it.
+#[derive(Clone, Debug)]
+pub struct RedisOptions {
+    /// The servers' URL, in the format of [`topology::url`].
+    pub url: String,
+    /// Files for TLS connections.
+    pub tls: TlsFiles,
+    /// The number of partitions that rooms are spread over; the same on all nodes, for good.
+    pub partitions: u16,
+    /// How long the other nodes count on this one after it has renewed its lease; the same on all
+    /// nodes.
+    pub lease: Duration,
+    /// The retention of logs.
+    pub retention: Retention,
+    /// Options of the room store.
+    pub rooms: RoomStoreOptions,
+    /// Options of the session store.
+    pub sessions: SessionOptions,
+    /// The id of this node.
+    pub node: String,
+}
+
+/// Why the bus cannot start with these options.
+#[derive(Debug, thiserror::Error)]
+pub enum RedisStartError {
+    /// No connections can be made as configured.
+    #[error(transparent)]
+    Open(#[from] TopologyError),
+    /// The server is too old.
+    #[error(
+        "cluster.redis_url: Redis {found} is too old: upgrade it to 7.0 or newer, or to Valkey"
+    )]
+    Version {
+        /// The version it reports.
+        found: String,
+    },
+    /// Another gateway has the same node id.
+    #[error(
+        "node.id: another running gateway on this Redis is also named {node} (its process is {other}, \
+         this one {own}): presence, control commands and drains would be mixed up; give one of \
+         them another id, or stop it"
+    )]
+    NodeId {
+        /// The node id.
+        node: String,
+        /// The other process.
+        other: String,
+        /// This process.
+        own: String,
+    },
+    /// Other nodes use another number of partitions.
+    #[error(
+        "cluster.partitions is {configured}, but the cluster on this Redis uses {recorded}: this node \
+         would look for rooms under other keys than the other nodes; set {recorded}"
+    )]
+    Partitions {
+        /// The number configured on this node.
+        configured: u16,
+        /// The number that the first node recorded.
+        recorded: u16,
+    },
+}
