@@ -19,14 +19,17 @@ mod commands;
 mod store;
 mod sessions;
 
-use commands::CommandLog;
 use sessions::SessionTable;
 use store::StoreState;
 
 use super::{
     Append, Appended, BoxFuture, Bus, BusError, LogRetention, Mailboxes, READ_BYTES_MAX, ReadRange,
-    Retention, UnseenInboxLimits, UnseenPolicy, presence_store::EphemeralEvent, random_epoch,
-    room_store::RoomStoreOptions, sessions::SessionOptions,
+    Retention, UnseenInboxLimits, UnseenPolicy,
+    commands::{CommandId, QueuedCommand},
+    presence_store::EphemeralEvent,
+    random_epoch,
+    room_store::RoomStoreOptions,
+    sessions::SessionOptions,
 };
 use crate::{
     delivery::{Entry, ReplicaSnapshot, ServerId, ordinal, page::LogPage},
@@ -76,6 +79,15 @@ impl Default for MemoryLogs {
         let (logs, subscribed, empty_epoch) = (HashMap::new(), HashMap::new(), epoch_of(0));
         Self { logs, subscribed, empty_epoch, bytes: 0, last_freed: None }
     }
+}
+
+/// The control commands of this node.
+#[derive(Default)]
+struct CommandLog {
+    last: u64,
+    waiting: VecDeque<QueuedCommand>,
+    applied: CommandId,
+    replies: HashMap<CommandId, String>,
 }
 
 /// A room's log.

@@ -1,9 +1,6 @@
 //! Control commands of a single node, to itself. The reference for [`ControlQueue`].
 
-use std::{
-    collections::{HashMap, VecDeque},
-    time::{SystemTime, UNIX_EPOCH},
-};
+use std::time::{SystemTime, UNIX_EPOCH};
 
 use super::{MemoryBus, ready};
 use crate::bus::{
@@ -16,14 +13,6 @@ use crate::bus::{
 
 /// The most queries whose replies are kept.
 const REPLIES_MAX: usize = 64;
-
-#[derive(Default)]
-pub(super) struct CommandLog {
-    last: u64,
-    waiting: VecDeque<QueuedCommand>,
-    applied: CommandId,
-    replies: HashMap<CommandId, String>,
-}
 
 impl ControlQueue for MemoryBus {
     fn enqueue(&self, command: ControlCommand) -> BoxFuture<Result<CommandId, BusError>> {
