@@ -37,17 +37,22 @@ use crate::{
 
 /// Publishes messages through the bus.
 pub struct Publisher {
+    /// The bus, for messages to rooms with a log and to users.
+    pub bus: Arc<dyn Bus>,
+    /// The presence store, for messages to rooms without a log.
+    pub store: Arc<dyn PresenceStore>,
+    /// Which rooms keep a log.
+    pub rules: Arc<RoomRules>,
     /// The quotas of stored state.
-    quotas: Arc<Quotas>,
-    bus: Arc<dyn Bus>,
-    store: Arc<dyn PresenceStore>,
-    rules: Arc<RoomRules>,
-    metrics: Arc<Metrics>,
-    trails: Arc<MessageTrails>,
+    pub quotas: Arc<Quotas>,
+    /// Counts results and durations.
+    pub metrics: Arc<Metrics>,
+    /// Records the positions of messages.
+    pub trails: Arc<MessageTrails>,
     /// The most time that a publish may wait for the bus.
-    timeout: Duration,
+    pub timeout: Duration,
     /// The largest message of a client, in bytes.
-    message_bytes_max: usize,
+    pub message_bytes_max: usize,
 }
 
 /// The sender of a message.
@@ -115,19 +120,6 @@ struct NotificationFields<'a> {
 pub const API_USER: &str = "_api";
 
 impl Publisher {
-    /// Creates a publisher on `bus`.
-    pub fn new(
-        bus: Arc<dyn Bus>,
-        store: Arc<dyn PresenceStore>,
-        rules: Arc<RoomRules>,
-        (metrics, trails): (Arc<Metrics>, Arc<MessageTrails>),
-        quotas: Arc<Quotas>,
-        timeout: Duration,
-        message_bytes_max: usize,
-    ) -> Self {
-        Self { quotas, bus, store, rules, metrics, trails, timeout, message_bytes_max }
-    }
-
     /// Charges the sender's quota with the bytes that a message takes in logs; a direct is in two
     /// logs.
     fn charge_quota(

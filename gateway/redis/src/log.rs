@@ -85,7 +85,7 @@ impl RedisLog {
         let log = self.clone();
         Box::pin(async move {
             let server_id = log.agreed(&room).await;
-            let room_deletion = Some((owner, by));
+            let room_deletion = Some(RoomDeletion { owner, by });
             log.server
                 .query(async |connection| {
                     log.delete_by(connection, &room, server_id, room_deletion).await
@@ -235,12 +235,12 @@ impl RedisLog {
         connection: &mut ReadConnection,
         room: &RoomId,
         server_id: ServerId,
-        room_deletion: Option<(Option<UserId>, Option<ConnectionId>)>,
+        room_deletion: Option<RoomDeletion>,
     ) -> Result<DeleteOutcome, RedisError> {
         let keyspace = self.server.keyspace;
         let mut delete = self.delete.key(&keyspace.keys(room));
         delete.arg(self.server.common_args(room, server_id));
-        if let Some((owner, by)) = room_deletion {
+        if let Some(RoomDeletion { owner, by }) = room_deletion {
             let channel = keyspace.channel(room);
             delete.key(format!("{channel}:who")).key(format!("{channel}:record"));
             delete.key(keyspace.rooms(keyspace.group_of(room))).key(format!("{channel}:marks"));
@@ -256,6 +256,14 @@ impl RedisLog {
             _ => Err((ErrorKind::Parse, "delete.lua returned an unknown result").into()),
         }
     }
+}
+
+/// The deletion of a whole room with its settings, not only of its log.
+struct RoomDeletion {
+    /// The user who must own the room; `None` if any may.
+    owner: Option<UserId>,
+    /// The connection that deletes the room.
+    by: Option<ConnectionId>,
 }
 
 /// The error of a script on a server that the nodes have not agreed on.

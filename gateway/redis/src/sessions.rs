@@ -183,7 +183,7 @@ impl StoreWorker {
 
     pub(super) fn acknowledge(&self, user: UserId, epoch: Option<Epoch>, seq: Seq) {
         // One operation waits per user, regardless of the number of acknowledgements.
-        if self.record_ack(&user, (epoch, seq)) {
+        if self.record_ack(&user, epoch, seq) {
             self.enqueue(Op::Session(SessionOp::Acknowledge { user, up_to: None }));
         }
     }

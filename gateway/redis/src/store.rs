@@ -249,7 +249,7 @@ impl StoreWorker {
     }
 
     /// Records an acknowledgement. Returns whether none of the user was queued.
-    pub(super) fn record_ack(&self, user: &UserId, (epoch, seq): (Option<Epoch>, Seq)) -> bool {
+    pub(super) fn record_ack(&self, user: &UserId, epoch: Option<Epoch>, seq: Seq) -> bool {
         match self.state.lock().acks.entry(user.clone()) {
             Entry::Vacant(scope) => {
                 scope.insert((epoch, seq));

@@ -121,15 +121,16 @@ impl Server {
         );
         let http_limits = &config.http.limits;
         let quotas = Arc::new(Quotas::new(config.quotas));
-        let publisher = Publisher::new(
-            bus.clone(),
-            presence_store,
-            rules.clone(),
-            (metrics.clone(), trails),
-            quotas.clone(),
-            config.session.wait_max,
-            http_limits.message_bytes_max,
-        );
+        let publisher = Publisher {
+            bus: bus.clone(),
+            store: presence_store,
+            rules: rules.clone(),
+            quotas: quotas.clone(),
+            metrics: metrics.clone(),
+            trails,
+            timeout: config.session.wait_max,
+            message_bytes_max: http_limits.message_bytes_max,
+        };
         let tcp_limits = TcpLimits {
             connections_max: http_limits.connections_max.saturating_add(TCP_CONNECTIONS_SPARE),
             connections_per_ip: match http_limits.connections_per_ip {

@@ -210,12 +210,13 @@ impl StoreWorker {
         Ok(statuses)
     }
 
-    /// At most `limit` members behind `from` of an index that every group has, whether more follow,
-    /// and the total number.
+    /// At most `limit` members from `from` to `to` of an index that every group has, whether more
+    /// follow, and the total number.
     async fn page(
         &self,
         index: impl Fn(u16) -> String,
-        (from, to): (&str, &str),
+        from: &str,
+        to: &str,
         limit: usize,
     ) -> Result<(Vec<String>, bool, u64), BusError> {
         let (mut members, mut count) = (Vec::new(), 0);
@@ -257,7 +258,7 @@ impl StoreWorker {
         let keyspace = self.router.keyspace();
         let from = if after.is_empty() { "-".to_owned() } else { format!("({after}") };
         let (members, more, count) =
-            self.page(|group| keyspace.users(group), (&from, "+"), limit).await?;
+            self.page(|group| keyspace.users(group), &from, "+", limit).await?;
         let members = members.iter().filter_map(|member| member.parse::<UserId>().ok());
         let mut users: Vec<UserPresence> = Vec::new();
         for (group, some) in by_group(members, |user| keyspace.group_of_text(user.as_str())) {
@@ -475,7 +476,7 @@ impl StoreWorker {
             let to = if prefix.is_empty() { "+".to_owned() } else { format!("({prefix}~") };
             let wanted = limit - rooms.len();
             let (members, more, _) =
-                self.page(|group| keyspace.rooms(group), (&from, &to), wanted).await?;
+                self.page(|group| keyspace.rooms(group), &from, &to, wanted).await?;
             let Some(last) = members.last().cloned() else { break };
             let names = members.iter().filter_map(|member| member.parse::<RoomId>().ok());
             let mut page = Vec::new();

@@ -137,15 +137,16 @@ impl SimNode {
             (&metrics, &Default::default()),
             &tasks,
         );
-        let publisher = Publisher::new(
-            bus.clone(),
-            redis.clone(),
-            rules.clone(),
-            (metrics.clone(), Default::default()),
-            Arc::default(),
-            WAIT_MAX,
-            1 << 18,
-        );
+        let publisher = Publisher {
+            bus: bus.clone(),
+            store: redis.clone(),
+            rules: rules.clone(),
+            quotas: Arc::default(),
+            metrics: metrics.clone(),
+            trails: Arc::default(),
+            timeout: WAIT_MAX,
+            message_bytes_max: 1 << 18,
+        };
         let limits = SessionLimits {
             managed_max: 0,
             rates: Arc::new(MeterRates::unlimited()),
