@@ -35,11 +35,11 @@ const GAP_BYTES: usize = 4096;
 
 /// The indexes of a node.
 #[derive(Debug, Default)]
-pub struct PeerIndex(Mutex<Generations>);
+pub struct PeerIndex(Mutex<InboxIndexes>);
 
 /// Two maps that are used alternately, so that the least recently used indexes are dropped.
 #[derive(Debug, Default)]
-struct Generations {
+struct InboxIndexes {
     newer: HashMap<UserId, Arc<SharedInboxIndex>>,
     older: HashMap<UserId, Arc<SharedInboxIndex>>,
     /// The number of entries added since the last swap.
@@ -78,14 +78,14 @@ pub(super) struct InboxIndex {
 impl PeerIndex {
     /// The index of a user's inbox.
     pub(super) fn of(&self, user: &UserId) -> Arc<SharedInboxIndex> {
-        let generations = &mut *self.0.lock();
-        if let Some(known) = generations.newer.get(user) {
+        let indexes = &mut *self.0.lock();
+        if let Some(known) = indexes.newer.get(user) {
             return known.clone();
         }
-        let inbox = generations.older.remove(user).unwrap_or_default();
-        generations.newer.insert(user.clone(), inbox.clone());
+        let inbox = indexes.older.remove(user).unwrap_or_default();
+        indexes.newer.insert(user.clone(), inbox.clone());
         // An empty index takes space as well.
-        generations.add(inbox.len.load(Relaxed) + 1);
+        indexes.add(inbox.len.load(Relaxed) + 1);
         inbox
     }
 
@@ -96,7 +96,7 @@ impl PeerIndex {
     }
 }
 
-impl Generations {
+impl InboxIndexes {
     fn add(&mut self, count: usize) {
         self.added += count;
         if self.added > ENTRIES_MAX / 2 {
