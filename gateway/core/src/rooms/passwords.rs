@@ -13,8 +13,8 @@ use argon2::{
     Argon2, Params, PasswordHash, PasswordHasher as _, PasswordVerifier as _,
     password_hash::SaltString,
 };
+use aws_lc_rs::hmac;
 use parking_lot::Mutex;
-use sha1::{Digest as _, Sha1};
 use skein_protocol::ids::{RoomId, UserId};
 use tokio::{sync::Semaphore, time::Instant};
 
@@ -92,7 +92,7 @@ enum AttemptPool {
     New,
 }
 
-type Digest = [u8; 20];
+type Digest = [u8; 32];
 type AttemptSource = (Option<IpAddr>, UserId);
 
 /// Hashes and checks passwords on blocking threads (argon2id, RFC 9106, with the crate's
@@ -103,7 +103,7 @@ pub struct Passwords {
     metrics: Arc<Metrics>,
     queue: FairQueue<Option<IpAddr>>,
     /// The key of the digests, so that nobody else can compute one.
-    key: [u8; 20],
+    key: hmac::Key,
     /// Digests of a hash and its matching password, in two maps that are used alternately.
     matching: Mutex<[HashMap<Digest, ()>; 2]>,
     /// Checks under way.
@@ -125,7 +125,7 @@ impl Passwords {
             limits,
             metrics,
             queue: FairQueue::new((cores / 4).clamp(1, 8)),
-            key: rand::random(),
+            key: hmac::Key::new(hmac::HMAC_SHA256, &rand::random::<Digest>()),
             matching: Mutex::default(),
             checks_running: Mutex::default(),
             failed: Mutex::default(),
@@ -188,8 +188,7 @@ impl Passwords {
         hash: String,
         password: String,
     ) -> PasswordOutcome {
-        let digest = Sha1::new().chain_update(self.key).chain_update(&hash).chain_update([0]);
-        let digest: Digest = digest.chain_update(&password).finalize().into();
+        let digest = self.digest_of(&hash, &password);
         if self.is_known(&digest) {
             return PasswordOutcome::Matches;
         }
@@ -259,6 +258,15 @@ impl Passwords {
             self.by_room.refund(&room, 1, failures_per_room);
         }
         Ok(matches)
+    }
+
+    fn digest_of(&self, hash: &str, password: &str) -> Digest {
+        let mut context = hmac::Context::with_key(&self.key);
+        for part in [hash.as_bytes(), &[0], password.as_bytes()] {
+            context.update(part);
+        }
+        let tag = context.sign();
+        tag.as_ref().try_into().expect("HMAC-SHA256 has 32 bytes")
     }
 
     fn is_known(&self, digest: &Digest) -> bool {

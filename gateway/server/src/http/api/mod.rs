@@ -5,6 +5,7 @@
 
 use std::sync::Arc;
 
+use aws_lc_rs::{constant_time::verify_slices_are_equal, digest};
 use axum::{
     Json, Router,
     extract::{DefaultBodyLimit, FromRequest, Query, Request, State, rejection::QueryRejection},
@@ -15,7 +16,6 @@ use axum::{
 };
 use bytes::Bytes;
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
-use sha1::{Digest as _, Sha1};
 use skein_protocol::error::ErrorCode;
 use utoipa::{OpenApi, ToSchema};
 use utoipa_axum::{router::OpenApiRouter, routes};
@@ -35,10 +35,10 @@ mod users;
 /// Largest body of a request in bytes: a batch of messages.
 const BODY_BYTES_MAX: usize = 8 * 1024 * 1024;
 
-/// Keys of the server API with their names.
+/// Keys of the server API with their names, as SHA-256.
 #[derive(Clone, Default)]
 pub struct ApiKeys {
-    keys: Vec<(String, [u8; 20])>,
+    keys: Vec<(String, digest::Digest)>,
     /// Whether `/api/docs` and `/api/openapi.json` are served.
     pub docs: bool,
 }
@@ -46,7 +46,7 @@ pub struct ApiKeys {
 impl ApiKeys {
     /// Creates a set of keys with the names that the log shows for them.
     pub fn new(keys: impl IntoIterator<Item = (String, String)>, docs: bool) -> Self {
-        let keys = keys.into_iter().map(|(name, key)| (name, Sha1::digest(key).into()));
+        let keys = keys.into_iter().map(|(name, key)| (name, digest_of(&key)));
         Self { keys: keys.collect(), docs }
     }
 
@@ -68,11 +68,10 @@ impl ApiKeys {
     /// Returns the name of a key. Compares the digests of all keys completely, so that the duration
     /// does not reveal how much of a key is right.
     fn name_of(&self, key: &str) -> Option<&str> {
-        let digest: [u8; 20] = Sha1::digest(key).into();
+        let presented = digest_of(key);
         let mut found = None;
         for (name, known) in &self.keys {
-            let differs = known.iter().zip(digest).fold(0, |differs, (a, b)| differs | (a ^ b));
-            if std::hint::black_box(differs) == 0 {
+            if verify_slices_are_equal(known.as_ref(), presented.as_ref()).is_ok() {
                 found = Some(name.as_str());
             }
         }
@@ -81,6 +80,10 @@ impl ApiKeys {
 }
 
 /// An error, for programs and for people.
+fn digest_of(key: &str) -> digest::Digest {
+    digest::digest(&digest::SHA256, key.as_bytes())
+}
+
 #[derive(Debug, Serialize, ToSchema)]
 pub(super) struct Problem {
     error: ProblemDetail,
