@@ -11,6 +11,7 @@ use std::{
 };
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
+use percent_encoding::{AsciiSet, NON_ALPHANUMERIC, utf8_percent_encode};
 
 use crate::virtual_users::share::WorkerShare;
 
@@ -630,16 +631,12 @@ pub(crate) struct InvalidServerUrl;
 impl ServerUrl {
     /// The path with one more query parameter, percent-encoded.
     pub(crate) fn path_with(&self, name: &str, value: &str) -> String {
+        /// All but the unreserved characters of RFC 3986.
+        const RESERVED: &AsciiSet =
+            &NON_ALPHANUMERIC.remove(b'-').remove(b'.').remove(b'_').remove(b'~');
         let sign = if self.path.contains('?') { '&' } else { '?' };
-        let mut path = format!("{}{sign}{name}=", self.path);
-        for byte in value.bytes() {
-            if byte.is_ascii_alphanumeric() || matches!(byte, b'-' | b'.' | b'_' | b'~') {
-                path.push(char::from(byte));
-            } else {
-                path.push_str(&format!("%{byte:02X}"));
-            }
-        }
-        path
+        let value = utf8_percent_encode(value, RESERVED);
+        format!("{}{sign}{name}={value}", self.path)
     }
 }
 

@@ -11,6 +11,8 @@
 
 use std::{fmt, str::FromStr};
 
+use percent_encoding::percent_decode_str;
+
 /// The default port of Redis.
 const REDIS_PORT: u16 = 6379;
 /// The default port of Sentinels.
@@ -269,21 +271,14 @@ fn database(text: &str) -> Result<i64, UrlError> {
 
 /// Resolves the % escapes of a text.
 fn unescaped(text: &str) -> Result<String, UrlError> {
-    let mut bytes = Vec::with_capacity(text.len());
-    let mut rest = text.as_bytes();
-    while let [byte, tail @ ..] = rest {
-        rest = tail;
-        if *byte != b'%' {
-            bytes.push(*byte);
-            continue;
-        }
-        let digits = tail.get(..2).filter(|digits| digits.iter().all(u8::is_ascii_hexdigit));
-        let digits =
-            digits.and_then(|digits| str::from_utf8(digits).ok()).ok_or(UrlError::Escape)?;
-        bytes.push(u8::from_str_radix(digits, 16).map_err(|_| UrlError::Escape)?);
-        rest = &tail[2..];
+    let is_escape = |behind: &str| {
+        behind.as_bytes().get(..2).is_some_and(|digits| digits.iter().all(u8::is_ascii_hexdigit))
+    };
+    if !text.split('%').skip(1).all(is_escape) {
+        return Err(UrlError::Escape);
     }
-    String::from_utf8(bytes).map_err(|_| UrlError::Escape)
+    let decoded = percent_decode_str(text).decode_utf8().map_err(|_| UrlError::Escape)?;
+    Ok(decoded.into_owned())
 }
 
 impl fmt::Display for Address {

@@ -4,6 +4,7 @@
 
 use std::{fmt, io, net::IpAddr, time::Duration};
 
+use percent_encoding::{AsciiSet, NON_ALPHANUMERIC, utf8_percent_encode};
 use tokio_tungstenite::tungstenite::{
     self,
     error::{ProtocolError, SubProtocolError},
@@ -13,6 +14,8 @@ use tokio_tungstenite::tungstenite::{
 
 use skein_protocol::{SUBPROTOCOL, position::Position};
 
+/// All but the unreserved characters of RFC 3986.
+const RESERVED: &AsciiSet = &NON_ALPHANUMERIC.remove(b'-').remove(b'.').remove(b'_').remove(b'~');
 /// Default time limit for connecting.
 pub const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
 
@@ -155,9 +158,9 @@ impl ConnectOptions {
         let mut url = self.url.clone();
         let mut add = |name: &str, value: &str| {
             url.push(if url.contains('?') { '&' } else { '?' });
-            url.push_str(&percent_encode(name));
+            url.extend(utf8_percent_encode(name, RESERVED));
             url.push('=');
-            url.push_str(&percent_encode(value));
+            url.extend(utf8_percent_encode(value, RESERVED));
         };
         let token = self.token.as_ref().filter(|token| token.location == TokenLocation::Query);
         let inbox = self.inbox.as_ref().map(Position::to_string);
@@ -259,19 +262,6 @@ pub(super) fn text_of(value: &HeaderValue) -> Option<&str> {
 
 fn header_value(name: &str, value: &str) -> Result<HeaderValue, ConnectError> {
     HeaderValue::from_str(value).map_err(|_| ConnectError::InvalidHeader { name: name.to_owned() })
-}
-
-/// Percent-encodes all but the unreserved characters of RFC 3986.
-fn percent_encode(text: &str) -> String {
-    let mut encoded = String::with_capacity(text.len());
-    for byte in text.bytes() {
-        if byte.is_ascii_alphanumeric() || matches!(byte, b'-' | b'.' | b'_' | b'~') {
-            encoded.push(char::from(byte));
-        } else {
-            encoded.push_str(&format!("%{byte:02X}"));
-        }
-    }
-    encoded
 }
 
 #[cfg(test)]

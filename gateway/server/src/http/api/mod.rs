@@ -15,6 +15,7 @@ use axum::{
     routing::get,
 };
 use bytes::Bytes;
+use percent_encoding::percent_decode_str;
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 use skein_protocol::error::ErrorCode;
 use utoipa::{OpenApi, ToSchema};
@@ -79,11 +80,11 @@ impl ApiKeys {
     }
 }
 
-/// An error, for programs and for people.
 fn digest_of(key: &str) -> digest::Digest {
     digest::digest(&digest::SHA256, key.as_bytes())
 }
 
+/// An error, for programs and for people.
 #[derive(Debug, Serialize, ToSchema)]
 pub(super) struct Problem {
     error: ProblemDetail,
@@ -417,20 +418,7 @@ async fn authorize(
 
 /// Whether a path is UTF-8 after decoding its escapes (RFC 3986, section 2.1).
 fn is_utf8_path(path: &str) -> bool {
-    let mut bytes = Vec::with_capacity(path.len());
-    let mut rest = path.as_bytes();
-    while let Some((first, behind)) = rest.split_first() {
-        let digits = behind.first_chunk::<2>().filter(|_| *first == b'%');
-        let digits = digits.and_then(|digits| std::str::from_utf8(digits).ok());
-        if let Some(byte) = digits.and_then(|digits| u8::from_str_radix(digits, 16).ok()) {
-            bytes.push(byte);
-            rest = &behind[2..];
-        } else {
-            bytes.push(*first);
-            rest = behind;
-        }
-    }
-    std::str::from_utf8(&bytes).is_ok()
+    percent_decode_str(path).decode_utf8().is_ok()
 }
 
 #[cfg(test)]
@@ -439,7 +427,7 @@ mod tests {
 
     #[test]
     fn escapes_of_a_path_must_be_utf8() {
-        for good in ["/a", "/a%20b", "/%C3%BC", "/%", "/%2", "/%zz"] {
+        for good in ["/a", "/a%20b", "/%C3%BC", "/%", "/%2", "/%zz", "/%+f"] {
             assert!(is_utf8_path(good), "{good}");
         }
         for bad in ["/%FF", "/a%c3", "/%C3%28"] {
