@@ -785,7 +785,7 @@ fn digest_of_servers(servers: &BTreeMap<u16, (ServerId, u64)>) -> String {
     for (group, (server_id, _)) in servers {
         digest.update(format!("{group} {server_id}\n"));
     }
-    digest.finalize().iter().map(|byte| format!("{byte:02x}")).collect()
+    format!("{:x}", digest.finalize())
 }
 
 pub(super) fn evalsha<K: AsRef<str>>(script: &Script, keys: &[K]) -> Cmd {

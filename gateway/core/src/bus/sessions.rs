@@ -7,11 +7,11 @@
 //!
 //! There are two implementations, as of the [bus](super): in memory, and in Redis (`skein-redis`).
 
-use std::{fmt::Write as _, net::IpAddr, sync::Arc, time::Duration};
+use std::{net::IpAddr, sync::Arc, time::Duration};
 
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
-use sha1::{Digest as _, Sha1};
+use sha1::{Digest as _, Sha1, digest::Output};
 use skein_protocol::{
     ids::{ConnectionId, DisplayName, NodeId, SessionId, UserId},
     position::{Epoch, Seq},
@@ -41,21 +41,17 @@ impl Default for SessionOptions {
 /// The SHA-1 of a session's secret, which is all that is stored of it. The secret has 128 random
 /// bits, so that it cannot be guessed.
 #[derive(Clone, Copy, PartialEq, Eq)]
-pub struct SecretDigest([u8; 20]);
+pub struct SecretDigest(Output<Sha1>);
 
 impl SecretDigest {
     /// The digest of a token's secret.
     pub fn of(token: &ResumeToken) -> Self {
-        Self(Sha1::digest(token.secret).into())
+        Self(Sha1::digest(token.secret))
     }
 
     /// The digest in hexadecimal.
     pub fn to_text(self) -> String {
-        self.0.iter().fold(String::with_capacity(40), |mut text, byte| {
-            // Writing to a string does not fail.
-            let _ = write!(text, "{byte:02x}");
-            text
-        })
+        format!("{:x}", self.0)
     }
 }
 

@@ -236,8 +236,7 @@ fn switching_protocols(negotiated: &Negotiated, route: &str) -> Response {
 /// Returns the name of this node for nginx: `sticky route` computes it from the address it dials,
 /// as the MD5 of `ip:port` in hexadecimal.
 pub(super) fn sticky_route(info: ConnectInfo) -> String {
-    let digest = Md5::digest(info.local.to_string());
-    digest.iter().map(|byte| format!("{byte:02x}")).collect()
+    format!("{:x}", Md5::digest(info.local.to_string()))
 }
 
 /// Checks the handshake, negotiates its options, and takes the permits of the connection.

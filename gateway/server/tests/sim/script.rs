@@ -38,7 +38,7 @@ impl std::error::Error for LuaCommandError {}
 
 /// The name of a script: its SHA-1 in hexadecimal digits.
 pub fn name_of(text: &[u8]) -> String {
-    Sha1::digest(text).iter().map(|byte| format!("{byte:02x}")).collect()
+    format!("{:x}", Sha1::digest(text))
 }
 
 /// Compiles a script, unless it was compiled before.
