@@ -1,0 +1,272 @@
+//! Configuration: read from layered sources, checked as a whole, with all errors reported at once.
+//!
+//! Later sources replace earlier ones: defaults, the file, the environment, flags. Each section is
+//! declared in the file of its group, beside the conversion into the options of the modules that use
+//! it. `docs/configuration.md` consists of these declarations; a test compares the two.
+
+use std::{fmt::Write as _, net::SocketAddr, path::PathBuf, time::Duration};
+
+use config::Map;
+use skein_core::{
+    bus::{Retention, StorageLimits, room_store::RoomStoreOptions, sessions::SessionOptions},
+    hub::HubOptions,
+    limits::quotas::QuotaOptions,
+    presence::PresenceOptions,
+    rooms::{RoomRules, passwords::PasswordLimits},
+    session::{SessionLimits, auth::Auth},
+    telemetry::LogFormat,
+};
+use skein_protocol::ids::NodeId;
+use skein_redis::RedisOptions;
+
+use self::{
+    auth::{ApiSection, AuthSection},
+    cluster::ClusterSection,
+    connections::{DrainSection, HeartbeatSection, TransportSection},
+    hub::HubSection,
+    limits::LimitsSection,
+    reader::{OptionDoc, OptionReader},
+    rooms::{PresenceSection, RoomsSection},
+    server::{AdminSection, LogSection, MetricsSection, NodeSection, ServerSection},
+    storage::{DedupSection, HistorySection, InboxSection, PublishSection, SessionsSection},
+};
+use crate::http::HttpOptions;
+
+mod reader;
+mod aliases;
+mod values;
+mod server;
+mod auth;
+mod cluster;
+mod rooms;
+mod storage;
+mod hub;
+mod connections;
+mod limits;
+#[cfg(test)]
+mod tests;
+
+pub use reader::ConfigErrors;
+
+/// File that is read if it exists and no other file is named.
+pub const DEFAULT_FILE: &str = "gateway.toml";
+
+/// Checked configuration of a gateway.
+#[derive(Clone)]
+pub struct Config {
+    /// Address that clients connect to.
+    pub listen: SocketAddr,
+    /// Address of the admin listener: metrics and health checks.
+    pub admin_listen: SocketAddr,
+    /// Whether `/metrics` also exports renamed metrics under their former names.
+    pub legacy_metric_names: bool,
+    /// Name of this node.
+    pub node: NodeId,
+    /// Format of log lines.
+    pub log_format: LogFormat,
+    /// Level or filter directives of log lines.
+    pub log_level: String,
+    /// Redis of the cluster; `None` for a single node in memory.
+    pub redis: Option<RedisOptions>,
+    /// Retention of logs and inboxes.
+    pub retention: Retention,
+    /// Retention of managed rooms.
+    pub room_store: RoomStoreOptions,
+    /// Retention of sessions.
+    pub sessions: SessionOptions,
+    /// Rules that depend on the name of a room.
+    pub rooms: RoomRules,
+    /// Rates of wrong room passwords.
+    pub passwords: PasswordLimits,
+    /// Presence of users.
+    pub presence: PresenceOptions,
+    /// Identification of users.
+    pub auth: Auth,
+    /// HTTP listener, handshakes and connections.
+    pub http: HttpOptions,
+    /// Limits of sessions.
+    pub session: SessionLimits,
+    /// Quotas of stored state.
+    pub quotas: QuotaOptions,
+    /// Number of tasks that rooms are distributed over.
+    pub shards: usize,
+    /// Memory bounds of the hub.
+    pub hub: HubOptions,
+    /// Time for which `/ready` returns 503 before clients are disconnected.
+    pub drain_delay: Duration,
+    /// Settings that work but deserve attention; logged at the start.
+    pub warnings: Vec<String>,
+}
+
+/// Sources of values besides the defaults.
+#[derive(Clone, Debug, Default)]
+pub struct ConfigSources {
+    /// File that must exist. `None`: [`DEFAULT_FILE`] is read if it exists.
+    pub file: Option<PathBuf>,
+    /// Environment variables `GATEWAY__SECTION__KEY`. `None`: those of this process.
+    pub environment: Option<Map<String, String>>,
+    /// Keys and values of `--set`.
+    pub flags: Vec<(String, String)>,
+}
+
+impl Config {
+    /// Reads and checks all sources.
+    ///
+    /// # Errors
+    ///
+    /// [`ConfigErrors`] with every error of the sources.
+    pub fn load(sources: ConfigSources) -> Result<Self, ConfigErrors> {
+        let mut reader = OptionReader::new(sources)?;
+        let config = Self::read(&mut reader);
+        reader.finish()?;
+        Ok(config)
+    }
+
+    /// Returns all options as a Markdown table, as in `docs/configuration.md`.
+    pub fn describe() -> String {
+        let mut reader = OptionReader::of(Default::default());
+        Self::read(&mut reader);
+        let mut table = String::from("| key | default | what |\n| --- | --- | --- |\n");
+        for OptionDoc { key, default, text, .. } in reader.described {
+            let default = if default.is_empty() { String::new() } else { format!("`{default}`") };
+            let _ = writeln!(table, "| `{key}` | {default} | {text} |");
+        }
+        table
+    }
+
+    fn read(r: &mut OptionReader) -> Self {
+        // In the order of the documentation.
+        let server = ServerSection::read(r);
+        let admin = AdminSection::read(r);
+        let metrics = MetricsSection::read(r);
+        let node = NodeSection::read(r);
+        let log = LogSection::read(r);
+        let auth = AuthSection::read(r);
+        let api = ApiSection::read(r);
+        let cluster = ClusterSection::read(r);
+        let rooms = RoomsSection::read(r);
+        let presence = PresenceSection::read(r);
+        let publish = PublishSection::read(r);
+        let dedup = DedupSection::read(r);
+        let history = HistorySection::read(r);
+        let inbox = InboxSection::read(r);
+        let sessions = SessionsSection::read(r);
+        let hub = HubSection::read(r);
+        let heartbeat = HeartbeatSection::read(r);
+        let transport = TransportSection::read(r);
+        let drain = DrainSection::read(r);
+        let limits = LimitsSection::read(r);
+
+        let is_cluster = cluster.is_cluster();
+        let allowed_origins = server.origins(r);
+        admin.check(&server, r);
+        auth.check(is_cluster, r);
+        api.check(r);
+        cluster.check(r);
+        limits.check(r);
+        let http_limits = limits.http(r);
+        if history.ttl > rooms.empty_ttl {
+            r.warn(
+                "history.ttl is longer than rooms.empty_ttl: the log of a managed room outlives \
+                 its password, and anyone who joins the room afterwards can read it",
+            );
+        }
+        let message_bytes = limits.message_bytes_max;
+        for (is_contradiction, key, other, reason) in [
+            (
+                heartbeat.interval >= heartbeat.idle_timeout,
+                "heartbeat.interval",
+                "heartbeat.idle_timeout",
+                "must be less, or every idle client is closed before its first ping",
+            ),
+            (
+                history.max_bytes < message_bytes,
+                "history.max_bytes",
+                "limits.message_bytes_max",
+                "must be at least as large, or a log cannot hold one message",
+            ),
+            (
+                !is_cluster && history.memory_bytes_max < history.max_bytes,
+                "history.memory_bytes_max",
+                "history.max_bytes",
+                "must be at least as large: it bounds all logs together",
+            ),
+            (
+                transport.deflate && transport.deflate_bytes_min > message_bytes,
+                "transport.deflate_bytes_min",
+                "limits.message_bytes_max",
+                "must not be larger, or nothing is compressed: use transport.deflate = false for \
+                 that",
+            ),
+            (
+                history.window > history.ttl,
+                "history.window",
+                "history.ttl",
+                "must not be longer: nothing is kept for longer than that",
+            ),
+            (
+                presence.event_members_max > presence.diff_members_max,
+                "presence.event_members_max",
+                "presence.diff_members_max",
+                "must not be larger: single events name their users",
+            ),
+        ] {
+            if is_contradiction {
+                r.contradiction(key, other, reason);
+            }
+        }
+
+        let retention = Retention {
+            entries_min: history.max_entries,
+            window: *history.window,
+            bytes_max: history.max_bytes.0 as u64,
+            memory_bytes_max: history.memory_bytes_max.0 as u64,
+            ttl: *history.ttl,
+            dedup_window: *dedup.window,
+            inboxes: inbox.retention(),
+            limits: StorageLimits {
+                unseen: inbox.unseen(),
+                read_marks_max: rooms.read_marks_max,
+                session_data_max: sessions.data_max_bytes.0 as u64,
+                memory_max: cluster.memory_max.0 as u64,
+                watermark_percent: cluster.memory_watermark,
+            },
+        };
+        let (node, room_store, sessions) = (node.name(), rooms.store(), sessions.sessions());
+        Self {
+            listen: server.listen,
+            admin_listen: admin.listen,
+            legacy_metric_names: metrics.legacy_names,
+            log_format: log.format,
+            log_level: log.level.0,
+            redis: cluster.redis(&node, &retention, room_store.clone(), &sessions),
+            node,
+            room_store,
+            sessions,
+            passwords: limits.passwords(*publish.timeout / 2),
+            presence: presence.presence(),
+            http: HttpOptions {
+                warn_anonymous: auth.is_open(is_cluster),
+                auth_cookie: auth.cookie.0.clone(),
+                api: api.keys(),
+                allowed_origins,
+                echo: server.echo,
+                trusted_proxies: server.proxies(),
+                drain_rate: limits.drain_rate(*drain.window),
+                dedup_window: *dedup.window,
+                deflate_bytes_min: transport.deflate_bytes_min(),
+                heartbeat: heartbeat.heartbeat(),
+                limits: http_limits,
+            },
+            auth: auth.auth(),
+            session: limits.session(rooms.managed_per_owner, *publish.timeout),
+            rooms: rooms.rules(),
+            quotas: limits.quotas(),
+            shards: hub.shards(),
+            hub: hub.hub(*dedup.window, *history.ttl),
+            retention,
+            drain_delay: *drain.delay,
+            warnings: std::mem::take(&mut r.warnings),
+        }
+    }
+}
