@@ -1,0 +1,247 @@
+//! The labels of metrics: closed enums, so that the code bounds the cardinality.
+
+use skein_protocol::error::ErrorCode;
+
+/// Result of a handshake.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum HandshakeResult {
+    /// The connection is open: 101, or 200 for an event stream.
+    Accepted,
+    /// The request is no valid handshake: 4xx.
+    Invalid,
+    /// The origin of the page is not allowed: 403.
+    OriginDenied,
+    /// The address is above a limit: 429.
+    RateLimited,
+    /// The node is full, draining, or without its bus: 503.
+    Unavailable,
+}
+
+/// Reason for dropping a TCP connection before it became a WebSocket.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum DropReason {
+    /// The address has too many connections.
+    PerIpLimit,
+    /// The client did not read a response for too long.
+    WriteTimeout,
+    /// The header of a request did not arrive in time.
+    HeaderTimeout,
+    /// The listener was full, and this connection was the oldest pending one.
+    Evicted,
+}
+
+/// Budget that a connection has used up, so that it is read more slowly.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum ThrottleReason {
+    /// Control frames, small fragments and rejected frames of the connection.
+    Overhead,
+    /// Control frames, small fragments and rejected frames of all connections of the address.
+    PerIpOverhead,
+    /// Bytes of the connection.
+    Bytes,
+}
+
+/// Result of a publish.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum PublishResult {
+    /// Appended to the log.
+    Appended,
+    /// The log already has a message with this id.
+    Duplicate,
+    /// The bus was unavailable for longer than the publish may wait.
+    Unavailable,
+    /// The queue to the bus was full.
+    Overloaded,
+    /// The bus rejected the message.
+    Failed,
+    /// A storage limit was reached: see `gateway_storage_rejections_total`.
+    LimitReached,
+}
+
+/// Decision of the hub on a log entry that it received from the bus.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum EntryResult {
+    /// Delivered to the members of this node.
+    Delivered,
+    /// Received before.
+    Duplicate,
+    /// Entries before this one are missing.
+    Gap,
+    /// The log has begun a new epoch.
+    EpochChanged,
+    /// This node is not subscribed to the log.
+    NotSubscribed,
+    /// The node has lost its lease: delivery is suspended until the cluster agrees again.
+    NoLease,
+}
+
+/// Result of reading a log because entries had not been received.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum LogRepairResult {
+    /// The log had all missing entries.
+    Complete,
+    /// The log no longer had all of them: members got a `reset`.
+    Reset,
+    /// The log could not be read; the read is repeated.
+    Failed,
+    /// Two histories shared sequence numbers; the log was compared with the entries of this node.
+    Reconciled,
+}
+
+/// Source of the missed entries that a resuming client received.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum ResumeSource {
+    /// The newest entries in the memory of this node.
+    Ring,
+    /// The log on the bus.
+    Log,
+}
+
+/// Result of comparing a log with a Redis server that may have lost entries.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum RestoreResult {
+    /// The server had all entries.
+    Unchanged,
+    /// The server got the entries that it lacked.
+    Restored,
+    /// The log on the server has moved to another epoch.
+    EpochChanged,
+    /// Two histories share sequence numbers: the log continues in a new epoch.
+    Conflict,
+    /// The server answered with a permanent error.
+    Failed,
+}
+
+/// Storage limit that a request would have exceeded.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum StorageLimit {
+    /// Bytes that a user or an address may store per minute.
+    Bytes,
+    /// Rooms that a user or an address may create per minute.
+    NewRooms,
+    /// Managed rooms of one owner.
+    ManagedRooms,
+    /// Inboxes of users who never connected that a user may open per hour.
+    UnseenInboxes,
+    /// Bytes of the inbox of a user who never connected.
+    UnseenBytes,
+    /// Data of all sessions of a user.
+    SessionData,
+    /// Users whose read marks a room keeps.
+    ReadMarks,
+    /// The memory of a Redis server is above the watermark.
+    Memory,
+}
+
+/// Result of checking the password of a room.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum PasswordResult {
+    /// The password is correct.
+    Correct,
+    /// The password is wrong.
+    Wrong,
+    /// Not checked: there were too many wrong ones, or too many checks are waiting.
+    RateLimited,
+}
+
+/// Reason for rejecting a server API request because of its key.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum ApiRejection {
+    /// The request has no key: 401.
+    MissingKey,
+    /// The key is unknown: 401.
+    WrongKey,
+    /// The gateway has no API keys: 403.
+    Disabled,
+    /// The address made too many such requests: 429.
+    RateLimited,
+}
+
+/// Kind of a value read from Redis that no gateway wrote.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum InvalidValue {
+    /// A field of the barrier at which the nodes agree on a server.
+    Barrier,
+    /// An entry of a log.
+    Entry,
+    /// The position of a message id within the dedup window.
+    DedupId,
+    /// A lease, or the name of an incarnation.
+    Lease,
+    /// The read mark of a user.
+    ReadMark,
+    /// A message in a pub/sub channel of the gateways.
+    PubsubMessage,
+    /// A field of the metadata of a log.
+    LogMeta,
+    /// A control command, or the commands that a node has applied.
+    Command,
+    /// A presence entry, or a user or room name in an index.
+    Presence,
+    /// The settings of a managed room.
+    RoomConfig,
+    /// A session, or its data.
+    Session,
+    /// A key whose type is not the one that the gateway gives it.
+    KeyType,
+    /// An unconfirmed publish that a node restored.
+    Unconfirmed,
+}
+
+macro_rules! labels {
+    ($enum:ident: $($variant:ident $label:literal),+) => {
+        impl Label for $enum {
+            const ALL: &'static [Self] = &[$(Self::$variant),+];
+            fn text(self) -> &'static str {
+                match self { $(Self::$variant => $label),+ }
+            }
+        }
+    };
+}
+
+/// A closed set of values of one label.
+pub trait Label: Copy + Eq + std::hash::Hash + 'static {
+    /// Every value.
+    const ALL: &'static [Self];
+    /// Returns the value as it is exported.
+    fn text(self) -> &'static str;
+}
+
+labels!(HandshakeResult: Accepted "accepted", Invalid "invalid", OriginDenied "origin_denied",
+    RateLimited "rate_limited", Unavailable "unavailable");
+labels!(DropReason: PerIpLimit "per_ip_limit", WriteTimeout "write_timeout",
+    HeaderTimeout "header_timeout", Evicted "evicted");
+labels!(ThrottleReason: Overhead "overhead", PerIpOverhead "per_ip_overhead", Bytes "bytes");
+labels!(PublishResult: Appended "appended", Duplicate "duplicate", Unavailable "unavailable",
+    Overloaded "overloaded", Failed "failed", LimitReached "limit_reached");
+labels!(EntryResult: Delivered "delivered", Duplicate "duplicate", Gap "gap",
+    EpochChanged "epoch_changed", NotSubscribed "not_subscribed", NoLease "no_lease");
+labels!(StorageLimit: Bytes "bytes", NewRooms "new_rooms", ManagedRooms "managed_rooms",
+    UnseenInboxes "unseen_inboxes", UnseenBytes "unseen_bytes", SessionData "session_data",
+    ReadMarks "read_marks", Memory "memory");
+labels!(LogRepairResult: Complete "complete", Reset "reset", Failed "failed",
+    Reconciled "reconciled");
+labels!(PasswordResult: Correct "correct", Wrong "wrong", RateLimited "rate_limited");
+labels!(ApiRejection: MissingKey "missing_key", WrongKey "wrong_key", Disabled "disabled",
+    RateLimited "rate_limited");
+labels!(ResumeSource: Ring "ring", Log "log");
+labels!(RestoreResult: Unchanged "unchanged", Restored "restored", EpochChanged "epoch_changed",
+    Conflict "conflict", Failed "failed");
+labels!(InvalidValue: Barrier "barrier", Entry "entry", DedupId "dedup_id", Lease "lease",
+    ReadMark "read_mark", PubsubMessage "pubsub_message", LogMeta "log_meta", Command "command",
+    Presence "presence", RoomConfig "room_config", Session "session", KeyType "key_type",
+    Unconfirmed "unconfirmed");
+
+impl Label for bool {
+    const ALL: &'static [Self] = &[false, true];
+    fn text(self) -> &'static str {
+        if self { "true" } else { "false" }
+    }
+}
+
+impl Label for ErrorCode {
+    const ALL: &'static [Self] = &Self::ALL;
+    fn text(self) -> &'static str {
+        self.as_str()
+    }
+}
