@@ -94,6 +94,14 @@ pub fn ordinal(epoch: &skein_protocol::position::Epoch) -> u64 {
     epoch.as_str().split_once('-').and_then(|(ordinal, _)| ordinal.parse().ok()).unwrap_or(0)
 }
 
+/// Whether a test has injected a fault that breaks the invariants of delivery on purpose.
+pub(crate) fn is_fault_injected() -> bool {
+    #[cfg(debug_assertions)]
+    return crate::fault_injection::is_any_injected();
+    #[cfg(not(debug_assertions))]
+    false
+}
+
 #[cfg(test)]
 mod tests;
 

@@ -24,7 +24,7 @@ use skein_protocol::{
 use tokio::time::Instant;
 
 use super::{
-    Entry, ReplicaSnapshot, ordinal,
+    Entry, ReplicaSnapshot, is_fault_injected, ordinal,
     recent_ids::RecentIds,
     ring::{Ring, RingLimits},
 };
@@ -356,10 +356,15 @@ impl RoomReplica {
         retention: &RetentionContext,
         sink: &mut impl DeliverySink,
     ) {
-        if let Some(top) = &self.top
-            && top.epoch != entry.position.epoch
-        {
-            self.change_epoch(entry.position.epoch.clone(), sink);
+        if let Some(top) = &self.top {
+            assert!(
+                top.seq + 1 == entry.position.seq || is_fault_injected(),
+                "a replica delivers in order, but {} follows {top}",
+                entry.position
+            );
+            if top.epoch != entry.position.epoch {
+                self.change_epoch(entry.position.epoch.clone(), sink);
+            }
         }
         self.top = Some(entry.position.clone());
         sink.entry(&entry);

@@ -5,7 +5,7 @@ use std::collections::VecDeque;
 
 use skein_protocol::position::Seq;
 
-use super::Entry;
+use super::{Entry, is_fault_injected};
 
 /// The bounds of a ring.
 #[derive(Clone, Copy, Debug)]
@@ -33,13 +33,19 @@ pub struct Ring {
 
 impl Ring {
     /// Adds the next entry and drops the oldest entries above the limits.
+    ///
+    /// # Panics
+    ///
+    /// The entry is not the next one.
     pub fn push(&mut self, entry: Entry, max: RingLimits) {
-        #[cfg(debug_assertions)]
-        assert!(
-            self.last().is_none_or(|last| last.position.seq + 1 == entry.position.seq)
-                || crate::fault_injection::is_any_injected(),
-            "a ring has no gaps"
-        );
+        if let Some(last) = self.last() {
+            assert!(
+                last.position.seq + 1 == entry.position.seq || is_fault_injected(),
+                "a ring has no gaps, but {} follows {}",
+                entry.position,
+                last.position
+            );
+        }
         self.bytes += entry.bytes();
         self.entries.push_back(entry);
         while self.entries.len() > 1 && (self.entries.len() > max.entries || self.bytes > max.bytes)

@@ -701,8 +701,111 @@ fn read_older_than_received_entries_changes_nothing() {
     assert_eq!((model.node.restarts, model.node.delivered.len()), (0, 6));
 }
 
+/// A member that checks the order of entries, once the replica was read.
+#[derive(Default)]
+struct OrderSink(Option<Position>);
+
+impl DeliverySink for OrderSink {
+    fn classified(&mut self, _: ReplicaEntryClass) {}
+
+    fn entry(&mut self, entry: &Entry) {
+        if let Some(Position { epoch, seq }) = &self.0 {
+            assert_eq!(entry.position, Position::new(epoch.clone(), seq + 1));
+            self.0 = Some(entry.position.clone());
+        }
+    }
+
+    fn epoch_changed(&mut self, to: &Position) {
+        self.0 = self.0.take().map(|_| to.clone());
+    }
+
+    fn reset(&mut self, to: &Position, _: RecoveryFailure) {
+        self.0 = self.0.take().map(|_| to.clone());
+    }
+
+    fn lost(&mut self, _: &Entry) {}
+}
+
+/// Any position, of few epochs and numbers.
+fn any_position() -> impl Strategy<Value = Position> {
+    let epoch = prop_oneof![Just("0-x"), Just("1-e"), Just("1-f"), Just("2-g")];
+    (epoch, 1_u64..12).prop_map(|(epoch, seq)| samples::position(epoch, seq))
+}
+
+/// Any entry, of few servers.
+fn any_entry() -> impl Strategy<Value = Entry> {
+    (any_position(), 0_u64..2).prop_map(|(position, run)| {
+        let origin = format!("{run:016x}").parse().unwrap();
+        Entry { origin, ..samples::entry(position.epoch.as_str(), position.seq) }
+    })
+}
+
+/// Any page, in order or not.
+fn any_page() -> impl Strategy<Value = LogPage> {
+    let entries = prop_oneof![
+        proptest::collection::vec(any_entry(), 0..8),
+        (any_entry(), 0_u64..8).prop_map(|(first, more)| {
+            let Position { epoch, seq } = &first.position;
+            (*seq..=seq + more).map(|seq| samples::entry(epoch.as_str(), seq)).collect()
+        }),
+    ];
+    let numbers = (0_u64..3, 0_u64..14, 0_u64..14);
+    (any_position(), proptest::option::of(any_position()), numbers, entries).prop_map(
+        |(at, former, (deleted, top, oldest), entries)| LogPage {
+            epoch: at.epoch,
+            former,
+            deleted,
+            generation: 0,
+            top,
+            oldest,
+            entries,
+        },
+    )
+}
+
 proptest! {
     #![proptest_config(config())]
+
+    /// The invariants that are asserted in production hold for any log.
+    #[test]
+    fn no_log_breaks_the_order(
+        inputs in proptest::collection::vec(
+            (proptest::option::of(any_page()), any_entry(), any_position()),
+            0..40,
+        ),
+    ) {
+        let (mut replica, mut sink) = (RoomReplica::default(), OrderSink::default());
+        for (page, entry, cursor) in inputs {
+            let Some(mut page) = page else {
+                let _ = replica.receive(entry, &retention(4), &mut sink);
+                continue;
+            };
+            replica.begin_read();
+            let _ = replica.apply_page(page.clone(), &retention(4), &mut sink);
+            prop_assert!(sink.0.is_none() || sink.0.as_ref() == replica.top());
+            sink.0 = replica.top().cloned();
+            let _ = JoinPlan::new(JoinStart::Since(cursor.clone())).next(&replica, true);
+            let _ = JoinPlan::new(JoinStart::Since(cursor.clone()))
+                .next_with_page(&replica, page.clone());
+            page.keep_contiguous();
+            let mut cursor = Some(cursor)
+                .filter(|cursor| replica.top().is_some_and(|top| cursor.seq < top.seq));
+            while let Some(at) = &mut cursor {
+                match replica.next_in_page(&page, at) {
+                    NextDelivery::Entry(entry) => {
+                        let next = Position::new(at.epoch.clone(), at.seq + 1);
+                        assert_eq!(entry.position, next);
+                        *at = next;
+                    }
+                    NextDelivery::EpochChange(to) => {
+                        assert_ne!(*at, to);
+                        *at = to;
+                    }
+                    NextDelivery::NotBuffered | NextDelivery::UpToDate => cursor = None,
+                }
+            }
+        }
+    }
 
     /// The clients themselves check order, gaps, repeats and signals.
     #[test]

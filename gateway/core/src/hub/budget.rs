@@ -90,8 +90,8 @@ impl MemoryBudget {
     }
 
     fn replace(&mut self, before: RoomMemory, after: RoomMemory) {
-        self.ring_bytes = self.ring_bytes + after.ring_bytes - before.ring_bytes;
-        self.ids_bytes = self.ids_bytes + after.ids_bytes - before.ids_bytes;
+        self.ring_bytes = replaced(self.ring_bytes, before.ring_bytes, after.ring_bytes);
+        self.ids_bytes = replaced(self.ids_bytes, before.ids_bytes, after.ids_bytes);
         self.metrics.ring_bytes.add(after.ring_bytes as i64 - before.ring_bytes as i64);
         self.metrics.dedup_ids_bytes.add(after.ids_bytes as i64 - before.ids_bytes as i64);
     }
@@ -107,4 +107,10 @@ impl MemoryBudget {
         }
         if too_much || is_expired { self.buckets.pop_front() } else { None }
     }
+}
+
+/// The bytes of all rooms after those of one room have changed.
+fn replaced(all: usize, before: usize, after: usize) -> usize {
+    assert!(all >= before, "the {all} bytes of all rooms do not include the {before} of one");
+    all - before + after
 }

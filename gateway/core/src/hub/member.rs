@@ -17,7 +17,7 @@ use crate::{
         outbox::{OfferResult, Outbox, deflate::DeflateOptions},
         signals::Signal,
     },
-    delivery::{Entry, replica::RetentionContext},
+    delivery::{Entry, is_fault_injected, replica::RetentionContext},
     envelope::Envelope,
     telemetry::{metrics::Metrics, trail::MessageTrails},
 };
@@ -221,6 +221,12 @@ impl RoomMember {
         let (room, entry) = (frames.room, frames.entry);
         #[cfg(debug_assertions)]
         crate::fault_injection::panic_in("a shard", entry.envelope.fields());
+        assert!(
+            self.cursor.seq + 1 == entry.position.seq || is_fault_injected(),
+            "a member receives entries in order, but {} follows {}",
+            entry.position,
+            self.cursor
+        );
         let reserved = self.handle.inline_ack(room, entry);
         let outbox = &self.handle.outbox;
         let frame = match &reserved {
