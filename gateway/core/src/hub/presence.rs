@@ -419,3 +419,123 @@ fn listing(
 pub fn wire_time(millis: UnixMillis) -> String {
     skein_protocol::timestamp(SystemTime::UNIX_EPOCH + Duration::from_millis(millis))
 }
+
+#[cfg(test)]
+mod tests {
+    use serde_json::{Value, json};
+    use skein_protocol::protocol::server_frame::UserInfo;
+
+    use super::{
+        super::members::samples::{batch, member},
+        *,
+    };
+    use crate::{bus::presence_store::PresenceVersion, delivery::samples::position};
+
+    /// The presence of a room with one member, to whom the roster {ann} was reported.
+    struct Fixture {
+        presence: RoomPresence,
+        options: PresenceOptions,
+        room: RoomId,
+        members: Members,
+        batch: ShardBatch,
+    }
+
+    fn change(number: u64, joined: &[&str], left: &[&str]) -> PresenceChange {
+        let info = |id: &&str| UserInfo { id: id.parse().unwrap(), name: id.parse().unwrap() };
+        PresenceChange {
+            version: PresenceVersion { epoch: 1, number },
+            joined: joined.iter().map(info).collect(),
+            left: left.iter().map(|id| id.parse().unwrap()).collect(),
+        }
+    }
+
+    impl Fixture {
+        fn new(event_members_max: usize) -> Self {
+            let mut members = Members::default();
+            members.add(member(1, position("1-e", 0)));
+            let options = PresenceOptions { event_members_max, ..Default::default() };
+            let (presence, room) = (RoomPresence::default(), "r".parse().unwrap());
+            let mut fixture = Self { presence, options, room, members, batch: batch() };
+            assert!(fixture.presence.begin_read());
+            let (version, users) = (change(1, &[], &[]).version, change(1, &["ann"], &[]).joined);
+            let snapshot = PresenceSnapshot { version, users, complete: true };
+            let Fixture { presence, options, room, members, batch } = &mut fixture;
+            assert!(!presence.apply_snapshot(snapshot, options, room, members, batch));
+            if fixture.presence.due().is_some() {
+                fixture.after(Duration::ZERO);
+            }
+            assert_eq!(fixture.frames().len(), 1);
+            fixture
+        }
+
+        fn apply(&mut self, change: PresenceChange) {
+            let Self { presence, options, room, members, batch } = self;
+            assert!(!presence.apply(change, options, room, members, batch));
+        }
+
+        fn typing(&mut self, is_typing: bool) {
+            let Self { presence, room, members, batch, .. } = self;
+            presence.apply_typing("ann".parse().unwrap(), is_typing, room, members, batch);
+        }
+
+        /// Does the due work after `time`.
+        fn after(&mut self, time: Duration) {
+            self.batch.retention.now += time;
+            let Self { presence, options, room, members, batch } = self;
+            assert!(presence.due().is_some_and(|due| due <= batch.retention.now));
+            presence.send_due(options, room, members, batch);
+        }
+
+        /// The frames that the member received since the last call.
+        fn frames(&self) -> Vec<Value> {
+            let frames = self.members.iter().flat_map(|member| member.handle.outbox.take());
+            let json = |frame: bytes::Bytes| {
+                let begin = frame.iter().position(|byte| *byte == b'{').unwrap();
+                serde_json::from_slice(&frame[begin..]).unwrap()
+            };
+            frames.map(json).collect()
+        }
+    }
+
+    #[test]
+    fn small_room_gets_a_frame_per_change() {
+        let mut fixture = Fixture::new(10);
+        fixture.apply(change(2, &["bob"], &[]));
+        fixture.apply(change(3, &[], &["ann"]));
+        let frames = fixture.frames();
+        let seen: Vec<_> = frames.iter().map(|frame| (&frame["type"], &frame["user"])).collect();
+        let (joined, left) = (json!("member_joined"), json!("member_left"));
+        assert_eq!(seen, [(&joined, &json!("bob")), (&left, &json!("ann"))]);
+        assert_eq!(fixture.presence.due(), None);
+    }
+
+    #[test]
+    fn large_room_gets_one_diff_per_interval() {
+        let mut fixture = Fixture::new(0);
+        fixture.apply(change(2, &["bob", "cid"], &[]));
+        fixture.apply(change(3, &[], &["cid"]));
+        assert!(fixture.frames().is_empty());
+        fixture.after(DIFF_EVERY);
+        let frames = fixture.frames();
+        assert_eq!((frames.len(), &frames[0]["type"]), (1, &json!("presence_diff")));
+        assert_eq!((&frames[0]["joined"], &frames[0]["left"]), (&json!(["bob"]), &json!([])));
+        fixture.apply(change(4, &[], &["ann"]));
+        assert_eq!(fixture.presence.due(), Some(fixture.batch.retention.now + DIFF_EVERY));
+        fixture.after(DIFF_EVERY);
+        assert_eq!(fixture.frames()[0]["left"], json!(["ann"]));
+        assert_eq!(fixture.presence.due(), None);
+    }
+
+    #[test]
+    fn typing_ends_without_a_further_event() {
+        let mut fixture = Fixture::new(10);
+        fixture.typing(true);
+        fixture.typing(true);
+        let frames = fixture.frames();
+        assert_eq!((frames.len(), &frames[0]["is_typing"]), (1, &json!(true)));
+        fixture.after(TYPING_MAX);
+        assert_eq!(fixture.frames()[0]["is_typing"], json!(false));
+        fixture.after(TYPING_EVERY);
+        assert!(fixture.frames().is_empty() && fixture.presence.typing.is_empty());
+    }
+}

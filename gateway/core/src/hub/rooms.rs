@@ -170,3 +170,66 @@ impl Rooms {
         self.members = members;
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::{sync::Arc, time::Duration};
+
+    use super::{
+        super::members::samples::{batch, member},
+        *,
+    };
+    use crate::delivery::samples::{entry, page, position};
+
+    fn rooms(ring_bytes_max: usize) -> Rooms {
+        let options = HubOptions {
+            ring_bytes_max,
+            dedup_ids_bytes_max: 1 << 20,
+            dedup_window: Duration::from_secs(600),
+            log_ttl: Duration::from_secs(3600),
+            rooms_max: 1,
+            empty_rooms_max: 1,
+            watched_users_max: 1,
+        };
+        Rooms::new(&options, MemoryBudget::new(&options, Arc::default()))
+    }
+
+    #[test]
+    fn room_lingers_only_while_it_is_empty() {
+        let (mut rooms, batch) = (rooms(1 << 20), batch());
+        let (name, now) = ("r".parse().unwrap(), batch.retention.now);
+        let room = rooms.open(&name, true);
+        room.members.add(member(1, position("1-e", 0)));
+        let connection = room.members.iter().next().unwrap().handle.connection;
+        assert!(rooms.is_full());
+        rooms.note_use(&name, now);
+        assert_eq!(rooms.oldest_empty(), None);
+        rooms.get_mut(&name).unwrap().members.remove(connection);
+        rooms.note_use(&name, now);
+        assert_eq!(rooms.excess_empty(), None, "one may linger");
+        rooms.keep(&name);
+        assert_eq!(rooms.expired_empty(now + Duration::from_secs(60)), None);
+        rooms.note_use(&name, now);
+        assert_eq!(rooms.expired_empty(now + Duration::from_secs(60)), Some(name.clone()));
+        assert!(rooms.remove(&name) && !rooms.remove(&name) && !rooms.is_full());
+    }
+
+    #[test]
+    fn rings_shrink_while_all_exceed_the_budget() {
+        let (mut rooms, mut batch) = (rooms(5_000), batch());
+        let name = "r".parse().unwrap();
+        let generation = rooms.open(&name, true).generation;
+        let read = |room: &mut Room, batch: &mut ShardBatch| {
+            room.apply_page(page("1-e", 1..=200, 200), batch)
+        };
+        assert!(rooms.change(&name, &mut batch, read).is_some());
+        assert_eq!(rooms.current(&name, generation).unwrap().replica.ring().len(), 200);
+        let receive =
+            |room: &mut Room, batch: &mut ShardBatch| room.receive(entry("1-e", 201), batch);
+        assert!(rooms.change(&name, &mut batch, receive).is_some());
+        assert!(rooms.current(&name, generation).unwrap().replica.ring().len() <= 16);
+        assert!(rooms.current(&name, generation + 1).is_none());
+        assert!(rooms.remove(&name));
+        assert_eq!(rooms.budget.ring_limits().entries, 256, "the memory is free again");
+    }
+}
