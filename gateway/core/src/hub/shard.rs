@@ -514,11 +514,14 @@ impl Shard {
 
     /// Executes the next action of a replica.
     fn act_on(&mut self, name: &RoomId, next: NextAction) {
-        let Some(room) = self.rooms.get_mut(name) else { return };
         match next {
             NextAction::Nothing => {}
-            NextAction::Read => self.reads.forward(room, Duration::ZERO),
-            NextAction::Restore => self.reads.restore(room, &self.batch),
+            NextAction::Read => self.read_forward(name, Duration::ZERO),
+            NextAction::Restore => {
+                if let Some(room) = self.rooms.get_mut(name) {
+                    self.reads.restore(room, &self.batch);
+                }
+            }
         }
     }
 
