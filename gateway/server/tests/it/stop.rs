@@ -11,7 +11,7 @@ use skein_client::{
 use skein_protocol::protocol::server_frame::{ReconnectFrame, ReconnectReason, ServerFrame};
 use tokio::{
     io::{AsyncReadExt as _, AsyncWriteExt as _},
-    net::TcpStream,
+    net::{TcpSocket, TcpStream},
     time::Instant,
 };
 
@@ -266,7 +266,9 @@ async fn the_health_check_uses_the_configured_admin_listener() {
         (output.status.code(), String::from_utf8_lossy(&output.stderr).into_owned())
     };
     assert_eq!(check(node.admin).await, (Some(0), String::new()));
-    // Nothing listens there.
-    let (code, told) = check(([127, 0, 0, 1], node.admin.port()).into()).await;
+    // The port of a socket that does not listen refuses connections, and no other test gets it.
+    let unused = TcpSocket::new_v4().unwrap();
+    unused.bind(([127, 0, 0, 1], 0).into()).unwrap();
+    let (code, told) = check(unused.local_addr().unwrap()).await;
     assert!(code == Some(1) && told.contains("not ready: 127.0.0.1:"), "{code:?} {told}");
 }
