@@ -98,12 +98,6 @@ pub(super) enum ShardCommand {
         room: RoomId,
         connection: ConnectionId,
     },
-    PresentAfter {
-        room: RoomId,
-        after: String,
-        limit: usize,
-        reply: oneshot::Sender<Vec<UserId>>,
-    },
     CloseConnections {
         room: RoomId,
         which: SessionSelector,
@@ -147,6 +141,8 @@ pub(super) enum ShardCommand {
     QueryPresence {
         room: RoomId,
         query: PresenceQuery,
+        /// Receives the users whose details the query lacks.
+        missing: oneshot::Sender<Vec<UserId>>,
     },
     RostersRead {
         rooms: Vec<(RoomId, u64)>,

@@ -23,15 +23,11 @@ use skein_protocol::{
     position::Position,
     protocol::FrameRef,
 };
-use tokio::{
-    sync::{mpsc, oneshot},
-    time::Instant,
-};
+use tokio::sync::{mpsc, oneshot};
 
 use crate::{
     bus::{
         Bus, Mailboxes, ShardReceiver,
-        presence_store::PresenceDetails,
         sessions::{SessionSelector, UnixMicros},
     },
     connection::{handle::ConnectionHandle, outbox::Close},
@@ -161,14 +157,6 @@ impl Hub {
         self.send(room.clone(), ShardCommand::CatchUp { room, connection }).await;
     }
 
-    /// The users present in a room whose ids follow `after`, at most `limit`, as this node's
-    /// members know them.
-    pub async fn present_after(&self, room: RoomId, after: String, limit: usize) -> Vec<UserId> {
-        let (reply, replied) = oneshot::channel();
-        self.send(room.clone(), ShardCommand::PresentAfter { room, after, limit, reply }).await;
-        replied.await.unwrap_or_default()
-    }
-
     /// Closes the connections of a user that belong to `which` sessions and were opened before a
     /// time. Resolves when the closes are under way.
     pub async fn close(
@@ -276,18 +264,14 @@ impl Hub {
     }
 
     /// Sends a member `presence`: exactly the users whom the members here were told about, once the
-    /// roster has reached the version of `details`.
-    pub async fn send_presence(
-        &self,
-        room: RoomId,
-        handle: Arc<ConnectionHandle>,
-        reference: Option<FrameRef>,
-        (after, limit): (String, usize),
-        details: PresenceDetails,
-    ) {
-        let since = Instant::now();
-        let query = PresenceQuery { handle, reference, after, limit, details, since };
-        self.send(room.clone(), ShardCommand::QueryPresence { room, query }).await;
+    /// roster has reached the version of the query's details. If details of listed users are
+    /// missing, sends nothing and returns the users, so that the caller reads their details and
+    /// queries again.
+    pub async fn query_presence(&self, room: RoomId, query: PresenceQuery) -> Vec<UserId> {
+        let (missing, reply) = oneshot::channel();
+        self.send(room.clone(), ShardCommand::QueryPresence { room, query, missing }).await;
+        // Dropped once `presence` is sent.
+        reply.await.unwrap_or_default()
     }
 
     async fn send(&self, room: RoomId, command: ShardCommand) {

@@ -2,7 +2,7 @@
 //! the receiver's outbox is full; entries of the log never are.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     sync::Arc,
     time::{Duration, SystemTime},
 };
@@ -19,7 +19,7 @@ use skein_protocol::{
         },
     },
 };
-use tokio::time::Instant;
+use tokio::{sync::oneshot, time::Instant};
 
 use super::{
     member::{ShardBatch, SharedFrame},
@@ -47,8 +47,8 @@ pub const TYPING_EVERY: Duration = Duration::from_secs(1);
 /// The time after which typing ends without a further event.
 const TYPING_MAX: Duration = Duration::from_secs(6);
 /// The most time that a presence query waits for changes that are on their way.
-const CATCH_UP_MAX: Duration = Duration::from_secs(2);
-/// The most presence queries of a room that wait.
+const PRESENCE_WAIT_MAX: Duration = Duration::from_secs(2);
+/// The most presence queries of a room that wait. Further ones are answered with what is known.
 const QUERIES_MAX: usize = 1024;
 /// The presence state of a room, as the members on this node were told.
 #[derive(Debug, Default)]
@@ -58,7 +58,7 @@ pub(super) struct RoomPresence {
     pending: BTreeMap<UserId, bool>,
     diffed_at: Option<Instant>,
     typing: BTreeMap<UserId, TypingState>,
-    queries: Vec<PresenceQuery>,
+    queries: Vec<(PresenceQuery, oneshot::Sender<Vec<UserId>>)>,
     /// The time of the next due work.
     due: Option<Instant>,
 }
@@ -76,14 +76,34 @@ struct TypingState {
 }
 
 /// A `presence` request of a member.
-#[derive(Debug)]
-pub(super) struct PresenceQuery {
-    pub(super) handle: Arc<ConnectionHandle>,
-    pub(super) reference: Option<FrameRef>,
-    pub(super) after: String,
-    pub(super) limit: usize,
-    pub(super) details: PresenceDetails,
-    pub(super) since: Instant,
+#[derive(Clone, Debug)]
+pub struct PresenceQuery {
+    /// The member.
+    pub handle: Arc<ConnectionHandle>,
+    /// The `ref` of the request.
+    pub reference: Option<FrameRef>,
+    /// The page lists users whose ids follow this one.
+    pub after: String,
+    /// The most users of the page.
+    pub limit: usize,
+    /// The details that were read.
+    pub details: PresenceDetails,
+    /// The users whose details were requested.
+    pub requested: BTreeSet<UserId>,
+    /// The time of the request. It is answered with what is known after [`PRESENCE_WAIT_MAX`].
+    pub since: Instant,
+}
+
+impl PresenceQuery {
+    fn has_waited(&self, now: Instant) -> bool {
+        now.saturating_duration_since(self.since) >= PRESENCE_WAIT_MAX
+    }
+
+    /// The users of the page whose details were not requested.
+    fn missing(&self, roster: &Roster) -> Vec<UserId> {
+        let page = roster.after(&self.after).take(self.limit).map(|(user, _)| user);
+        page.filter(|user| !self.requested.contains(*user)).cloned().collect()
+    }
 }
 
 impl TypingState {
@@ -152,11 +172,6 @@ impl RoomPresence {
     /// Whether the roster was read and every node had reported its users.
     pub(super) fn is_complete(&self) -> bool {
         self.roster.is_complete()
-    }
-
-    /// The users of one page of the roster.
-    pub(super) fn page(&self, after: &str, limit: usize) -> Vec<UserId> {
-        self.roster.after(after).take(limit).map(|(user, _)| user.clone()).collect()
     }
 
     /// The member count in a `joined` frame.
@@ -317,15 +332,21 @@ impl RoomPresence {
         }
     }
 
-    /// Answers a query once the roster has reached its version.
-    pub(super) fn query(&mut self, query: PresenceQuery, room: &RoomId, batch: &mut ShardBatch) {
-        // Queries above the limit are answered with the present roster.
-        let wait = self.queries.len() < QUERIES_MAX;
-        self.queries.push(if wait {
-            query
-        } else {
-            PresenceQuery { details: PresenceDetails::default(), ..query }
-        });
+    /// Answers a query once the roster has reached its version, or tells `missing` of which users it
+    /// lacks details.
+    pub(super) fn query(
+        &mut self,
+        query: PresenceQuery,
+        missing: oneshot::Sender<Vec<UserId>>,
+        room: &RoomId,
+        batch: &mut ShardBatch,
+    ) {
+        if self.queries.len() >= QUERIES_MAX {
+            let (handle, answer) = listing(room, &self.roster, query);
+            handle.send(&answer);
+            return batch.flush_later(&handle);
+        }
+        self.queries.push((query, missing));
         self.answer_queries(room, batch);
     }
 
@@ -334,13 +355,19 @@ impl RoomPresence {
     pub(super) fn answer_queries(&mut self, room: &RoomId, batch: &mut ShardBatch) {
         let Self { roster, pending, queries, .. } = self;
         let (now, mut left) = (batch.retention.now, Vec::new());
-        for query in queries.drain(..) {
-            // The listing must precede the next change that the member receives.
-            let must_wait = (!pending.is_empty() || !roster.has_reached(query.details.version))
-                && now.saturating_duration_since(query.since) < CATCH_UP_MAX;
-            if must_wait {
-                left.push(query);
-                continue;
+        for (query, missing) in queries.drain(..) {
+            if !query.has_waited(now) {
+                // The listing must precede the next change that the member receives.
+                if !pending.is_empty() || !roster.has_reached(query.details.version) {
+                    left.push((query, missing));
+                    continue;
+                }
+                let users = query.missing(roster);
+                if !users.is_empty() {
+                    // A caller that has gone needs no answer.
+                    let _ = missing.send(users);
+                    continue;
+                }
             }
             let (handle, answer) = listing(room, roster, query);
             handle.send(&answer);
@@ -356,7 +383,7 @@ impl RoomPresence {
 
     /// Rejects the queries that wait: the room does not exist any longer.
     pub(super) fn reject_queries(&mut self, room: &RoomId, batch: &mut ShardBatch) {
-        for query in std::mem::take(&mut self.queries) {
+        for (query, _) in std::mem::take(&mut self.queries) {
             reject(room, query, batch);
         }
     }
@@ -378,8 +405,7 @@ pub(super) fn reject(room: &RoomId, query: PresenceQuery, batch: &mut ShardBatch
     batch.flush_later(&query.handle);
 }
 
-/// The page of the roster that answers a query. A user without details, who joined a moment ago,
-/// gets the current time.
+/// The page of the roster that answers a query. A user without details gets the current time.
 fn listing(
     room: &RoomId,
     roster: &Roster,

@@ -5,7 +5,7 @@ use std::{sync::Arc, time::Duration};
 
 use bytes::Bytes;
 use skein_protocol::{
-    ids::{ConnectionId, RoomId, RoomKind},
+    ids::{ConnectionId, RoomId, RoomKind, UserId},
     position::Position,
     protocol::server_frame::{LeftFrame, RoomClosedFrame, RoomClosedReason, ServerFrame},
 };
@@ -185,12 +185,6 @@ impl Shard {
             ShardCommand::Leave { room, connection, reply } => self.leave(&room, connection, reply),
             ShardCommand::CancelJoin { room, handle } => self.cancel_join(&room, &handle),
             ShardCommand::CatchUp { room, connection } => self.catch_up(&room, connection),
-            ShardCommand::PresentAfter { room, after, limit, reply } => {
-                // The caller may have gone.
-                let room = self.rooms.get(&room);
-                let _ = reply
-                    .send(room.map_or_else(Vec::new, |room| room.presence.page(&after, limit)));
-            }
             ShardCommand::CloseConnections { room, which, before, close, done } => {
                 if let Some(inbox) = self.rooms.get(&room) {
                     control::close_connections(&inbox.members, which, before, &close);
@@ -230,7 +224,9 @@ impl Shard {
             ShardCommand::StatusesRead { users, statuses } => {
                 self.statuses.apply(users, statuses, &mut self.incomplete, &mut self.batch);
             }
-            ShardCommand::QueryPresence { room, query } => self.query_presence(&room, query),
+            ShardCommand::QueryPresence { room, query, missing } => {
+                self.query_presence(&room, query, missing);
+            }
             ShardCommand::RostersRead { rooms, snapshots } => {
                 let (incomplete, batch) = (&mut self.incomplete, &mut self.batch);
                 self.rosters.apply(rooms, snapshots, incomplete, &mut self.rooms, batch);
@@ -466,10 +462,16 @@ impl Shard {
         self.drop_room(name);
     }
 
-    /// Answers a presence query once the roster has reached the query's version.
-    fn query_presence(&mut self, name: &RoomId, query: PresenceQuery) {
+    /// Answers a presence query once the roster has reached the query's version, or tells `missing`
+    /// of which users it lacks details.
+    fn query_presence(
+        &mut self,
+        name: &RoomId,
+        query: PresenceQuery,
+        missing: oneshot::Sender<Vec<UserId>>,
+    ) {
         match self.rooms.get_mut(name) {
-            Some(room) => room.presence.query(query, name, &mut self.batch),
+            Some(room) => room.presence.query(query, missing, name, &mut self.batch),
             None => presence::reject(name, query, &mut self.batch),
         }
     }

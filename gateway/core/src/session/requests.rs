@@ -1,6 +1,7 @@
 //! Execution of the requests that wait for the hub or the bus. Each ends with its reply.
 
 use std::{
+    collections::BTreeSet,
     future::ready,
     net::IpAddr,
     sync::Arc,
@@ -27,6 +28,7 @@ use crate::{
         BoxFuture, BusError, ReadRange,
         presence_store::{
             AdmitError, JoinConditions, JoinSnapshot, OnlinePage, PresenceDetails, PresenceScope,
+            UserPresence,
         },
     },
     connection::handle::{ConnectionHandle, text_frame},
@@ -34,7 +36,11 @@ use crate::{
         join::{JoinStart, history as whole_frames},
         page::LogPage,
     },
-    hub::{JoinOutcome, join::JoinGrant, presence::wire_time},
+    hub::{
+        JoinOutcome,
+        join::JoinGrant,
+        presence::{PresenceQuery, wire_time},
+    },
     limits::{address_key, quotas::Writer},
     presence::{PresenceGuard, RoomAlive},
     rooms::passwords::{PasswordAttempt, PasswordOutcome},
@@ -330,33 +336,45 @@ pub(super) async fn leave(context: RequestContext, room: RoomId) -> RequestOutco
 }
 
 /// Executes `presence` of a room: the page lists the users whom the members here know, with details
-/// from the store.
+/// from the store. Most queries need one read; a user who joins meanwhile causes another one.
 pub(super) async fn presence_in(
     context: RequestContext,
     room: RoomId,
     cursor: Option<String>,
     limit: u32,
 ) -> RequestOutcome {
-    let (hub, store) = (&context.services.hub, context.services.presence.store());
-    let (after, limit) = (cursor.unwrap_or_default(), limit as usize);
-    let users = hub.present_after(room.clone(), after.clone(), limit).await;
-    let details = store.details(room.clone(), users);
-    let bytes = |details: &PresenceDetails| details.users.len() * PERSON_BYTES;
-    let mut details = match context.read(details, bytes).await {
-        Ok(details) => details,
-        Err((code, text)) => {
-            context.reject("presence", Some(&room), code, text);
+    let Services { hub, presence, .. } = &*context.services;
+    let scope = PresenceScope::Room(room.clone());
+    let mut query = PresenceQuery {
+        handle: context.handle.clone(),
+        reference: context.reference.clone(),
+        after: cursor.unwrap_or_default(),
+        limit: limit as usize,
+        details: PresenceDetails::default(),
+        requested: BTreeSet::new(),
+        since: Instant::now(),
+    };
+    loop {
+        let missing = hub.query_presence(room.clone(), query.clone()).await;
+        if missing.is_empty() {
             return RequestOutcome::Done;
         }
-    };
-    let place = PresenceScope::Room(room.clone());
-    for detail in &mut details.users {
-        let active = context.services.presence.active(&place, &detail.user.id).unwrap_or_default();
-        detail.active = detail.active.max(active);
+        query.requested.extend(missing.iter().cloned());
+        let details = presence.store().details(room.clone(), missing);
+        let bytes = |details: &PresenceDetails| details.users.len() * PERSON_BYTES;
+        let details = match context.read(details, bytes).await {
+            Ok(details) => details,
+            Err((code, text)) => {
+                context.reject("presence", Some(&room), code, text);
+                return RequestOutcome::Done;
+            }
+        };
+        query.details.version = details.version;
+        query.details.users.extend(details.users.into_iter().map(|user| {
+            let active = presence.active(&scope, &user.user.id).unwrap_or_default();
+            UserPresence { active: user.active.max(active), ..user }
+        }));
     }
-    let (handle, reference) = (context.handle.clone(), context.reference.clone());
-    hub.send_presence(room, handle, reference, (after, limit), details).await;
-    RequestOutcome::Done
 }
 
 /// Executes `presence` of the cluster.
@@ -376,7 +394,7 @@ pub(super) async fn online(
             return RequestOutcome::Done;
         }
     };
-    let present = |detail: crate::bus::presence_store::UserPresence| {
+    let present = |detail: UserPresence| {
         let active = presence.active(&PresenceScope::Cluster, &detail.user.id).unwrap_or_default();
         PresenceUser {
             id: detail.user.id,

@@ -274,6 +274,29 @@ async fn presence_lists_connections_times_and_read_marks() {
 }
 
 #[tokio::test]
+async fn presence_is_complete_at_once_on_a_node_that_has_just_opened_the_room() {
+    TestDeployment::each(&[], async |deployment| {
+        let mut ann = deployment.connect(0, "ann").await;
+        let mut again = deployment.connect(1, "ann").await;
+        for number in 0..20 {
+            let name = format!("room-{number}");
+            join(&mut ann, &name).await;
+            let seq = say(&mut ann, &room(&name), "hello").await.seq;
+            ann.send_json(&json!({"type": "read", "room": name, "seq": seq})).await.unwrap();
+            until("marked", async || {
+                presence_of_room(&mut ann, &name).await.users[0].read == Some(seq)
+            })
+            .await;
+            join(&mut again, &name).await;
+            let presence = presence_of_room(&mut again, &name).await;
+            let [user] = &presence.users[..] else { panic!("{presence:?}") };
+            assert_eq!((user.connections, user.read), (2, Some(seq)), "{name}");
+        }
+    })
+    .await;
+}
+
+#[tokio::test]
 async fn presence_is_paged() {
     TestDeployment::each(&[], async |deployment| {
         let mut connections = Vec::new();
