@@ -24,6 +24,7 @@ use skein_core::{
     bus::{
         Append, BoxFuture, Bus, BusError, Mailboxes, ReadRange,
         commands::{CommandBatch, CommandId, CommandProgress, ControlCommand, ControlQueue},
+        presence_entries::LocalPresences,
         presence_store::{
             AdmitError, EphemeralEvent, JoinConditions, JoinSnapshot, NodePresence, OnlinePage,
             OnlineStatus, PresenceDetails, PresenceSnapshot, PresenceStore,
@@ -180,6 +181,10 @@ impl Bus for RedisBus {
 }
 
 impl PresenceStore for RedisBus {
+    fn entries(&self) -> Arc<LocalPresences> {
+        self.store.entries()
+    }
+
     fn track(&self, report: NodePresence) {
         self.store.track(report);
     }

@@ -45,6 +45,7 @@ use super::{
 use skein_core::{
     bus::{
         Appended, BoxFuture, BusError,
+        presence_entries::LocalPresences,
         presence_store::{
             AdmitError, EphemeralEvent, JoinConditions, JoinSnapshot, NodePresence, PresenceScope,
             PresenceVersion,
@@ -71,6 +72,8 @@ const CHECK_INTERVAL: Duration = Duration::from_secs(1);
 /// The worker that writes presence, read marks, sessions and ephemeral events.
 pub(super) struct StoreWorker {
     pub(super) router: Arc<Router>,
+    /// The presence entries of this node. Never read while `state` is locked.
+    entries: Arc<LocalPresences>,
     options: RoomStoreOptions,
     sessions: SessionOptions,
     pub(super) scripts: StoreScripts,
@@ -103,9 +106,7 @@ struct WorkerState {
     queued: HashSet<(PresenceScope, UserId)>,
     /// Acknowledged positions of inboxes whose operation is in the queue.
     acks: HashMap<UserId, (Option<Epoch>, Seq)>,
-    /// The presence entries of this node.
-    entries: BTreeMap<(PresenceScope, UserId), NodePresence>,
-    /// The incarnation that they are written under.
+    /// The incarnation that the presence entries are written under.
     incarnation: Option<String>,
     /// Former incarnations, to be reaped once all entries are written under the present one.
     old_incarnations: Vec<String>,
@@ -178,8 +179,8 @@ impl StoreWorker {
             owned: script(include_str!("scripts/claim_room.lua")),
             unlist: script(include_str!("scripts/unlist.lua")),
         };
-        let (state, wake) = (Mutex::default(), Notify::new());
-        let worker = Arc::new(Self { router, options, sessions, scripts, state, wake });
+        let (entries, state, wake) = (Arc::default(), Mutex::default(), Notify::new());
+        let worker = Arc::new(Self { router, entries, options, sessions, scripts, state, wake });
         let (working, reaping) = (worker.clone(), worker.clone());
         let work: BoxFuture<()> = Box::pin(async move { working.work().await });
         let reap: BoxFuture<()> = Box::pin(async move { reaping.reap_all().await });
@@ -198,8 +199,12 @@ impl StoreWorker {
         worker
     }
 
+    pub(super) fn entries(&self) -> Arc<LocalPresences> {
+        self.entries.clone()
+    }
+
     pub(super) fn track(&self, report: NodePresence) {
-        self.enqueue_presence(report, None, None);
+        self.enqueue_presence((report.scope, report.user.id), None, None);
     }
 
     pub(super) fn admit(
@@ -208,26 +213,17 @@ impl StoreWorker {
         conditions: Option<JoinConditions>,
     ) -> BoxFuture<Result<JoinSnapshot, AdmitError>> {
         let (reply, replied) = oneshot::channel();
-        self.enqueue_presence(report, conditions, Some(reply));
+        self.enqueue_presence((report.scope, report.user.id), conditions, Some(reply));
         Box::pin(async move { replied.await.unwrap_or(Err(BusError::Unavailable.into())) })
     }
 
     fn enqueue_presence(
         &self,
-        report: NodePresence,
+        key: (PresenceScope, UserId),
         conditions: Option<JoinConditions>,
         reply: Option<oneshot::Sender<Result<JoinSnapshot, AdmitError>>>,
     ) {
         let state = &mut *self.state.lock();
-        let key = (report.scope.clone(), report.user.id.clone());
-        if report.connections == 0 {
-            // Its name is not needed any more.
-            state.entries.remove(&key);
-        } else {
-            // An earlier report of the user may have been admitted already.
-            let admitted = report.admitted || state.entries.get(&key).is_some_and(|of| of.admitted);
-            state.entries.insert(key.clone(), NodePresence { admitted, ..report });
-        }
         if reply.is_some() || state.queued.insert(key.clone()) {
             state.queue.push_back(Op::Presence { key, conditions, reply });
         }
@@ -340,17 +336,19 @@ impl StoreWorker {
     /// reaped.
     fn begin_incarnation(&self) {
         let incarnation = self.router.process().begin_incarnation();
+        // An entry that is added from here on queues its own operation.
+        let keys = self.entries.keys();
         let state = &mut *self.state.lock();
         state.old_incarnations.extend(state.incarnation.replace(incarnation));
         state.is_rewritten = false;
         state.is_registered = false;
         (state.is_announced, state.all_announced) = (false, false);
         state.complete_at = Some(Instant::now() + self.router.process().lease.duration);
-        let WorkerState { queue, queued: touched, entries: seats, .. } = state;
+        let WorkerState { queue, queued, .. } = state;
         queue.retain(|op| !matches!(op, Op::Rewritten));
-        for key in seats.keys() {
-            if touched.insert(key.clone()) {
-                queue.push_back(Op::Presence { key: key.clone(), conditions: None, reply: None });
+        for key in keys {
+            if queued.insert(key.clone()) {
+                queue.push_back(Op::Presence { key, conditions: None, reply: None });
             }
         }
         queue.push_back(Op::Rewritten);
@@ -361,7 +359,7 @@ impl StoreWorker {
     fn expire(&self) {
         let (now, mut expired) = (Instant::now(), Vec::new());
         {
-            let WorkerState { queue, queued: touched, .. } = &mut *self.state.lock();
+            let WorkerState { queue, queued, .. } = &mut *self.state.lock();
             for mut op in std::mem::take(queue) {
                 match &mut op {
                     Op::Ephemeral { deadline, .. } if *deadline <= now => {
@@ -373,7 +371,7 @@ impl StoreWorker {
                         if reply.as_ref().is_some_and(oneshot::Sender::is_closed) =>
                     {
                         (*conditions, *reply) = (None, None);
-                        if !touched.insert(key.clone()) {
+                        if !queued.insert(key.clone()) {
                             continue;
                         }
                     }
@@ -390,8 +388,7 @@ impl StoreWorker {
     /// Takes the next operations for `groups` from the queue, so that others do not block them.
     /// Notes when all entries are written under the present incarnation.
     fn take_batch(&self, groups: &BTreeSet<u16>) -> Vec<Op> {
-        let WorkerState { queue, queued: touched, acks, is_rewritten, .. } =
-            &mut *self.state.lock();
+        let WorkerState { queue, queued, acks, is_rewritten, .. } = &mut *self.state.lock();
         let keyspace = self.router.keyspace();
         let (mut ops, mut kept) = (Vec::new(), VecDeque::new());
         while ops.len() < BATCH_MAX
@@ -409,7 +406,7 @@ impl StoreWorker {
                 continue;
             }
             match &mut op {
-                Op::Presence { key, reply: None, .. } => drop(touched.remove(key)),
+                Op::Presence { key, reply: None, .. } => drop(queued.remove(key)),
                 Op::Session(SessionOp::Acknowledge { user, up_to }) => {
                     *up_to = acks.remove(user).or(up_to.take());
                 }
@@ -424,10 +421,10 @@ impl StoreWorker {
     }
 
     fn requeue(&self, ops: Vec<Op>) {
-        let WorkerState { queue, queued: touched, .. } = &mut *self.state.lock();
+        let WorkerState { queue, queued, .. } = &mut *self.state.lock();
         for op in ops.into_iter().rev() {
             if let Op::Presence { key, reply: None, .. } = &op {
-                touched.insert(key.clone());
+                queued.insert(key.clone());
             }
             queue.push_front(op);
         }
@@ -540,11 +537,10 @@ impl StoreWorker {
 
     /// Records that a user has met the conditions: later reports count as admitted.
     fn record_admission(&self, op: &Op, reply_value: &Value) {
-        if let Op::Presence { key, conditions: Some(_), .. } = op
+        if let Op::Presence { key: (scope, user), conditions: Some(_), .. } = op
             && parse_admission(reply_value).is_ok()
-            && let Some(report) = self.state.lock().entries.get_mut(key)
         {
-            report.admitted = true;
+            self.entries.set_admitted(scope, user);
         }
     }
 
@@ -556,7 +552,7 @@ impl StoreWorker {
                 let group = keyspace.group_of_scope(scope, user);
                 let keys = keyspace.keys_of(group, scope_name(scope), incarnation);
                 let keys = keys.expect("the name of a scope is valid");
-                let report = self.state.lock().entries.get(&(scope.clone(), user.clone())).cloned();
+                let report = self.entries.report(scope, user);
                 let (name, connections, since, active) = match &report {
                     Some(report) => {
                         (report.user.name.as_str(), report.connections, report.since, report.active)

@@ -10,7 +10,10 @@
 //!
 //! There are two implementations, as of the [bus](super): in memory, and in Redis (`skein-redis`).
 
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::{
+    sync::Arc,
+    time::{SystemTime, UNIX_EPOCH},
+};
 
 use crate::envelope::Envelope;
 use skein_protocol::{
@@ -19,7 +22,7 @@ use skein_protocol::{
     protocol::server_frame::{RoomClosedReason, UserInfo},
 };
 
-use super::{BoxFuture, BusError, ticket::PublishTicket};
+use super::{BoxFuture, BusError, presence_entries::LocalPresences, ticket::PublishTicket};
 
 /// Where users are counted.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -229,6 +232,11 @@ pub fn unix_millis_now() -> UnixMillis {
 
 /// Stores presence and read marks. The module documents its guarantees.
 pub trait PresenceStore: Send + Sync {
+    /// The place of this node's entries. A store that writes later reads an entry again then.
+    fn entries(&self) -> Arc<LocalPresences> {
+        Arc::default()
+    }
+
     /// Reports how many connections a user has in a scope on this node. Does not wait.
     fn track(&self, presence: NodePresence);
 

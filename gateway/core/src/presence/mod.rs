@@ -7,15 +7,10 @@
 //! else.
 
 use std::{
-    borrow::Borrow,
-    collections::{BTreeSet, VecDeque},
-    ops::Bound::{Included, Unbounded},
+    collections::VecDeque,
     sync::{
-        Arc, LazyLock,
-        atomic::{
-            AtomicBool, AtomicU32, AtomicU64,
-            Ordering::{Acquire, Relaxed, Release},
-        },
+        Arc,
+        atomic::{AtomicU32, Ordering::Relaxed},
     },
     time::Duration,
 };
@@ -30,6 +25,7 @@ use tokio::{sync::Notify, time::Instant};
 use crate::{
     bus::{
         BoxFuture, BusError,
+        presence_entries::{ConnectionEnd, LocalPresence, LocalPresences},
         presence_store::{
             AdmitError, JoinConditions, JoinSnapshot, NodePresence, OnlinePage, OnlineStatus,
             PresenceScope, PresenceStore, UnixMillis, UserPresence, unix_millis_now,
@@ -42,9 +38,6 @@ pub mod roster;
 
 /// The interval at which the users' last activity is reported.
 const REPORT_ACTIVE_INTERVAL: Duration = Duration::from_secs(5);
-
-/// The lowest user id.
-static LOWEST_USER: LazyLock<UserId> = LazyLock::new(|| "+".parse().expect("a user id"));
 
 /// Options of presence.
 #[derive(Clone, Debug)]
@@ -74,45 +67,22 @@ impl Default for PresenceOptions {
 pub struct PresenceTracker {
     store: Arc<dyn PresenceStore>,
     options: PresenceOptions,
-    /// The store is called while this is locked, so that reports keep the order of changes. The
-    /// store never calls back under its own lock.
-    entries: Mutex<LocalPresences>,
-    /// Notifies the task that an entry was added to `expiring`.
+    /// The store is called while a shard of this is locked, so that reports keep the order of
+    /// changes. The store never reads the entries under its own lock.
+    entries: Arc<LocalPresences>,
+    /// The grace periods, by their end.
+    expiring: Mutex<VecDeque<GraceEnd>>,
+    /// The last grace id given out.
+    grace_id: AtomicU32,
+    /// Notifies the task that a grace period was added.
     expiry_added: Notify,
 }
 
-#[derive(Default)]
-struct LocalPresences {
-    /// Ordered by scope and user.
-    by_scope: BTreeSet<ByScopeAndUser>,
-    /// Entries whose last connection has gone, by time, with the grace id of each.
-    expiring: VecDeque<(Instant, Arc<LocalPresence>, u32)>,
-    /// The last grace id given out.
+/// The end of a grace period.
+struct GraceEnd {
+    at: Instant,
+    entry: Arc<LocalPresence>,
     grace_id: u32,
-    /// The number of entries with the scope `Cluster`.
-    connected: u64,
-}
-
-/// A user at one scope of this node. There is one for each connection and room, so its size counts.
-/// Its fields change only while the entries are locked, except `active` and `typed`.
-#[derive(Debug)]
-struct LocalPresence {
-    scope: PresenceScope,
-    user: UserInfo,
-    since: UnixMillis,
-    connections: AtomicU32,
-    /// The id of the present grace period; 0: none.
-    grace_id: AtomicU32,
-    /// The time of the user's last activity.
-    active: AtomicU64,
-    /// The last published typing state and its time: milliseconds, shifted left by one bit.
-    typed: AtomicU64,
-    /// Whether the user was admitted.
-    admitted: AtomicBool,
-    /// Whether the store does not know `active` yet.
-    active_is_unreported: AtomicBool,
-    /// Whether the room was closed.
-    closed: AtomicBool,
 }
 
 /// One connection's part in a presence scope. The user leaves the grace period after the last guard
@@ -130,117 +100,11 @@ pub struct RoomAlive(Arc<LocalPresence>);
 impl RoomAlive {
     /// Whether the room was closed.
     pub fn is_closed(&self) -> bool {
-        self.0.closed.load(Acquire)
-    }
-}
-
-/// The sort key of the entries.
-trait ScopeAndUser {
-    fn key(&self) -> (&PresenceScope, &UserId);
-}
-
-struct ByScopeAndUser(Arc<LocalPresence>);
-
-impl ScopeAndUser for ByScopeAndUser {
-    fn key(&self) -> (&PresenceScope, &UserId) {
-        (&self.0.scope, &self.0.user.id)
-    }
-}
-
-impl ScopeAndUser for (&PresenceScope, &UserId) {
-    fn key(&self) -> (&PresenceScope, &UserId) {
-        *self
-    }
-}
-
-impl Ord for dyn ScopeAndUser + '_ {
-    fn cmp(&self, other: &Self) -> std::cmp::Ordering {
-        self.key().cmp(&other.key())
-    }
-}
-
-impl PartialOrd for dyn ScopeAndUser + '_ {
-    fn partial_cmp(&self, other: &Self) -> Option<std::cmp::Ordering> {
-        Some(self.cmp(other))
-    }
-}
-
-impl PartialEq for dyn ScopeAndUser + '_ {
-    fn eq(&self, other: &Self) -> bool {
-        self.key() == other.key()
-    }
-}
-
-impl Eq for dyn ScopeAndUser + '_ {}
-
-impl Ord for ByScopeAndUser {
-    fn cmp(&self, other: &Self) -> std::cmp::Ordering {
-        self.key().cmp(&other.key())
-    }
-}
-
-impl PartialOrd for ByScopeAndUser {
-    fn partial_cmp(&self, other: &Self) -> Option<std::cmp::Ordering> {
-        Some(self.cmp(other))
-    }
-}
-
-impl PartialEq for ByScopeAndUser {
-    fn eq(&self, other: &Self) -> bool {
-        self.key() == other.key()
-    }
-}
-
-impl Eq for ByScopeAndUser {}
-
-impl<'a> Borrow<dyn ScopeAndUser + 'a> for ByScopeAndUser {
-    fn borrow(&self) -> &(dyn ScopeAndUser + 'a) {
-        self
-    }
-}
-
-impl LocalPresences {
-    fn get(&self, scope: &PresenceScope, user: &UserId) -> Option<&Arc<LocalPresence>> {
-        let key: &dyn ScopeAndUser = &(scope, user);
-        self.by_scope.get(key).map(|entry| &entry.0)
-    }
-
-    fn insert(&mut self, entry: &Arc<LocalPresence>) {
-        self.connected += u64::from(entry.scope == PresenceScope::Cluster);
-        self.by_scope.insert(ByScopeAndUser(entry.clone()));
-    }
-
-    fn remove(&mut self, entry: &LocalPresence) {
-        let key: &dyn ScopeAndUser = &(&entry.scope, &entry.user.id);
-        if self.by_scope.remove(key) {
-            self.connected -= u64::from(entry.scope == PresenceScope::Cluster);
-        }
-    }
-
-    /// The entries of a scope.
-    fn at<'a>(&'a self, scope: &'a PresenceScope) -> impl Iterator<Item = &'a Arc<LocalPresence>> {
-        let first = (scope, &*LOWEST_USER);
-        let first: &dyn ScopeAndUser = &first;
-        let here = self.by_scope.range::<dyn ScopeAndUser, _>((Included(first), Unbounded));
-        here.map(|entry| &entry.0).take_while(move |entry| entry.scope == *scope)
+        self.0.is_closed()
     }
 }
 
 type Admitting = BoxFuture<Result<JoinSnapshot, AdmitError>>;
-
-impl LocalPresence {
-    fn report(&self) -> NodePresence {
-        let grace_id = u32::from(self.grace_id.load(Relaxed) != 0);
-        NodePresence {
-            scope: self.scope.clone(),
-            user: self.user.clone(),
-            connections: self.connections.load(Relaxed).max(grace_id),
-            since: self.since,
-            active: self.active.load(Relaxed),
-            admitted: self.admitted.load(Relaxed),
-        }
-    }
-}
 
 impl PresenceTracker {
     /// Starts the task that ends grace periods.
@@ -250,9 +114,11 @@ impl PresenceTracker {
         tasks: &Tasks,
     ) -> Arc<Self> {
         let presence = Arc::new(Self {
+            entries: store.entries(),
             store,
             options,
-            entries: Mutex::default(),
+            expiring: Mutex::default(),
+            grace_id: AtomicU32::new(0),
             expiry_added: Notify::new(),
         });
         let (tracker, stopped) = (presence.clone(), tasks.stopped().clone());
@@ -289,14 +155,14 @@ impl PresenceTracker {
         person: &UserInfo,
         rules: Option<JoinConditions>,
     ) -> Result<(PresenceGuard, JoinSnapshot), AdmitError> {
-        let (guard, admitting, was_here) = self.track(scope, person, rules);
+        let (guard, admitting, is_new) = self.track(scope, person, rules);
         match admitting.await {
             Ok(snapshot) => {
-                guard.entry.admitted.store(true, Relaxed);
+                guard.entry.set_admitted();
                 Ok((guard, snapshot))
             }
             Err(error) => {
-                if !was_here {
+                if is_new {
                     guard.leave();
                 }
                 Err(error)
@@ -327,37 +193,11 @@ impl PresenceTracker {
         person: &UserInfo,
         rules: Option<JoinConditions>,
     ) -> (PresenceGuard, Admitting, bool) {
-        let now = unix_millis_now();
-        let mut entries = self.entries.lock();
-        let known = entries.get(&scope, &person.id).cloned();
-        let was_here = known.is_some();
-        let entry = known.unwrap_or_else(|| {
-            // Entries of a room share its name in memory.
-            let one = entries.at(&scope).next().map(|other| other.scope.clone());
-            let scope = one.unwrap_or(scope);
-            // The cluster scope has no admission.
-            let admitted = scope == PresenceScope::Cluster;
-            let entry = Arc::new(LocalPresence {
-                scope,
-                user: person.clone(),
-                since: now,
-                connections: 0.into(),
-                grace_id: 0.into(),
-                active: now.into(),
-                typed: 0.into(),
-                admitted: admitted.into(),
-                active_is_unreported: false.into(),
-                closed: false.into(),
-            });
-            entries.insert(&entry);
-            entry
-        });
-        entry.connections.fetch_add(1, Relaxed);
-        entry.grace_id.store(0, Relaxed);
-        entry.active.store(now, Relaxed);
+        let mut entries = self.entries.lock(&person.id);
+        let (entry, is_new) = entries.connect(scope, person, unix_millis_now());
         let admitting = self.store.admit(entry.report(), rules);
         drop(entries);
-        (PresenceGuard { presence: Some(self.clone()), entry }, admitting, was_here)
+        (PresenceGuard { presence: Some(self.clone()), entry }, admitting, is_new)
     }
 
     /// A page of the users connected to any node: at most `limit` whose ids follow `after`.
@@ -369,15 +209,17 @@ impl PresenceTracker {
         if let Some(online) = self.store.online(after.clone(), limit).await? {
             return Ok(online);
         }
-        let entries = self.entries.lock();
-        let mut here =
-            entries.at(&PresenceScope::Cluster).filter(|entry| entry.user.id.as_str() > &*after);
-        let detail = |entry: &Arc<LocalPresence>| {
-            let NodePresence { user, connections, since, active, .. } = entry.report();
-            UserPresence { user, connections: connections.into(), since, active, read: 0 }
+        let (mut here, count) = self.entries.connected(&after, limit.saturating_add(1));
+        let more = here.len() > limit;
+        here.truncate(limit);
+        let detail = |NodePresence { user, connections, since, active, .. }| UserPresence {
+            user,
+            connections: u64::from(connections),
+            since,
+            active,
+            read: 0,
         };
-        let users = here.by_ref().take(limit).map(detail).collect();
-        Ok(OnlinePage { users, count: entries.connected, more: here.next().is_some() })
+        Ok(OnlinePage { users: here.into_iter().map(detail).collect(), count, more })
     }
 
     /// Whether users are connected to any node, and the time of each user's last activity.
@@ -387,10 +229,8 @@ impl PresenceTracker {
     /// [`BusError`] if the store is unavailable.
     pub async fn statuses(&self, users: Vec<UserId>) -> Result<Vec<OnlineStatus>, BusError> {
         let mut statuses = self.store.statuses(users.clone()).await?;
-        let entries = self.entries.lock();
         for (user, status) in users.iter().zip(&mut statuses) {
-            if let Some(entry) = entries.get(&PresenceScope::Cluster, user) {
-                let active = entry.active.load(Relaxed);
+            if let Some(active) = self.active(&PresenceScope::Cluster, user) {
                 let active = status.active.max(Some(active));
                 *status = OnlineStatus { online: true, active, complete: true };
             }
@@ -400,58 +240,43 @@ impl PresenceTracker {
 
     /// The time of a user's last activity at a scope of this node.
     pub fn active(&self, scope: &PresenceScope, user: &UserId) -> Option<UnixMillis> {
-        Some(self.entries.lock().get(scope, user)?.active.load(Relaxed))
+        Some(self.entries.lock(user).get(scope, user)?.active.load(Relaxed))
     }
 
     /// Closes all guards of a room that was closed or deleted.
     pub fn close(&self, room: &RoomId) {
         let scope = PresenceScope::Room(room.clone());
-        let entries = &mut *self.entries.lock();
-        for entry in entries.at(&scope).cloned().collect::<Vec<_>>() {
-            self.close_entry(entries, &entry);
+        for mut entries in self.entries.each() {
+            for entry in entries.close(&scope) {
+                self.store.track(entry.report());
+            }
         }
     }
 
-    fn close_entry(&self, entries: &mut LocalPresences, entry: &Arc<LocalPresence>) {
-        entry.closed.store(true, Release);
-        entry.connections.store(0, Relaxed);
-        entry.grace_id.store(0, Relaxed);
-        self.store.track(entry.report());
-        entries.remove(entry);
-    }
-
-    /// The rooms in which a user is present on this node. Scans all entries.
+    /// The rooms in which a user is present on this node.
     pub fn rooms_of(&self, user: &UserId) -> Vec<RoomId> {
-        let entries = self.entries.lock();
-        let of_user =
-            entries.by_scope.iter().map(|entry| &entry.0).filter(|entry| entry.user.id == *user);
-        of_user
-            .filter_map(|entry| match &entry.scope {
-                PresenceScope::Room(room) => Some(room.clone()),
-                PresenceScope::Cluster => None,
-            })
-            .collect()
+        self.entries.rooms_of(user)
     }
 
     /// Removes one connection. After the last one the entry stays for the grace period if `grace`
     /// is set.
     fn untrack(&self, entry: &Arc<LocalPresence>, grace: bool) {
-        let mut guard = self.entries.lock();
-        let entries = &mut *guard;
-        // The room was closed; the user may have joined another room of the same name since.
-        if entry.closed.load(Acquire) {
-            return;
-        }
-        let before = entry.connections.fetch_sub(1, Relaxed);
-        if before == 1 && grace && !self.options.grace.is_zero() {
-            entries.grace_id = entries.grace_id.wrapping_add(1).max(1);
-            entry.grace_id.store(entries.grace_id, Relaxed);
-            let until = Instant::now() + self.options.grace;
-            entries.expiring.push_back((until, entry.clone(), entries.grace_id));
+        let mut entries = self.entries.lock(&entry.user.id);
+        let ends = match entries.disconnect(entry) {
+            ConnectionEnd::Closed => return,
+            ConnectionEnd::Fewer => false,
+            ConnectionEnd::Last => true,
+        };
+        if ends && grace && !self.options.grace.is_zero() {
+            let grace_id = self.grace_id.fetch_add(1, Relaxed).wrapping_add(1).max(1);
+            entries.begin_grace(entry, grace_id);
+            drop(entries);
+            let at = Instant::now() + self.options.grace;
+            self.expiring.lock().push_back(GraceEnd { at, entry: entry.clone(), grace_id });
             self.expiry_added.notify_one();
             return;
         }
-        if before == 1 {
+        if ends {
             entries.remove(entry);
         }
         self.store.track(entry.report());
@@ -461,10 +286,10 @@ impl PresenceTracker {
     async fn run(&self) {
         let mut report_active = tokio::time::interval(REPORT_ACTIVE_INTERVAL);
         loop {
-            let next = self.entries.lock().expiring.front().map(|(until, ..)| *until);
+            let next = self.expiring.lock().front().map(|grace| grace.at);
             let due = async {
                 match next {
-                    Some(until) => tokio::time::sleep_until(until).await,
+                    Some(at) => tokio::time::sleep_until(at).await,
                     None => std::future::pending().await,
                 }
             };
@@ -478,23 +303,22 @@ impl PresenceTracker {
     }
 
     fn remove_expired(&self, now: Instant) {
-        let mut guard = self.entries.lock();
-        let entries = &mut *guard;
-        while let Some((_, entry, grace_id)) =
-            entries.expiring.pop_front_if(|(until, ..)| *until <= now)
-        {
+        let next = || self.expiring.lock().pop_front_if(|grace| grace.at <= now);
+        while let Some(GraceEnd { entry, grace_id, .. }) = next() {
+            let mut entries = self.entries.lock(&entry.user.id);
             // A user who returned and left again has a later grace id.
-            if entry.grace_id.compare_exchange(grace_id, 0, Relaxed, Relaxed).is_ok() {
+            if entries.end_grace(&entry, grace_id) {
                 self.store.track(entry.report());
-                entries.remove(&entry);
             }
         }
     }
 
     fn report_active(&self) {
-        for ByScopeAndUser(entry) in &self.entries.lock().by_scope {
-            if entry.active_is_unreported.swap(false, Relaxed) {
-                self.store.track(entry.report());
+        for entries in self.entries.each() {
+            for entry in entries.iter() {
+                if entry.active_is_unreported.swap(false, Relaxed) {
+                    self.store.track(entry.report());
+                }
             }
         }
     }
@@ -505,7 +329,7 @@ impl PresenceGuard {
     pub fn rejoin_snapshot(&self) -> BoxFuture<Result<JoinSnapshot, AdmitError>> {
         let not_found = || Box::pin(std::future::ready(Err(AdmitError::NotFound)));
         let Some(presence) = &self.presence else { return not_found() };
-        let _entries = presence.entries.lock();
+        let _entries = presence.entries.lock(&self.entry.user.id);
         if self.is_closed() {
             return not_found();
         }
@@ -533,7 +357,7 @@ impl PresenceGuard {
 
     /// Whether the room was closed since.
     pub fn is_closed(&self) -> bool {
-        self.entry.closed.load(Acquire)
+        self.entry.is_closed()
     }
 
     /// Tells later whether the room was closed, without keeping the user present.

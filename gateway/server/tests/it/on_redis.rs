@@ -3,12 +3,14 @@
 
 use std::{sync::Arc, time::Duration};
 
+use futures_util::future::join_all;
 use skein_core::{
     bus::{
         BusError,
-        presence_store::{NodePresence, PresenceScope, PresenceStore as _},
+        presence_store::{JoinConditions, PresenceScope, PresenceStore as _},
     },
     drain::Tasks,
+    presence::{PresenceOptions, PresenceTracker},
     telemetry::metrics::Metrics,
 };
 use skein_protocol::{
@@ -33,15 +35,17 @@ async fn many_users_of_a_stopped_node_leave() {
     let (stays, ends) =
         (RedisRegistry::start(&server, "stays").await, RedisRegistry::start(&server, "ends").await);
     let lobby = room("lobby");
-    for number in 0..MANY {
-        for scope in [PresenceScope::Room(lobby.clone()), PresenceScope::Cluster] {
-            let user: UserId = format!("user-{number}").parse().unwrap();
-            let name = DisplayName::from(&user);
-            let user = UserInfo { id: user, name };
-            let (connections, since, active, admitted) = (1, 1, 1, true);
-            ends.bus.track(NodePresence { scope, user, connections, since, active, admitted });
-        }
-    }
+    let presence =
+        PresenceTracker::start(ends.bus.clone(), PresenceOptions::default(), &ends.tasks);
+    let admitted = (0..MANY).map(async |number| {
+        let id: UserId = format!("user-{number}").parse().unwrap();
+        let user = UserInfo { name: DisplayName::from(&id), id };
+        let scope = PresenceScope::Room(lobby.clone());
+        let rules = JoinConditions { create: true, within_quota: true, ..Default::default() };
+        let (member, _) = presence.admit(scope, &user, Some(rules)).await.unwrap();
+        (member, presence.track_online_soon(&user))
+    });
+    let guards = join_all(admitted).await;
     let present = async || {
         let snapshots = stays.bus.snapshots(vec![lobby.clone()]).await.unwrap();
         let online = stays.bus.online(String::new(), 1).await.unwrap();
@@ -49,6 +53,7 @@ async fn many_users_of_a_stopped_node_leave() {
     };
     until("all are there", async || present().await == (MANY, MANY as u64)).await;
     assert!(ends.tasks.finish(Duration::from_secs(5)).await);
+    drop(guards);
     until("all have left", async || present().await == (0, 0)).await;
     for pattern in ["*:on:*", "*places:*"] {
         let script = format!("EVAL \"return #redis.call('KEYS', '{pattern}')\" 0");
@@ -58,7 +63,7 @@ async fn many_users_of_a_stopped_node_leave() {
 
 /// A node on Redis whose presence store is tested.
 struct RedisRegistry {
-    bus: RedisBus,
+    bus: Arc<RedisBus>,
     tasks: Tasks,
 }
 
@@ -67,7 +72,7 @@ impl RedisRegistry {
         let tasks = Tasks::default();
         let options = redis_options(server.url(), PARTITIONS, node);
         let (mailboxes, metrics) = (mailbox().0, Arc::new(Metrics::new()));
-        let bus = RedisBus::start(options, mailboxes, metrics, &tasks).unwrap();
+        let bus = Arc::new(RedisBus::start(options, mailboxes, metrics, &tasks).unwrap());
         within(bus.reached()).await.unwrap();
         Self { bus, tasks }
     }
