@@ -65,6 +65,9 @@ const POLL_INTERVAL: Duration = Duration::from_secs(1);
 /// The shortest time between two such requests.
 const POLL_PAUSE_MIN: Duration = Duration::from_millis(50);
 
+/// The agreed server of each group, and the number of agreements so far.
+pub(super) type AgreedServers = BTreeMap<u16, (ServerId, u64)>;
+
 /// The connections to one server and the tasks that use them.
 pub(super) struct ServerConnections {
     pub(super) server: Arc<RedisServer>,
@@ -186,9 +189,8 @@ impl Router {
         agreed.collect()
     }
 
-    /// The server of each group and the number of agreements so far, once all groups have an agreed
-    /// server.
-    pub(super) fn agreed_servers(&self) -> Option<BTreeMap<u16, (ServerId, u64)>> {
+    /// The servers, once all groups have an agreed one.
+    pub(super) fn agreed_servers(&self) -> Option<AgreedServers> {
         let mut targets = BTreeMap::new();
         for (connections, groups) in self.connections_by_groups() {
             let agreed = connections.server.agreed.borrow().clone();

@@ -37,7 +37,7 @@ use super::{
     keyspace::{Keyspace, ScopeKeys, scope_name},
     requirements::Detector,
     retry::{RETRY_PAUSE_MAX, RetryPause},
-    router::Router,
+    router::{AgreedServers, Router},
     server::RedisServer,
     sessions::SessionOp,
     untrusted::strip_report,
@@ -54,7 +54,6 @@ use skein_core::{
         sessions::SessionOptions,
         ticket::PublishTicket,
     },
-    delivery::ServerId,
     drain::Tasks,
     telemetry::metrics::StorageLimit,
 };
@@ -113,7 +112,7 @@ struct WorkerState {
     /// Whether all entries are written under the present incarnation.
     is_rewritten: bool,
     /// The servers that the entries were written to, by group.
-    servers: BTreeMap<u16, (ServerId, u64)>,
+    servers: AgreedServers,
     /// Whether the incarnation is registered for the other nodes.
     is_registered: bool,
     /// When every live node has written its entries to those servers, even without an announcement.
@@ -663,26 +662,45 @@ impl StoreWorker {
         state.is_announced = state.is_rewritten && digest_of_servers(&state.servers) == agreements;
     }
 
-    /// Whether the servers' presence is complete: every live node has announced its entries since
-    /// the nodes agreed on the servers, or the time of a lease has passed since. Call this before
-    /// reading presence: a flushed server has lost the announcement of this node.
-    pub(super) async fn is_complete(&self) -> bool {
-        let (agreements, others) = {
+    /// Reads presence, and tells whether what was read is complete: every live node has announced
+    /// its entries since the nodes agreed on the servers, or the time of a lease has passed since.
+    pub(super) async fn read_presence<T>(
+        &self,
+        read: impl Future<Output = Result<T, BusError>>,
+    ) -> Result<(T, bool), BusError> {
+        // Before the read, since a flushed server has lost the announcement of this node.
+        let complete = self.complete_servers().await;
+        let read = read.await?;
+        // After it, since a server that has restarted from its file still has the announcements,
+        // but not all of the entries.
+        let is_complete = complete.is_some_and(|servers| self.are_agreed(&servers));
+        Ok((read, is_complete))
+    }
+
+    /// The servers whose presence is complete.
+    async fn complete_servers(&self) -> Option<AgreedServers> {
+        let (servers, others) = {
             let state = self.state.lock();
-            if state.servers.is_empty() {
-                return false;
-            }
-            let others = state.all_announced || state.waited_for_all();
-            (digest_of_servers(&state.servers), others)
+            (state.servers.clone(), state.all_announced || state.waited_for_all())
         };
+        // This worker may not have noticed yet that the nodes have agreed anew.
+        if !self.are_agreed(&servers) {
+            return None;
+        }
+        let agreements = digest_of_servers(&servers);
         if others {
-            return self.has_announced(&agreements).await.unwrap_or(false);
+            return self.has_announced(&agreements).await.unwrap_or(false).then_some(servers);
         }
         let whole = self.have_all_announced(&agreements).await.unwrap_or(false);
         let state = &mut *self.state.lock();
-        let is_still = whole && digest_of_servers(&state.servers) == agreements;
+        let is_still = whole && state.servers == servers;
         state.all_announced |= is_still;
-        is_still
+        is_still.then_some(servers)
+    }
+
+    /// Whether the nodes agree on these servers at present.
+    fn are_agreed(&self, servers: &AgreedServers) -> bool {
+        self.router.agreed_servers().as_ref() == Some(servers)
     }
 
     async fn has_announced(&self, agreements: &str) -> RedisResult<bool> {
@@ -776,7 +794,7 @@ impl Op {
 }
 
 /// A digest of the agreed servers, which is the same on all nodes.
-fn digest_of_servers(servers: &BTreeMap<u16, (ServerId, u64)>) -> String {
+fn digest_of_servers(servers: &AgreedServers) -> String {
     let mut digest = Sha1::new();
     for (group, (server_id, _)) in servers {
         digest.update(format!("{group} {server_id}\n"));

@@ -160,9 +160,14 @@ impl RoomPresence {
         snapshot: PresenceSnapshot,
         options: &PresenceOptions,
         room: &RoomId,
-        members: &Members,
+        members: &mut Members,
         batch: &mut ShardBatch,
     ) -> bool {
+        if self.roster.has_reached(snapshot.version) {
+            // The store may have lost changes, for example when a Redis restarted from its file:
+            // then the versions with which members joined are used again for other changes.
+            members.iter_mut().for_each(|member| member.presence_version = Default::default());
+        }
         let (changes, again) = self.roster.apply_snapshot(snapshot);
         self.send_changes(changes, options, room, members, batch);
         self.answer_queries(room, batch);

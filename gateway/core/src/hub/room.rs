@@ -375,7 +375,7 @@ impl Room {
         options: &PresenceOptions,
         batch: &mut ShardBatch,
     ) -> bool {
-        self.presence.apply_snapshot(snapshot, options, &self.name, &self.members, batch)
+        self.presence.apply_snapshot(snapshot, options, &self.name, &mut self.members, batch)
     }
 
     /// Closes the connection whose session another connection has taken over.

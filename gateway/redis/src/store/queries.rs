@@ -106,19 +106,17 @@ impl StoreWorker {
         let mut snapshots = vec![PresenceSnapshot::default(); rooms.len()];
         for (group, indices) in by_group(0..rooms.len(), |at| keyspace.group_of(&rooms[*at])) {
             for indices in indices.chunks(BATCH_MAX / 8) {
-                // Before the read, so that it covers what was written until then.
-                let complete = self.is_complete().await;
-                let replies: Vec<RedisResult<Value>> = self
-                    .query(group, async |connection| {
-                        let mut pipeline = redis::Pipeline::with_capacity(indices.len());
-                        pipeline.ignore_errors();
-                        for at in indices {
-                            let channel = keyspace.channel(&rooms[*at]);
-                            pipeline.cmd("HGETALL").arg(format!("{channel}:who"));
-                        }
-                        pipeline.query_async(connection).await
-                    })
-                    .await?;
+                let read = self.query(group, async |connection| {
+                    let mut pipeline = redis::Pipeline::with_capacity(indices.len());
+                    pipeline.ignore_errors();
+                    for at in indices {
+                        let channel = keyspace.channel(&rooms[*at]);
+                        pipeline.cmd("HGETALL").arg(format!("{channel}:who"));
+                    }
+                    pipeline.query_async(connection).await
+                });
+                let (replies, complete): (Vec<RedisResult<Value>>, _) =
+                    self.read_presence(read).await?;
                 for (at, reply) in indices.iter().zip(replies) {
                     let rows = self.or_default(&rooms[*at], reply)?;
                     snapshots[*at] = self.snapshot(&rooms[*at], rows, complete);
@@ -179,18 +177,16 @@ impl StoreWorker {
         let group_of = |at: &usize| keyspace.group_of_text(users[*at].as_str());
         for (group, indices) in by_group(0..users.len(), group_of) {
             let names: Vec<&str> = indices.iter().map(|at| users[*at].as_str()).collect();
-            // Before the read, so that it covers what was written until then.
-            let complete = self.is_complete().await;
             let online = keyspace.online(group);
-            let replies: Vec<RedisResult<Value>> = self
-                .query(group, async |connection| {
-                    let mut pipeline = redis::pipe();
-                    pipeline.atomic().ignore_errors();
-                    pipeline.cmd("HMGET").arg(format!("{online}:who")).arg(&names);
-                    pipeline.cmd("ZMSCORE").arg(format!("{online}:seen")).arg(&names);
-                    pipeline.query_async(connection).await
-                })
-                .await?;
+            let read = self.query(group, async |connection| {
+                let mut pipeline = redis::pipe();
+                pipeline.atomic().ignore_errors();
+                pipeline.cmd("HMGET").arg(format!("{online}:who")).arg(&names);
+                pipeline.cmd("ZMSCORE").arg(format!("{online}:seen")).arg(&names);
+                pipeline.query_async(connection).await
+            });
+            let (replies, complete): (Vec<RedisResult<Value>>, _) =
+                self.read_presence(read).await?;
             let mut replies = replies.into_iter();
             let mut next = || replies.next().unwrap_or(Ok(Value::Nil));
             let rows: Vec<Option<Lossy>> = self.or_default(&online, next())?;
