@@ -128,8 +128,8 @@ struct AppendWorker {
 impl AppendWorker {
     async fn run(mut self) {
         let stopped = self.stopped.clone();
-        // `reconnect_forever` keeps unanswered publishes in `self`, except those in flight: their
-        // callers have ended by now, and find them by their ids.
+        // `reconnect_forever` keeps unanswered publishes in `self`, except those in flight, whose
+        // tickets answer `unavailable` when they are dropped.
         tokio::select! {
             biased;
             () = stopped.cancelled() => {}
