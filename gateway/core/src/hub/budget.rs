@@ -30,7 +30,7 @@ pub(super) struct MemoryBudget {
 pub(super) struct BucketRef {
     pub(super) since: Instant,
     pub(super) room: RoomId,
-    pub(super) generation: u64,
+    pub(super) subscription: u64,
 }
 
 /// The memory of one room.
@@ -78,8 +78,8 @@ impl MemoryBudget {
     pub(super) fn count(&mut self, before: RoomMemory, room: &Room, now: Instant) {
         let after = RoomMemory::of(room);
         for _ in before.buckets_started..after.buckets_started {
-            let (room, generation) = (room.name.clone(), room.generation);
-            self.buckets.push_back(BucketRef { since: now, room, generation });
+            let (room, subscription) = (room.name.clone(), room.subscription);
+            self.buckets.push_back(BucketRef { since: now, room, subscription });
         }
         self.replace(before, after);
     }

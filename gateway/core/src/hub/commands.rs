@@ -150,7 +150,7 @@ pub(super) enum ShardCommand {
     },
     HeadsRead {
         rooms: Vec<(RoomId, u64)>,
-        read_generation: u64,
+        read_era: u64,
         heads: Vec<Option<Position>>,
     },
     LogRead {
@@ -162,11 +162,11 @@ pub(super) enum ShardCommand {
 /// A read of a log.
 pub(super) struct LogReadRequest {
     pub(super) room: RoomId,
-    /// The generation of the room's subscription.
-    pub(super) generation: u64,
-    /// The shard's read generation when the read began. A result of an earlier generation may come
-    /// from a Redis server that the cluster has abandoned.
-    pub(super) read_generation: u64,
+    /// The number of the room's subscription.
+    pub(super) subscription: u64,
+    /// The shard's read era when the read began. A result of an earlier era may come from a
+    /// Redis server that the cluster has abandoned.
+    pub(super) read_era: u64,
     pub(super) purpose: ReadPurpose,
 }
 

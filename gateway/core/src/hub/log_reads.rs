@@ -31,9 +31,9 @@ pub(super) struct LogReads {
     bus: Arc<dyn Bus>,
     tasks: ShardTasks,
     metrics: Arc<Metrics>,
-    /// Counts the events that void earlier reads: the node lost its lease, or sent the snapshots
-    /// from which a new Redis server is restored.
-    generation: u64,
+    /// The read era. Counts the events that void earlier reads: the node lost its lease, or sent
+    /// the snapshots from which a new Redis server is restored.
+    era: u64,
     /// The number of catch-up reads under way.
     catch_up_reads: usize,
     /// Rooms that wait for a catch-up read.
@@ -43,17 +43,17 @@ pub(super) struct LogReads {
 impl LogReads {
     pub(super) fn new(bus: Arc<dyn Bus>, tasks: ShardTasks, metrics: Arc<Metrics>) -> Self {
         let waiting = VecDeque::new();
-        Self { bus, tasks, metrics, generation: 0, catch_up_reads: 0, waiting }
+        Self { bus, tasks, metrics, era: 0, catch_up_reads: 0, waiting }
     }
 
     /// Voids all reads under way.
     pub(super) fn void(&mut self) {
-        self.generation += 1;
+        self.era += 1;
     }
 
     /// Whether a read began before an event that voids it.
-    pub(super) fn is_void(&self, read_generation: u64) -> bool {
-        self.generation != read_generation
+    pub(super) fn is_void(&self, read_era: u64) -> bool {
+        self.era != read_era
     }
 
     /// Subscribes to a room, then reads its log.
@@ -101,7 +101,7 @@ impl LogReads {
         }
         if self.catch_up_reads >= CATCH_UP_READS_MAX {
             room.catch_up.queue_read();
-            self.waiting.push_back((room.name.clone(), room.generation));
+            self.waiting.push_back((room.name.clone(), room.subscription));
             return;
         }
         self.begin_catch_up(room);
@@ -118,9 +118,9 @@ impl LogReads {
     pub(super) fn end_catch_up(&mut self, rooms: &mut Rooms) {
         self.catch_up_reads -= 1;
         while self.catch_up_reads < CATCH_UP_READS_MAX
-            && let Some((name, generation)) = self.waiting.pop_front()
+            && let Some((name, subscription)) = self.waiting.pop_front()
         {
-            if let Some(room) = rooms.current(&name, generation) {
+            if let Some(room) = rooms.current(&name, subscription) {
                 self.begin_catch_up(room);
             }
         }
@@ -138,8 +138,8 @@ impl LogReads {
         let (bus, metrics, durable) = (self.bus.clone(), self.metrics.clone(), room.durable);
         let mut request = LogReadRequest {
             room: room.name.clone(),
-            generation: room.generation,
-            read_generation: self.generation,
+            subscription: room.subscription,
+            read_era: self.era,
             purpose,
         };
         self.tasks.spawn("read_log", async move {
@@ -185,8 +185,7 @@ impl LogReads {
 
     /// Reads the heads of the logs of `rooms` in a task, until it succeeds.
     pub(super) fn read_heads(&self, rooms: Vec<(RoomId, u64)>) {
-        let (bus, metrics, read_generation) =
-            (self.bus.clone(), self.metrics.clone(), self.generation);
+        let (bus, metrics, read_era) = (self.bus.clone(), self.metrics.clone(), self.era);
         self.tasks.spawn("compare_heads", async move {
             let names: Vec<RoomId> = rooms.iter().map(|(name, _)| name.clone()).collect();
             let heads = loop {
@@ -196,7 +195,7 @@ impl LogReads {
                 }
                 tokio::time::sleep(READ_RETRY_DELAY).await;
             };
-            ShardCommand::HeadsRead { rooms, read_generation, heads }
+            ShardCommand::HeadsRead { rooms, read_era, heads }
         });
     }
 

@@ -58,7 +58,7 @@ impl Resync {
         for room in rooms.iter_mut().filter(|room| room.durable) {
             self.unverified.insert(room.name.clone());
             if !room.replica.read_again() {
-                to_compare.push((room.name.clone(), room.generation));
+                to_compare.push((room.name.clone(), room.subscription));
             }
         }
         self.read_heads(to_compare, reads);
@@ -76,7 +76,7 @@ impl Resync {
         for room in rooms.iter_mut() {
             let received = room.take_received();
             if room.durable && !received && room.replica.read_state() == ReadState::Idle {
-                idle.push((room.name.clone(), room.generation));
+                idle.push((room.name.clone(), room.subscription));
             }
         }
         self.read_heads(idle, reads);

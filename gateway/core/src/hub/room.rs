@@ -39,8 +39,8 @@ use crate::{
 #[derive(Debug)]
 pub(super) struct Room {
     pub(super) name: RoomId,
-    /// Distinguishes this subscription from an earlier one, for late results.
-    pub(super) generation: u64,
+    /// The number of this subscription, which tells it from an earlier one, for late results.
+    pub(super) subscription: u64,
     pub(super) replica: RoomReplica,
     /// Whether the room keeps a log.
     pub(super) durable: bool,
@@ -133,12 +133,12 @@ fn peer_of_direct(inbox: &RoomId, entry: &Entry) -> Option<UserId> {
 }
 
 impl Room {
-    pub(super) fn opening(name: RoomId, generation: u64, durable: bool) -> Self {
+    pub(super) fn opening(name: RoomId, subscription: u64, durable: bool) -> Self {
         let mut replica = RoomReplica::default();
         replica.begin_read();
         Self {
             name,
-            generation,
+            subscription,
             replica,
             durable,
             deleted: 0,

@@ -19,7 +19,7 @@ pub(super) struct Rooms {
     rooms: HashMap<RoomId, Box<Room>>,
     /// Counts subscriptions, so that a late result for an earlier subscription is not applied to a
     /// later one.
-    generation: u64,
+    subscriptions: u64,
     /// The number of rooms that are not inboxes.
     joined: usize,
     joined_max: usize,
@@ -34,7 +34,7 @@ impl Rooms {
     pub(super) fn new(options: &HubOptions, budget: MemoryBudget) -> Self {
         Self {
             rooms: HashMap::new(),
-            generation: 0,
+            subscriptions: 0,
             joined: 0,
             joined_max: options.rooms_max,
             lingering: Lingering::default(),
@@ -52,9 +52,9 @@ impl Rooms {
         self.rooms.get_mut(name).map(|room| &mut **room)
     }
 
-    /// A room, unless it was subscribed to anew since `generation`.
-    pub(super) fn current(&mut self, name: &RoomId, generation: u64) -> Option<&mut Room> {
-        self.get_mut(name).filter(|room| room.generation == generation)
+    /// A room, unless `subscription` has ended since.
+    pub(super) fn current(&mut self, name: &RoomId, subscription: u64) -> Option<&mut Room> {
+        self.get_mut(name).filter(|room| room.subscription == subscription)
     }
 
     pub(super) fn iter(&self) -> impl Iterator<Item = &Room> {
@@ -80,8 +80,8 @@ impl Rooms {
     /// Adds a room that is being opened.
     pub(super) fn open(&mut self, name: &RoomId, durable: bool) -> &mut Room {
         self.joined += usize::from(name.kind() == RoomKind::Room);
-        self.generation += 1;
-        let room = Room::opening(name.clone(), self.generation, durable);
+        self.subscriptions += 1;
+        let room = Room::opening(name.clone(), self.subscriptions, durable);
         self.rooms.entry(name.clone()).or_insert(Box::new(room))
     }
 
@@ -142,7 +142,7 @@ impl Rooms {
     pub(super) fn forget_ids(&mut self, now: Instant) {
         while let Some(bucket) = self.budget.next_to_forget(now) {
             let room = self.rooms.get_mut(&bucket.room);
-            let Some(room) = room.filter(|room| room.generation == bucket.generation) else {
+            let Some(room) = room.filter(|room| room.subscription == bucket.subscription) else {
                 continue;
             };
             if room.replica.ids().oldest() == Some(bucket.since) {
@@ -218,17 +218,17 @@ mod tests {
     fn rings_shrink_while_all_exceed_the_budget() {
         let (mut rooms, mut batch) = (rooms(5_000), batch());
         let name = "r".parse().unwrap();
-        let generation = rooms.open(&name, true).generation;
+        let subscription = rooms.open(&name, true).subscription;
         let read = |room: &mut Room, batch: &mut ShardBatch| {
             room.apply_page(page("1-e", 1..=200, 200), batch)
         };
         assert!(rooms.change(&name, &mut batch, read).is_some());
-        assert_eq!(rooms.current(&name, generation).unwrap().replica.ring().len(), 200);
+        assert_eq!(rooms.current(&name, subscription).unwrap().replica.ring().len(), 200);
         let receive =
             |room: &mut Room, batch: &mut ShardBatch| room.receive(entry("1-e", 201), batch);
         assert!(rooms.change(&name, &mut batch, receive).is_some());
-        assert!(rooms.current(&name, generation).unwrap().replica.ring().len() <= 16);
-        assert!(rooms.current(&name, generation + 1).is_none());
+        assert!(rooms.current(&name, subscription).unwrap().replica.ring().len() <= 16);
+        assert!(rooms.current(&name, subscription + 1).is_none());
         assert!(rooms.remove(&name));
         assert_eq!(rooms.budget.ring_limits().entries, 256, "the memory is free again");
     }

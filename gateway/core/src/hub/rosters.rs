@@ -94,7 +94,7 @@ impl Rosters {
         let begin = |name: RoomId| {
             // An inbox has one known user.
             let room = rooms.get_mut(&name).filter(|_| name.kind() == RoomKind::Room)?;
-            room.presence.begin_read().then_some((name, room.generation))
+            room.presence.begin_read().then_some((name, room.subscription))
         };
         let rooms: Vec<(RoomId, u64)> = names.into_iter().filter_map(begin).collect();
         if rooms.is_empty() {
@@ -123,8 +123,8 @@ impl Rosters {
         batch: &mut ShardBatch,
     ) {
         let mut again = Vec::new();
-        for ((name, generation), snapshot) in read.into_iter().zip(snapshots) {
-            let Some(room) = rooms.current(&name, generation) else { continue };
+        for ((name, subscription), snapshot) in read.into_iter().zip(snapshots) {
+            let Some(room) = rooms.current(&name, subscription) else { continue };
             if snapshot.complete {
                 reads.note_complete();
             } else {

@@ -231,8 +231,8 @@ impl Shard {
                 let (incomplete, batch) = (&mut self.incomplete, &mut self.batch);
                 self.rosters.apply(rooms, snapshots, incomplete, &mut self.rooms, batch);
             }
-            ShardCommand::HeadsRead { rooms, read_generation, heads } => {
-                self.heads_read(rooms, read_generation, &heads);
+            ShardCommand::HeadsRead { rooms, read_era, heads } => {
+                self.heads_read(rooms, read_era, &heads);
             }
             ShardCommand::LogRead { request, result } => self.log_read(request, result),
         }
@@ -259,8 +259,8 @@ impl Shard {
 
     /// Whether a read must not be used: it began before an event that voids earlier reads, or the
     /// node has no lease.
-    fn is_stale(&self, read_generation: u64) -> bool {
-        self.suspended || self.reads.is_void(read_generation)
+    fn is_stale(&self, read_era: u64) -> bool {
+        self.suspended || self.reads.is_void(read_era)
     }
 
     fn receive(&mut self, name: &RoomId, entry: Entry) {
@@ -486,15 +486,10 @@ impl Shard {
     }
 
     /// Reads forward in each room whose log holds entries that the replica lacks.
-    fn heads_read(
-        &mut self,
-        rooms: Vec<(RoomId, u64)>,
-        read_generation: u64,
-        heads: &[Option<Position>],
-    ) {
-        let again = self.resync.end_read() || self.is_stale(read_generation);
-        for ((name, generation), head) in rooms.into_iter().zip(heads) {
-            let Some(room) = self.rooms.current(&name, generation) else { continue };
+    fn heads_read(&mut self, rooms: Vec<(RoomId, u64)>, read_era: u64, heads: &[Option<Position>]) {
+        let again = self.resync.end_read() || self.is_stale(read_era);
+        for ((name, subscription), head) in rooms.into_iter().zip(heads) {
+            let Some(room) = self.rooms.current(&name, subscription) else { continue };
             if !room.replica.has_reached(head.as_ref()) {
                 self.reads.forward(room, Duration::ZERO);
             } else if !again && room.replica.read_state() == ReadState::Idle {
@@ -529,16 +524,16 @@ impl Shard {
 
     /// Handles the result of a read.
     fn log_read(&mut self, request: LogReadRequest, result: Result<LogPage, BusError>) {
-        let LogReadRequest { room: name, generation, read_generation, purpose } = request;
+        let LogReadRequest { room: name, subscription, read_era, purpose } = request;
         if let ReadPurpose::CatchUp(_) = purpose {
             self.reads.end_catch_up(&mut self.rooms);
         }
-        let is_old = self.is_stale(read_generation);
+        let is_old = self.is_stale(read_era);
         if let (ReadPurpose::Open, Ok(_)) = (&purpose, &result) {
             // The room is subscribed by now, so no presence change is missed.
             self.rosters.read(vec![name.clone()], &mut self.rooms);
         }
-        let Some(room) = self.rooms.current(&name, generation) else { return };
+        let Some(room) = self.rooms.current(&name, subscription) else { return };
         match (purpose, result) {
             (ReadPurpose::Open, Err(_)) => {
                 // Dropping the joins notifies their sessions.
