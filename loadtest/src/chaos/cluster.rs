@@ -67,8 +67,8 @@ impl LocalCluster {
         }
         let nginx_address = free_address()?;
         let listens = started.iter().map(|node| node.listen);
-        let nginx =
-            servers::start_nginx(&programs.render, nginx_address, listens, scratch.path()).await?;
+        let (render, folder) = (&programs.render, scratch.path());
+        let nginx = servers::start_nginx(render, nginx_address, listens, 1, folder).await?;
         let cluster =
             Self { programs, redis, redis_address, nodes: started, nginx, nginx_address, scratch };
         cluster.wait_until_ready().await?;

@@ -126,7 +126,8 @@ impl ServerProcess {
     /// Sends SIGTERM and waits for the end up to a second, blocking. For `Drop`.
     pub fn stop_blocking(&mut self) {
         let Some(pid) = self.child.id() else { return };
-        let _ = std::process::Command::new("kill").args(["-s", "TERM", &pid.to_string()]).status();
+        let mut kill = std::process::Command::new("sh");
+        let _ = kill.args(["-c", &format!("kill -s TERM {pid}")]).status();
         for _ in 0..100 {
             if self.has_ended() {
                 return;
@@ -175,7 +176,8 @@ async fn exchange(address: SocketAddr, request: &str, count: usize) -> io::Resul
 
 /// Sends a signal, named as for `kill`, to a process, which may have ended already.
 pub async fn send_signal(pid: u32, signal: &str) {
-    let _ = Command::new("kill").args(["-s", signal, &pid.to_string()]).status().await;
+    // The shell's own `kill`: a bare system has no other.
+    let _ = Command::new("sh").args(["-c", &format!("kill -s {signal} {pid}")]).status().await;
 }
 
 /// Sends an inline command to a Redis, which may not answer.
@@ -241,7 +243,8 @@ pub fn start_gateway(
     ServerProcess::start(name.to_owned(), command, scratch)
 }
 
-/// Starts nginx in front of gateways, with a configuration from the script `render`.
+/// Starts nginx in front of gateways, with a configuration from the script `render`. Without a worker
+/// it is one process, which ends with its handle and cannot be reloaded.
 ///
 /// # Errors
 ///
@@ -250,11 +253,11 @@ pub async fn start_nginx(
     render: &Path,
     address: SocketAddr,
     gateways: impl Iterator<Item = SocketAddr>,
+    workers: u8,
     scratch: &Path,
 ) -> Result<ServerProcess, ServerError> {
     let mut rendering = Command::new(render);
-    // nginx without a worker cannot be reloaded.
-    rendering.args(["map", "--workers", "1", "--listen", &address.to_string()]);
+    rendering.args(["map", "--workers", &workers.to_string(), "--listen", &address.to_string()]);
     for gateway in gateways {
         rendering.args(["--node", &gateway.to_string()]);
     }

@@ -5,7 +5,7 @@
 use std::{
     future::Future,
     net::SocketAddr,
-    path::PathBuf,
+    path::{Path, PathBuf},
     process::Stdio,
     sync::{
         Arc,
@@ -37,6 +37,7 @@ use skein_protocol::{
     protocol::server_frame::{AckFrame, MessageFrame, ServerFrame},
 };
 use skein_redis::{LEASE, RedisOptions, topology::TlsFiles};
+use skein_testkit::servers::{self, ServerProcess};
 use tempfile::TempDir;
 use tokio::{
     io::{AsyncBufReadExt as _, AsyncReadExt as _, AsyncWriteExt as _, BufReader},
@@ -542,7 +543,7 @@ impl Redis {
     }
 }
 
-fn copy_folder(from: &std::path::Path, to: &std::path::Path) {
+fn copy_folder(from: &Path, to: &Path) {
     for entry in std::fs::read_dir(from).unwrap() {
         let entry = entry.unwrap();
         let to = to.join(entry.file_name());
@@ -682,7 +683,8 @@ impl Node {
 
 /// An nginx in front of nodes, rendered from the project's template.
 pub struct Nginx {
-    process: Process,
+    process: ServerProcess,
+    _folder: TempDir,
     pub address: SocketAddr,
 }
 
@@ -698,45 +700,23 @@ impl Nginx {
     }
 
     /// Sends a signal, named as for `kill`.
-    pub fn signal(&self, signal: &str) {
-        self.process.signal(signal);
+    pub async fn signal(&self, signal: &str) {
+        self.process.signal(signal).await;
     }
 
     /// Ends the master, which ends its workers.
     pub async fn stop(mut self) {
-        self.process.signal("TERM");
-        self.process.end().await;
+        self.process.stop().await;
     }
 
-    async fn start_with(nodes: &[SocketAddr], workers: u32) -> Self {
+    async fn start_with(nodes: &[SocketAddr], workers: u8) -> Self {
         let folder = TempDir::new().unwrap();
         let address = SocketAddr::from(([127, 0, 0, 1], free_port()));
-        let render = concat!(env!("CARGO_MANIFEST_DIR"), "/../../nginx/render.sh");
-        let mut command = std::process::Command::new(render);
-        command.args(["map", "--workers", &workers.to_string()]);
-        command.args(["--listen", &address.to_string()]);
-        for node in nodes {
-            command.args(["--node", &node.to_string()]);
-        }
-        let rendered = command.output().unwrap();
-        assert!(rendered.status.success(), "{}", String::from_utf8_lossy(&rendered.stderr));
-        let file = folder.path().join("nginx.conf");
-        std::fs::write(&file, rendered.stdout).unwrap();
-        let child = Command::new("nginx")
-            .arg("-p")
-            .arg(folder.path())
-            .arg("-c")
-            .arg(&file)
-            .args(["-e", "error.log"])
-            .kill_on_drop(true)
-            .spawn()
-            .expect("nginx is installed by `make setup`");
-        let nginx = Self { process: Process { child, _folder: folder }, address };
-        until("nginx answers", async || {
-            let Ok(mut socket) = TcpStream::connect(address).await else { return false };
-            socket.write_all(b"GET /health HTTP/1.0\r\n\r\n").await.is_ok()
-        })
-        .await;
-        nginx
+        let render = Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/../../nginx/render.sh"));
+        let nodes = nodes.iter().copied();
+        let process = servers::start_nginx(render, address, nodes, workers, folder.path()).await;
+        let process =
+            process.unwrap_or_else(|error| panic!("`make setup` installs nginx: {error}"));
+        Self { process, _folder: folder, address }
     }
 }

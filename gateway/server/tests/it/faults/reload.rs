@@ -22,7 +22,7 @@ async fn an_nginx_reload_interrupts_no_client() {
     let reloads = length(3, 10);
     for i in 0..reloads {
         clients.wait_for_acks(100).await.unwrap();
-        nginx.signal("HUP");
+        nginx.signal("HUP").await;
         // New clients connect meanwhile, to the old worker or the new one.
         for j in 0..5 {
             within(connect(nginx.address, &format!("new-{i}-{j}"))).await;
