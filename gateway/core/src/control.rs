@@ -3,7 +3,7 @@
 
 use std::{sync::Arc, time::Duration};
 
-use serde_json::json;
+use serde_json::{json, value::RawValue};
 use skein_protocol::{
     close::CloseCode,
     ids::{ConnectionId, NodeId, RoomId, UserId},
@@ -22,10 +22,7 @@ use crate::{
         },
         sessions::{SessionHolder, SessionSelector, SessionStore},
     },
-    connection::{
-        handle::{ConnectionHandle, text_frame},
-        outbox::Close,
-    },
+    connection::{handle::ConnectionHandle, outbox::Close},
     drain::Tasks,
     hub::{Hub, presence::wire_time},
     presence::PresenceTracker,
@@ -216,7 +213,9 @@ impl Control {
             ControlCommand::Broadcast { id, payload, timestamp } if is_fresh => {
                 let Ok(payload) = serde_json::from_str(&payload) else { return };
                 let broadcast = Box::new(BroadcastFrame { id, payload, timestamp });
-                self.hub.broadcast(text_frame(&ServerFrame::Broadcast(broadcast))).await;
+                let frame = ServerFrame::<Box<RawValue>>::Broadcast(broadcast);
+                let Ok(json) = serde_json::to_vec(&frame) else { return };
+                self.hub.broadcast(json.into()).await;
             }
             ControlCommand::Ask(query) if is_fresh => {
                 let reply = self.answer_query(query).await.to_string();

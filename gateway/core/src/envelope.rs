@@ -242,16 +242,25 @@ impl Envelope {
 
     /// The JSON text of the entry in `history`: the whole frame, a binary payload in base64.
     pub fn to_json(&self, position: &Position) -> String {
+        let mut json = String::new();
+        self.write_json(position, true, &mut json);
+        json
+    }
+
+    /// Appends the JSON text of the frame, a binary payload in base64.
+    pub(crate) fn write_json(&self, position: &Position, is_replay: bool, json: &mut String) {
         let (fields, payload) = self.fields_and_payload();
-        let mut json = self.json_prefix(position, REPLAY);
+        let prefix = self.json_prefix(position, if is_replay { REPLAY } else { "" });
+        let payload_len = if self.is_binary() { payload.len().div_ceil(3) * 4 + 40 } else { 0 };
+        json.reserve(prefix.len() + fields.len() + payload_len + 1);
+        json.push_str(&prefix);
         json.push_str(&String::from_utf8_lossy(fields));
         if self.is_binary() {
             json.push_str(r#","encoding":"base64","content":""#);
-            STANDARD.encode_string(payload, &mut json);
+            STANDARD.encode_string(payload, json);
             json.push('"');
         }
         json.push('}');
-        json
     }
 
     fn frame(&self, position: &Position, replay: &str) -> Bytes {

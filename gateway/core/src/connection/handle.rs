@@ -20,9 +20,8 @@ use skein_protocol::{
         server_frame::{AckFrame, ServerFrame},
     },
 };
-use skein_websocket::Opcode;
 
-use super::outbox::Outbox;
+use super::{encoding::SharedFrame, outbox::Outbox};
 use crate::{
     bus::{
         presence_store::{UnixMillis, unix_millis_now},
@@ -206,12 +205,18 @@ impl ConnectionHandle {
     /// Sends a reply that has no order relative to other frames; it overtakes frames that a slow
     /// socket has not taken.
     pub fn send_ahead(&self, frame: &ServerFrame<Box<RawValue>>) {
-        self.outbox.push_ahead(text_frame(frame));
+        self.outbox.push_ahead(self.outbox.encode(frame));
     }
 
     /// Sends a frame after all queued ones.
     pub fn send(&self, frame: &ServerFrame<Box<RawValue>>) {
-        self.outbox.push(text_frame(frame));
+        self.outbox.push(self.outbox.encode(frame));
+    }
+
+    /// As [`ConnectionHandle::send`], for a frame that other connections receive as well, or that
+    /// moves its reader in a log.
+    pub(crate) fn send_shared(&self, frame: &mut SharedFrame<'_>) {
+        self.outbox.push(self.outbox.encoded(frame).clone());
     }
 
     /// Reserves the place of a message's copy for its `ack`. `false`: an earlier send of the same
@@ -277,12 +282,6 @@ impl ConnectionHandle {
         let key = (room.clone(), entry.envelope.id());
         let reserved = self.inline_acks.lock();
         let ack = reserved.get(&key)?.clone();
-        Some(text_frame(&ack.at(&key.0, key.1, entry.position.clone(), false)))
+        Some(self.outbox.encode(&ack.at(&key.0, key.1, entry.position.clone(), false)))
     }
-}
-
-/// Encodes a frame as WebSocket text.
-pub fn text_frame(frame: &ServerFrame<Box<RawValue>>) -> Bytes {
-    let json = serde_json::to_vec(frame).expect("a frame is JSON");
-    skein_websocket::encode(Opcode::Text, &[&json])
 }

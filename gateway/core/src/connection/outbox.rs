@@ -1,9 +1,9 @@
 //! The queue of frames in front of one client's socket.
 //!
-//! Every message to a client leaves the gateway here. Frames are shared bytes, header included, so
-//! that a push costs a reference count. [`Outbox::flush`] writes everything queued in one vectored
-//! write, from the task that pushed last. If the socket takes no more, the connection's own task
-//! waits for it and continues.
+//! Every message to a client leaves the gateway here. Frames are shared bytes in the outbox's
+//! [`Encoding`], so that a push costs a reference count. [`Outbox::flush`] writes everything queued
+//! in one vectored write, from the task that pushed last. If the socket takes no more, the
+//! connection's own task waits for it and continues.
 //!
 //! The queue is bounded in bytes. When it is full:
 //! - An entry of a log is not taken ([`Outbox::offer`]): its reader is a slow consumer, and
@@ -19,18 +19,21 @@ use std::{io, sync::Arc, time::Duration};
 
 use bytes::Bytes;
 use parking_lot::Mutex;
+use serde_json::value::RawValue;
+use skein_protocol::protocol::server_frame::ServerFrame;
 use skein_websocket::Opcode;
 use smallvec::SmallVec;
 use tokio::{net::TcpStream, sync::Notify, time::Instant};
 
-use super::signals::{Signal, SignalQueue};
+use super::{
+    encoding::{Encoding, SharedFrame},
+    signals::{Signal, SignalQueue},
+};
 use crate::telemetry::metrics::Metrics;
 
-pub mod deflate;
 mod frame_queue;
 mod link;
 
-use deflate::DeflateOptions;
 use frame_queue::FrameQueue;
 use link::PeerLink;
 pub use link::limit_unsent_bytes;
@@ -81,7 +84,7 @@ pub enum OfferResult {
 pub struct Outbox {
     sink: Sink,
     bytes_max: usize,
-    deflate: Option<DeflateOptions>,
+    encoding: Encoding,
     metrics: Arc<Metrics>,
     queue: Mutex<OutboxState>,
     /// Wakes the connection's task: to wait for the socket, to catch up, or to close.
@@ -120,31 +123,46 @@ impl Outbox {
 
     fn new(sink: Sink, bytes_max: usize, metrics: Arc<Metrics>) -> Self {
         let (queue, wake) = (Mutex::default(), Notify::new());
-        Self { sink, bytes_max, deflate: None, metrics, queue, wake }
+        Self { sink, bytes_max, encoding: Encoding::WebSocket, metrics, queue, wake }
     }
 
-    /// Sets the compression of messages to this client.
-    pub fn with_deflate(mut self, deflate: Option<DeflateOptions>) -> Self {
-        self.deflate = deflate;
-        self
+    /// Sets the encoding of the frames; without it, they are WebSocket frames.
+    pub fn with_encoding(self, encoding: Encoding) -> Self {
+        Self { encoding, ..self }
     }
 
-    /// The compression of messages to this client.
-    pub fn deflate_options(&self) -> Option<DeflateOptions> {
-        self.deflate
+    /// The encoding of the frames.
+    pub fn encoding(&self) -> Encoding {
+        self.encoding
     }
 
-    /// Queues a reply to the client's own frame, however full the queue is.
+    /// Encodes a frame for this outbox alone.
+    pub fn encode(&self, frame: &ServerFrame<Box<RawValue>>) -> Bytes {
+        self.encoding.encode(frame, &self.metrics)
+    }
+
+    /// A shared frame in the encoding of this outbox.
+    pub fn encoded<'f>(&self, frame: &'f mut SharedFrame<'_>) -> &'f Bytes {
+        frame.encoded(self.encoding, &self.metrics)
+    }
+
+    /// Queues an encoded reply to the client's own frame, however full the queue is.
     pub fn push(&self, frame: Bytes) {
-        let frame = self.deflated(frame);
         self.queue.lock().add(frame);
     }
 
-    /// Queues a reply that has no order relative to other frames; it overtakes them if the socket
-    /// takes no more.
+    /// Queues an encoded reply that has no order relative to other frames; it overtakes them if the
+    /// socket takes no more.
     pub fn push_ahead(&self, frame: Bytes) {
-        let frame = self.deflated(frame);
         self.queue.lock().add_ahead(frame);
+    }
+
+    /// Queues a WebSocket message that is no frame of the protocol.
+    pub fn push_message(&self, message: Bytes) {
+        self.push(match self.encoding {
+            Encoding::Deflate(options) => options.frame(&message, &self.metrics),
+            Encoding::WebSocket | Encoding::Json => message,
+        });
     }
 
     /// Queues a pong. A client that does not read receives a few pongs and the latest one.
@@ -157,14 +175,7 @@ impl Outbox {
         }
     }
 
-    fn deflated(&self, frame: Bytes) -> Bytes {
-        match self.deflate {
-            Some(deflate) => deflate.frame(&frame, &self.metrics),
-            None => frame,
-        }
-    }
-
-    /// Queues an entry of a log, unless the queue is full.
+    /// Queues an encoded entry of a log, unless the queue is full.
     pub fn offer(&self, frame: &Bytes) -> OfferResult {
         let mut queue = self.queue.lock();
         // A frame larger than the whole bound must pass if nothing else is queued.
@@ -262,15 +273,17 @@ impl Outbox {
         queue.closed || queue.close.is_some()
     }
 
-    /// Takes the requested close, once: its frame is queued, and nothing is taken after it.
+    /// Takes the requested close, once: its frame is queued if the encoding has one, and nothing is
+    /// taken after it.
     pub fn begin_close(&self) -> Option<Close> {
         let mut queue = self.queue.lock();
         let close = queue.close.take()?;
-        queue.add(match close.code {
+        match close.code {
+            _ if self.encoding == Encoding::Json => {}
             // Never sent: it stands for a close frame without a code (RFC 6455, section 7.1.5).
-            1005 => skein_websocket::encode(Opcode::Close, &[]),
-            code => skein_websocket::encode_close(code, &close.reason),
-        });
+            1005 => queue.add(skein_websocket::encode(Opcode::Close, &[])),
+            code => queue.add(skein_websocket::encode_close(code, &close.reason)),
+        }
         queue.closed = true;
         Some(close)
     }
@@ -523,6 +536,9 @@ mod tests {
         let frames = outbox.take();
         assert_eq!(frames.len(), 2);
         assert_eq!(frames[1], skein_websocket::encode_close(1008, "forbidden"));
+        let stream = Outbox::to_owner(100, Arc::default()).with_encoding(Encoding::Json);
+        stream.close(Close { code: 1008, reason: String::new() });
+        assert!(stream.begin_close().is_some() && stream.take().is_empty());
     }
 
     #[test]

@@ -13,11 +13,11 @@ use skein_protocol::{
 };
 
 use super::{
-    member::{EntryFrames, MemberState, ShardBatch},
+    member::{MemberState, ShardBatch},
     members::Members,
 };
 use crate::{
-    connection::signals::Signal,
+    connection::{encoding::SharedFrame, signals::Signal},
     delivery::{
         cursor::NextDelivery,
         page::{LogPage, READ_LEN},
@@ -78,7 +78,10 @@ impl CatchUp {
         loop {
             match replica.next(&member.cursor) {
                 NextDelivery::Entry(entry) => {
-                    if !member.deliver(&mut EntryFrames::replay_uncompressed(name, entry), batch) {
+                    // Not compressed, since every slow reader would otherwise cost as much as all
+                    // others of the room together.
+                    let mut frame = SharedFrame::replay(name, entry).uncompressed();
+                    if !member.deliver(name, entry, &mut frame, batch) {
                         return;
                     }
                 }
@@ -141,8 +144,8 @@ impl CatchUp {
         page.keep_contiguous();
         let last = page.entries.last().map_or(0, |last| last.position.seq);
         // Encoded and compressed once for all members.
-        let mut frames: Vec<EntryFrames<'_>> =
-            page.entries.iter().map(|entry| EntryFrames::replay(name, entry)).collect();
+        let mut frames: Vec<SharedFrame<'_>> =
+            page.entries.iter().map(|entry| SharedFrame::replay(name, entry)).collect();
         let mut more = Vec::new();
         for connection in std::mem::take(&mut self.waiting) {
             let Some(member) = members.get_mut(connection) else { continue };
@@ -163,8 +166,8 @@ impl CatchUp {
                 match replica.next_in_page(&page, &member.cursor) {
                     NextDelivery::Entry(entry) => {
                         let index = page.index_of(entry.position.seq);
-                        let frames = index.and_then(|index| frames.get_mut(index));
-                        if !frames.is_some_and(|frames| member.deliver(frames, batch)) {
+                        let frame = index.and_then(|index| frames.get_mut(index));
+                        if !frame.is_some_and(|frame| member.deliver(name, entry, frame, batch)) {
                             break true;
                         }
                     }

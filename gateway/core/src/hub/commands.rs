@@ -87,7 +87,7 @@ pub(super) enum ShardCommand {
     Leave {
         room: RoomId,
         connection: ConnectionId,
-        /// Sent to the connection after the last entry.
+        /// Sent to the connection after the last entry; encoded for its outbox.
         reply: Option<(Arc<ConnectionHandle>, Bytes)>,
     },
     CancelJoin {
@@ -111,6 +111,7 @@ pub(super) enum ShardCommand {
         before: UnixMicros,
         done: oneshot::Sender<()>,
     },
+    /// The frame as JSON text.
     Broadcast(Bytes),
     Connections {
         room: Option<RoomId>,

@@ -10,19 +10,10 @@ use skein_protocol::{
     protocol::server_frame::{LeftFrame, LeftReason, ServerFrame},
 };
 
-use super::{
-    member::{ShardBatch, SharedFrame},
-    members::Members,
-    room::Room,
-    rooms::Rooms,
-};
+use super::{member::ShardBatch, members::Members, room::Room, rooms::Rooms};
 use crate::{
     bus::sessions::{SessionSelector, UnixMicros},
-    connection::{
-        handle::{ConnectionHandle, text_frame},
-        outbox::Close,
-        signals::Signal,
-    },
+    connection::{encoding::SharedFrame, handle::ConnectionHandle, outbox::Close, signals::Signal},
 };
 
 /// Closes those connections of a user that belong to `which` sessions and were opened before a
@@ -55,21 +46,21 @@ pub(super) fn remove_user(
         .cloned()
         .collect();
     let (reference, reason) = (None, Some(LeftReason::Kicked));
-    let left =
-        text_frame(&ServerFrame::Left(LeftFrame { reference, room: room.name.clone(), reason }));
+    let left = ServerFrame::Left(LeftFrame { reference, room: room.name.clone(), reason });
+    let mut left = SharedFrame::of(&left);
     for handle in removed {
         room.members.remove(handle.connection);
         handle.release_reservations(&room.name);
         // Before `left` is sent, so that a frame sent in response to it is rejected.
         handle.outbox.signal(Signal::Evicted(room.name.clone()));
-        handle.outbox.push(left.clone());
+        handle.send_shared(&mut left);
         batch.flush_later(&handle);
     }
 }
 
-/// Sends a frame to every connection.
-pub(super) fn broadcast(rooms: &Rooms, frame: Bytes, batch: &mut ShardBatch) {
-    let mut frame = SharedFrame::new(frame);
+/// Sends a frame, as JSON text, to every connection.
+pub(super) fn broadcast(rooms: &Rooms, json: Bytes, batch: &mut ShardBatch) {
+    let mut frame = SharedFrame::of_json(json);
     let inboxes = rooms.iter().filter(|room| room.name.kind() == RoomKind::Inbox);
     for member in inboxes.flat_map(|room| room.members.iter()) {
         member.send_ephemeral(&mut frame, batch);

@@ -2,20 +2,16 @@
 
 use std::sync::Arc;
 
-use bytes::Bytes;
 use skein_protocol::{
     ids::{RoomId, RoomKind},
     position::Position,
     protocol::server_frame::{RecoveryFailure, ResetFrame, ServerFrame},
 };
-use smallvec::SmallVec;
 
 use crate::{
     bus::{node_state::NodeState, presence_store::PresenceVersion},
     connection::{
-        handle::ConnectionHandle,
-        outbox::{OfferResult, Outbox, deflate::DeflateOptions},
-        signals::Signal,
+        encoding::SharedFrame, handle::ConnectionHandle, outbox::OfferResult, signals::Signal,
     },
     delivery::{Entry, is_fault_injected, replica::RetentionContext},
     envelope::Envelope,
@@ -109,71 +105,6 @@ pub(super) enum MemberState {
     AwaitingRead,
 }
 
-/// A frame for many receivers: encoded once, and compressed once for each requested window.
-pub(super) struct SharedFrame {
-    plain: Bytes,
-    /// `None` if the frame is never compressed.
-    deflated: Option<SmallVec<[(DeflateOptions, Bytes); 1]>>,
-}
-
-impl SharedFrame {
-    pub(super) fn new(plain: Bytes) -> Self {
-        Self { plain, deflated: Some(SmallVec::new()) }
-    }
-
-    /// The encoding for `outbox`.
-    fn to(&mut self, outbox: &Outbox, metrics: &Metrics) -> &Bytes {
-        let Self { plain, deflated } = self;
-        let (Some(params), Some(all)) = (outbox.deflate_options(), deflated) else {
-            return plain;
-        };
-        let index = all.iter().position(|(of, _)| *of == params).unwrap_or_else(|| {
-            all.push((params, params.frame(plain, metrics)));
-            all.len() - 1
-        });
-        &all[index].1
-    }
-}
-
-/// The frame of one entry, encoded on first use and shared by all receivers.
-pub(super) struct EntryFrames<'a> {
-    room: &'a RoomId,
-    entry: &'a Entry,
-    replay: bool,
-    compress: bool,
-    shared: Option<SharedFrame>,
-}
-
-impl<'a> EntryFrames<'a> {
-    pub(super) fn live(room: &'a RoomId, entry: &'a Entry) -> Self {
-        Self { room, entry, replay: false, compress: true, shared: None }
-    }
-
-    pub(super) fn replay(room: &'a RoomId, entry: &'a Entry) -> Self {
-        Self { replay: true, ..Self::live(room, entry) }
-    }
-
-    /// A replay for one member. It is not compressed, since every slow reader would otherwise cost
-    /// as much as all others of the room together.
-    pub(super) fn replay_uncompressed(room: &'a RoomId, entry: &'a Entry) -> Self {
-        Self { compress: false, ..Self::replay(room, entry) }
-    }
-
-    /// The encoding for `outbox`.
-    fn to(&mut self, outbox: &Outbox, metrics: &Metrics) -> &Bytes {
-        let Self { entry, replay, compress, .. } = *self;
-        let shared = self.shared.get_or_insert_with(|| {
-            let plain = if replay {
-                entry.envelope.replay_frame(&entry.position)
-            } else {
-                entry.envelope.live_frame(&entry.position)
-            };
-            SharedFrame { plain, deflated: compress.then(SmallVec::new) }
-        });
-        shared.to(outbox, metrics)
-    }
-}
-
 impl RoomMember {
     /// A member that has received everything up to `cursor`.
     pub(super) fn new(handle: Arc<ConnectionHandle>, cursor: Position, state: MemberState) -> Self {
@@ -187,25 +118,9 @@ impl RoomMember {
     }
 
     /// Sends a frame that may be lost: it is dropped if the outbox is full.
-    pub(super) fn send_ephemeral(&self, frame: &mut SharedFrame, batch: &mut ShardBatch) {
-        let frame = frame.to(&self.handle.outbox, &batch.metrics);
-        self.offer(frame, batch);
-    }
-
-    /// As [`RoomMember::send_ephemeral`], for a message of a room without a log.
-    pub(super) fn send_ephemeral_message(
-        &self,
-        frames: &mut EntryFrames<'_>,
-        batch: &mut ShardBatch,
-    ) {
-        if frames.entry.envelope.sender_without_echo() != Some(self.handle.connection) {
-            let frame = frames.to(&self.handle.outbox, &batch.metrics);
-            self.offer(frame, batch);
-        }
-    }
-
-    fn offer(&self, frame: &Bytes, batch: &mut ShardBatch) {
-        match self.handle.outbox.offer(frame) {
+    pub(super) fn send_ephemeral(&self, frame: &mut SharedFrame<'_>, batch: &mut ShardBatch) {
+        let outbox = &self.handle.outbox;
+        match outbox.offer(outbox.encoded(frame)) {
             OfferResult::First => batch.flush_later(&self.handle),
             OfferResult::Queued => {}
             OfferResult::Full => {
@@ -216,9 +131,15 @@ impl RoomMember {
         batch.metrics.ephemeral_events.inc();
     }
 
-    /// Delivers the next entry. `false`: the outbox is full, and the member is behind from here on.
-    pub(super) fn deliver(&mut self, frames: &mut EntryFrames<'_>, batch: &mut ShardBatch) -> bool {
-        let (room, entry) = (frames.room, frames.entry);
+    /// Delivers the next entry, whose frame is `frame`. `false`: the outbox is full, and the member
+    /// is behind from here on.
+    pub(super) fn deliver(
+        &mut self,
+        room: &RoomId,
+        entry: &Entry,
+        frame: &mut SharedFrame<'_>,
+        batch: &mut ShardBatch,
+    ) -> bool {
         #[cfg(debug_assertions)]
         crate::fault_injection::panic_in("a shard", entry.envelope.fields());
         assert!(
@@ -231,7 +152,7 @@ impl RoomMember {
         let outbox = &self.handle.outbox;
         let frame = match &reserved {
             Some(ack) => ack,
-            None => frames.to(outbox, &batch.metrics),
+            None => outbox.encoded(frame),
         };
         #[cfg(debug_assertions)]
         if let Some(frames) = crate::fault_injection::deliver(self.handle.connection, frame) {
@@ -279,12 +200,13 @@ impl RoomMember {
         batch: &mut ShardBatch,
     ) {
         self.handle.release_reservations(room);
-        self.handle.send(&ServerFrame::Reset(ResetFrame {
+        let frame = ServerFrame::Reset(ResetFrame {
             room: room.client_visible(),
             epoch: position.epoch.clone(),
             seq: position.seq,
             reason,
-        }));
+        });
+        self.handle.send_shared(&mut SharedFrame::of(&frame).moving_to(room, position));
         self.cursor = position.clone();
         batch.flush_later(&self.handle);
     }

@@ -5,8 +5,8 @@ use std::collections::HashMap;
 use serde_json::value::RawValue;
 use skein_protocol::{ids::ConnectionId, protocol::server_frame::ServerFrame};
 
-use super::member::{MemberState, RoomMember, ShardBatch, SharedFrame};
-use crate::connection::handle::{ConnectionHandle, text_frame};
+use super::member::{MemberState, RoomMember, ShardBatch};
+use crate::connection::{encoding::SharedFrame, handle::ConnectionHandle};
 
 /// Up to this number of members a linear search finds a member; a map would cost more memory.
 const LINEAR_SEARCH_MAX: usize = 8;
@@ -95,7 +95,7 @@ impl Members {
         but: impl Fn(&ConnectionHandle) -> bool,
         batch: &mut ShardBatch,
     ) {
-        let mut frame = SharedFrame::new(text_frame(frame));
+        let mut frame = SharedFrame::of(frame);
         for member in self.list.iter().filter(|member| !but(&member.handle)) {
             member.send_ephemeral(&mut frame, batch);
         }

@@ -184,10 +184,10 @@ impl Hub {
         let _ = removed.await;
     }
 
-    /// Sends a frame to every connection, once.
-    pub async fn broadcast(&self, frame: Bytes) {
+    /// Sends a frame, as JSON text, to every connection once.
+    pub async fn broadcast(&self, json: Bytes) {
         for shard in &*self.shards {
-            let _ = shard.send(ShardCommand::Broadcast(frame.clone())).await;
+            let _ = shard.send(ShardCommand::Broadcast(json.clone())).await;
         }
     }
 

@@ -21,16 +21,13 @@ use skein_protocol::{
 };
 use tokio::{sync::oneshot, time::Instant};
 
-use super::{
-    member::{ShardBatch, SharedFrame},
-    members::Members,
-};
+use super::{member::ShardBatch, members::Members};
 use crate::{
     bus::presence_store::{
         JoinSnapshot, PresenceChange, PresenceDetails, PresenceSnapshot, UnixMillis, UserPresence,
         unix_millis_now,
     },
-    connection::handle::{ConnectionHandle, text_frame},
+    connection::{encoding::SharedFrame, handle::ConnectionHandle},
     presence::{
         PresenceOptions,
         roster::{Roster, RosterChange},
@@ -221,7 +218,7 @@ impl RoomPresence {
             } else {
                 ServerFrame::MemberLeft(moved)
             };
-            let mut frame = SharedFrame::new(text_frame(&answer));
+            let mut frame = SharedFrame::of(&answer);
             for member in members.iter() {
                 if member.has_not_seen(version) && !member.handle.belongs_to(&user.id) {
                     member.send_ephemeral(&mut frame, batch);

@@ -14,13 +14,13 @@ use skein_protocol::{
 use super::{
     catch_up::{CatchUp, CatchUpOutcome},
     join::{JoinOutcome, JoinProgress, Joins, PendingJoin},
-    member::{EntryFrames, MemberState, RoomMember, ShardBatch},
+    member::{MemberState, RoomMember, ShardBatch},
     members::Members,
     presence::RoomPresence,
 };
 use crate::{
     bus::presence_store::{EphemeralEvent, PresenceSnapshot},
-    connection::{outbox::Close, signals::Signal},
+    connection::{encoding::SharedFrame, outbox::Close, signals::Signal},
     delivery::{
         Entry, ReplicaSnapshot, ServerId,
         join::{JoinReply, JoinStep},
@@ -77,7 +77,7 @@ impl DeliverySink for RoomFanOut<'_> {
 
     fn entry(&mut self, entry: &Entry) {
         self.batch.node_state.confirm(entry);
-        let mut frames = EntryFrames::live(self.name, entry);
+        let mut frame = SharedFrame::live(self.name, entry);
         if let Some(peer) = peer_of_direct(self.name, entry) {
             for member in self.members.iter() {
                 member.handle.outbox.signal(Signal::Watch(peer.clone()));
@@ -88,7 +88,7 @@ impl DeliverySink for RoomFanOut<'_> {
         for member in self.members.iter_mut() {
             if member.state != MemberState::Live {
                 counts.behind += 1;
-            } else if !member.deliver(&mut frames, self.batch) {
+            } else if !member.deliver(self.name, entry, &mut frame, self.batch) {
                 counts.lagged += 1;
             } else if silent == Some(member.handle.connection) {
                 counts.without_echo += 1;
@@ -309,9 +309,9 @@ impl Room {
     }
 
     fn send_joined(&self, join: &PendingJoin, reply: JoinReply) {
-        let JoinReply { at, history, more, resumed, lost, .. } = reply;
+        let JoinReply { at, cursor, history, more, resumed, lost } = reply;
         let snapshot = join.grant.snapshot;
-        join.handle.send(&ServerFrame::Joined(Box::new(JoinedFrame {
+        let joined = ServerFrame::Joined(Box::new(JoinedFrame {
             reference: join.reference.clone(),
             room: self.name.clone(),
             epoch: at.epoch,
@@ -323,7 +323,8 @@ impl Room {
             more,
             read: snapshot.read,
             durable: self.durable,
-        })));
+        }));
+        join.handle.send_shared(&mut SharedFrame::of(&joined).moving_to(&self.name, &cursor));
     }
 
     /// Applies an ephemeral event. Returns whether the roster must be read.
@@ -350,9 +351,12 @@ impl Room {
             EphemeralEvent::Message(envelope) => {
                 let position = Position::new(Epoch::none(), 0);
                 let entry = Entry { position, origin: ServerId::default(), envelope };
-                let mut frames = EntryFrames::live(name, &entry);
+                let mut frame = SharedFrame::live(name, &entry);
+                let silent = entry.envelope.sender_without_echo();
                 for member in members.iter() {
-                    member.send_ephemeral_message(&mut frames, batch);
+                    if silent != Some(member.handle.connection) {
+                        member.send_ephemeral(&mut frame, batch);
+                    }
                 }
             }
             EphemeralEvent::Replaced { session, by } => self.close_replaced(session, by),

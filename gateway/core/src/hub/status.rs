@@ -22,7 +22,7 @@ use super::{
 };
 use crate::{
     bus::{Bus, presence_store::OnlineStatus},
-    connection::handle::{ConnectionHandle, text_frame},
+    connection::{encoding::SharedFrame, handle::ConnectionHandle},
     presence::PresenceTracker,
     telemetry::metrics::Metrics,
 };
@@ -222,9 +222,10 @@ impl Statuses {
                     watcher.handle.send(&status_frame(&user, &status, reference));
                 }
                 if changed && !is_answered {
-                    let frame = frame
-                        .get_or_insert_with(|| text_frame(&status_frame(&user, &status, None)));
-                    watcher.handle.outbox.push(frame.clone());
+                    let frame = frame.get_or_insert_with(|| {
+                        SharedFrame::of(&status_frame(&user, &status, None))
+                    });
+                    watcher.handle.send_shared(frame);
                 }
                 if changed || is_answered {
                     batch.flush_later(&watcher.handle);

@@ -31,7 +31,7 @@ use crate::{
             UserPresence,
         },
     },
-    connection::handle::{ConnectionHandle, text_frame},
+    connection::handle::ConnectionHandle,
     delivery::{
         join::{JoinStart, history as whole_frames},
         page::LogPage,
@@ -328,8 +328,8 @@ async fn admit(
 
 pub(super) async fn leave(context: RequestContext, room: RoomId) -> RequestOutcome {
     let RequestContext { services, handle, reference, .. } = context;
-    let left =
-        text_frame(&ServerFrame::Left(LeftFrame { reference, room: room.clone(), reason: None }));
+    let left = LeftFrame { reference, room: room.clone(), reason: None };
+    let left = handle.outbox.encode(&ServerFrame::Left(left));
     let connection = handle.connection;
     services.hub.leave(room, connection, Some((handle, left))).await;
     RequestOutcome::Done
@@ -422,12 +422,9 @@ pub(super) async fn refreshed(
 ) -> RequestOutcome {
     for room in left {
         let reason = Some(LeftReason::Forbidden);
-        let answer = text_frame(&ServerFrame::Left(LeftFrame {
-            reference: None,
-            room: room.clone(),
-            reason,
-        }));
         let handle = context.handle.clone();
+        let left = LeftFrame { reference: None, room: room.clone(), reason };
+        let answer = handle.outbox.encode(&ServerFrame::Left(left));
         context.services.hub.leave(room, handle.connection, Some((handle.clone(), answer))).await;
     }
     let (reference, expires_at) =

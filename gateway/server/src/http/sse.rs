@@ -12,7 +12,6 @@
 //! rejections are therefore streams too, which say when to reconnect and end.
 
 use std::{
-    borrow::Cow,
     collections::{BTreeMap, VecDeque},
     fmt::Write as _,
     sync::Arc,
@@ -27,10 +26,7 @@ use axum::{
     response::Response,
     routing::{MethodRouter, get},
 };
-use base64::{
-    Engine as _,
-    engine::general_purpose::{STANDARD, URL_SAFE_NO_PAD},
-};
+use base64::{Engine as _, engine::general_purpose::URL_SAFE_NO_PAD};
 use bytes::Bytes;
 use serde::Deserialize;
 use serde_json::json;
@@ -38,7 +34,7 @@ use skein_protocol::{
     close::CloseCode,
     error::ErrorCode,
     ids::{ConnectionId, RoomId},
-    position::{Epoch, Position, Seq},
+    position::Position,
     protocol::{
         client_frame::{JoinFrame, history_default},
         server_frame::{ReconnectFrame, ReconnectReason, ServerFrame},
@@ -70,6 +66,7 @@ use skein_core::{
         room_store::{RoomConfig, RoomSummary},
     },
     connection::{
+        encoding::{Encoding, JsonFrame},
         handle::ConnectionHandle,
         outbox::{Close, FRAME_OVERHEAD_BYTES, Outbox},
     },
@@ -130,84 +127,30 @@ impl Cursors {
         cursors
     }
 
-    /// Advances a position if the frame belongs to a log. Returns whether it did.
-    fn advance(&mut self, frame: &EventFrame<'_>) -> bool {
-        let at = |epoch: &Option<Epoch>, seq| Some(Position::new(epoch.clone()?, seq));
-        match frame.kind {
-            "message" | "direct" | "notification" | "reset" => {
-                let Some(at) = at(&frame.epoch, frame.seq) else { return false };
-                match &frame.room {
-                    Some(room) => drop(self.rooms.insert(room.clone(), at)),
-                    None => self.inbox = Some(at),
-                }
-                true
-            }
-            "joined" => {
-                let (Some(room), Some(top)) = (&frame.room, at(&frame.epoch, frame.seq)) else {
-                    return false;
-                };
-                let shown = frame.history.last().and_then(|last| at(&last.epoch, last.seq));
-                // If the join resumed, the entries after the known position follow this frame.
-                let known = self.rooms.get(room).filter(|_| frame.recovered).cloned();
-                self.rooms.insert(room.clone(), shown.or(known).unwrap_or(top));
-                true
-            }
-            _ => false,
+    /// Advances the position in a room, or in the inbox.
+    fn advance(&mut self, room: Option<RoomId>, to: Position) {
+        match room {
+            Some(room) => drop(self.rooms.insert(room, to)),
+            None => self.inbox = Some(to),
         }
-    }
-}
-
-/// The fields of a frame that advance positions.
-#[derive(Deserialize)]
-struct EventFrame<'a> {
-    #[serde(rename = "type")]
-    kind: &'a str,
-    #[serde(default)]
-    room: Option<RoomId>,
-    #[serde(default)]
-    epoch: Option<Epoch>,
-    #[serde(default)]
-    seq: Seq,
-    #[serde(default)]
-    recovered: bool,
-    #[serde(default)]
-    history: Vec<HistoryPosition>,
-}
-
-#[derive(Deserialize)]
-struct HistoryPosition {
-    #[serde(default)]
-    epoch: Option<Epoch>,
-    #[serde(default)]
-    seq: Seq,
-}
-
-/// Returns the JSON of a frame in the outbox, which is unmasked and unfragmented (RFC 6455, section
-/// 5.2). The content of a binary frame becomes base64.
-fn frame_json(frame: &[u8]) -> Option<Cow<'_, str>> {
-    let (head, rest) = frame.split_first_chunk::<2>()?;
-    let payload = match head[1] & 0x7F {
-        126 => rest.get(2..)?,
-        127 => rest.get(8..)?,
-        _ => rest,
-    };
-    match head[0] & 0x0F {
-        1 => std::str::from_utf8(payload).ok().map(Cow::Borrowed),
-        2 => {
-            let (length, rest) = payload.split_first_chunk::<2>()?;
-            let (header, content) = rest.split_at_checked(u16::from_be_bytes(*length).into())?;
-            let header = std::str::from_utf8(header).ok()?.strip_suffix('}')?;
-            let content = STANDARD.encode(content);
-            Some(format!(r#"{header},"encoding":"base64","content":"{content}"}}"#).into())
-        }
-        // The stream sends its own pings.
-        _ => None,
     }
 }
 
 /// Formats the `retry` field: the delay before the client reconnects after the end of the stream.
 fn retry(wait: Duration) -> String {
     format!("retry: {}\n\n", wait.as_millis())
+}
+
+/// Appends an event. A line break between the tokens of its JSON begins a further line of data.
+fn write_event(stream: &mut String, id: Option<&str>, json: &str) {
+    stream.reserve(json.len() + 64);
+    if let Some(id) = id {
+        let _ = writeln!(stream, "id: {id}");
+    }
+    for line in json.split(['\n', '\r']) {
+        let _ = writeln!(stream, "data: {line}");
+    }
+    stream.push('\n');
 }
 
 /// Builds the methods of `/sse`, with the headers that all of its responses share.
@@ -299,7 +242,7 @@ async fn retry_stream(rejection: Response) -> Response {
             "message": message,
             "retry_after_ms": wait.as_millis() as u64,
         });
-        let _ = write!(text, "data: {error}\n\n");
+        write_event(&mut text, None, &error.to_string());
     }
     event_stream(Body::from(text))
 }
@@ -497,7 +440,8 @@ impl EventStream {
                 rejected(ErrorCode::Unavailable, "the bus is unavailable")
             }
         })?;
-        let outbox = Outbox::to_owner(node.options.limits.outbox_bytes_max, node.metrics.clone());
+        let outbox = Outbox::to_owner(node.options.limits.outbox_bytes_max, node.metrics.clone())
+            .with_encoding(Encoding::Json);
         let handle =
             Arc::new(ConnectionHandle::new(connection, outbox).with_owner(admitted.owner()));
         let (user, wait) = (admitted.identity.user.clone(), node.services.limits.wait_max);
@@ -685,12 +629,14 @@ impl EventStream {
     fn events(&mut self, bytes_max: usize) -> String {
         let mut text = String::new();
         for frame in self.handle.outbox.take_up_to(bytes_max) {
-            let Some(json) = frame_json(&frame) else { continue };
-            text.reserve(json.len() + 64);
-            if serde_json::from_str(&json).is_ok_and(|frame| self.cursors.advance(&frame)) {
-                let _ = writeln!(text, "id: {}", self.cursors.to_id());
-            }
-            let _ = write!(text, "data: {json}\n\n");
+            let Some(JsonFrame { position, text: json }) = JsonFrame::parse(&frame) else {
+                continue;
+            };
+            let id = position.map(|(room, to)| {
+                self.cursors.advance(room, to);
+                self.cursors.to_id()
+            });
+            write_event(&mut text, id.as_deref(), json);
         }
         text
     }
@@ -698,7 +644,7 @@ impl EventStream {
 
 #[cfg(test)]
 mod tests {
-    use skein_websocket::Opcode;
+    use skein_protocol::position::Seq;
 
     use super::*;
 
@@ -709,50 +655,23 @@ mod tests {
     #[test]
     fn event_ids_decode_and_invalid_parts_are_skipped() {
         let mut cursors = Cursors { inbox: Some(at("i", 3)), ..Cursors::default() };
-        cursors.rooms.insert("a:b".parse().unwrap(), at("1-e_x", 7));
-        cursors.rooms.insert("r".parse().unwrap(), at("e", 0));
+        cursors.advance(Some("a:b".parse().unwrap()), at("1-e_x", 6));
+        cursors.advance(Some("a:b".parse().unwrap()), at("1-e_x", 7));
+        cursors.advance(Some("r".parse().unwrap()), at("e", 0));
         assert_eq!(Cursors::of_id(cursors.to_id().as_bytes()), cursors);
+        cursors.advance(None, at("i", 4));
+        assert_eq!(Cursors::of_id(cursors.to_id().as_bytes()).inbox, Some(at("i", 4)));
         for bad in ["", "!", "AAAA", &URL_SAFE_NO_PAD.encode("a b~e:1,r~x,~"), &"A".repeat(9000)] {
             assert_eq!(Cursors::of_id(bad.as_bytes()), Cursors::default(), "{bad}");
         }
     }
 
     #[test]
-    fn only_frames_of_logs_advance_positions() {
-        let mut cursors = Cursors::default();
-        let mut note = |json: &str| cursors.advance(&serde_json::from_str(json).unwrap());
-        assert!(note(
-            r#"{"type":"joined","room":"r","epoch":"e","seq":9,"recovered":false,"history":[{"type":"message","epoch":"e","seq":8}]}"#
-        ));
-        assert!(note(r#"{"type":"message","room":"r","epoch":"e","seq":9}"#));
-        assert!(note(r#"{"type":"direct","epoch":"i","seq":2}"#));
-        assert!(!note(r#"{"type":"typing","room":"r","user":"ann","is_typing":true}"#));
-        assert!(!note(r#"{"type":"message","room":"live","content":1}"#), "a room without a log");
-        assert_eq!((&cursors.rooms["r"], &cursors.inbox), (&at("e", 9), &Some(at("i", 2))));
-    }
-
-    #[test]
-    fn a_resumed_stream_keeps_its_position_until_it_gets_entries() {
-        let mut cursors = Cursors::default();
-        cursors.rooms.insert("r".parse().unwrap(), at("e", 4));
-        let joined =
-            r#"{"type":"joined","room":"r","epoch":"e","seq":9,"recovered":true,"history":[]}"#;
-        cursors.advance(&serde_json::from_str(joined).unwrap());
-        assert_eq!(cursors.rooms["r"], at("e", 4));
-    }
-
-    #[test]
-    fn frames_of_any_length_and_kind_become_json() {
-        for length in [5, 200, 70_000] {
-            let json = format!(r#"{{"a":"{}"}}"#, "x".repeat(length));
-            let frame = skein_websocket::encode(Opcode::Text, &[json.as_bytes()]);
-            assert_eq!(frame_json(&frame).as_deref(), Some(&*json));
-        }
-        let header = br#"{"type":"message"}"#;
-        let length = (header.len() as u16).to_be_bytes();
-        let frame = skein_websocket::encode(Opcode::Binary, &[&length, header, &[0, 255]]);
-        let json = frame_json(&frame).unwrap();
-        assert_eq!(json, r#"{"type":"message","encoding":"base64","content":"AP8="}"#);
-        assert_eq!(frame_json(&skein_websocket::encode(Opcode::Ping, &[])), None);
+    fn line_breaks_between_json_tokens_do_not_end_an_event() {
+        let mut text = String::new();
+        write_event(&mut text, Some("abc"), r#"{"a":1}"#);
+        write_event(&mut text, None, "{\"a\":\r\n\n1}");
+        let second = "data: {\"a\":\ndata: \ndata: \ndata: 1}\n\n";
+        assert_eq!(text, format!("id: abc\ndata: {{\"a\":1}}\n\n{second}"));
     }
 }

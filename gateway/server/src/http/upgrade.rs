@@ -52,8 +52,9 @@ use crate::transport::{
 use skein_core::{
     bus::sessions::OpenedSession,
     connection::{
+        encoding::{DeflateOptions, Encoding},
         handle::ConnectionHandle,
-        outbox::{Close, Outbox, deflate::DeflateOptions},
+        outbox::{Close, Outbox},
     },
     hub::SubscribeFailed,
     limits::{
@@ -358,7 +359,7 @@ impl PendingUpgrade {
         let deflating = deflating
             .map(|(deflate, bytes_min)| DeflateOptions { window: deflate.window(), bytes_min });
         let outbox = Outbox::to_socket(socket, limits.outbox_bytes_max, node.metrics.clone())
-            .with_deflate(deflating);
+            .with_encoding(deflating.map_or(Encoding::WebSocket, Encoding::Deflate));
         let handle = ConnectionHandle::new(connection, outbox);
         let options = transport::ConnectionOptions {
             message_bytes_max: limits.message_bytes_max,

@@ -28,17 +28,20 @@ impl Echo {
     pub fn handle(&mut self, message: &DecoderEvent<'_>, outbox: &Outbox) {
         match *message {
             DecoderEvent::Text(text) if self.mode == EchoMode::Verbatim => {
-                outbox.push(skein_websocket::encode(Opcode::Text, &[text.as_bytes()]));
+                outbox.push_message(skein_websocket::encode(Opcode::Text, &[text.as_bytes()]));
             }
             DecoderEvent::Text(text) if text.eq_ignore_ascii_case("bye") => {
                 let code = CloseCode::Normal.number();
                 outbox.close(Close { code, reason: String::new() });
             }
             DecoderEvent::Text(text) => {
-                outbox.push(skein_websocket::encode(Opcode::Text, &[b"Echo: ", text.as_bytes()]));
+                outbox.push_message(skein_websocket::encode(
+                    Opcode::Text,
+                    &[b"Echo: ", text.as_bytes()],
+                ));
             }
             DecoderEvent::Binary(bytes) => {
-                outbox.push(skein_websocket::encode(Opcode::Binary, &[bytes]));
+                outbox.push_message(skein_websocket::encode(Opcode::Binary, &[bytes]));
             }
             DecoderEvent::Ping(_)
             | DecoderEvent::Pong(_)

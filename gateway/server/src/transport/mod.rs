@@ -37,10 +37,7 @@ use tokio::{
 
 use skein_core::{
     bus::{BoxFuture, node_state::BusStatus, output_of, presence_store::unix_millis_now},
-    connection::{
-        handle::{ConnectionHandle, text_frame},
-        outbox::Close,
-    },
+    connection::{encoding::Encoding, handle::ConnectionHandle, outbox::Close},
     drain::{schedule::DrainBatch, supervision::catch_panic},
     limits::meter::{InputBudget, Meter, MeterDecision},
     session::{DeferredRequest, RequestOutcome, Session},
@@ -154,9 +151,9 @@ impl WebSocketConnection {
         let now = Instant::now();
         let expires = expires_of(&handler);
         let timer = TimerEntry::new(wheel, handle.clone());
-        let decoder = match handle.outbox.deflate_options() {
-            Some(_) => Decoder::with_deflate(options.message_bytes_max),
-            None => Decoder::new(options.message_bytes_max),
+        let decoder = match handle.outbox.encoding() {
+            Encoding::Deflate(_) => Decoder::with_deflate(options.message_bytes_max),
+            Encoding::WebSocket | Encoding::Json => Decoder::new(options.message_bytes_max),
         };
         Self {
             handle,
@@ -515,7 +512,7 @@ impl WebSocketConnection {
     fn ping(&self) -> bytes::Bytes {
         if self.json_ping {
             let timestamp = skein_protocol::timestamp(SystemTime::now());
-            text_frame(&ServerFrame::Ping(ServerPingFrame { timestamp }))
+            self.handle.outbox.encode(&ServerFrame::Ping(ServerPingFrame { timestamp }))
         } else {
             skein_websocket::encode(Opcode::Ping, &[])
         }

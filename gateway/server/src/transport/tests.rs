@@ -5,7 +5,7 @@ use skein_websocket::{
 
 use super::{echo::EchoMode, *};
 use skein_core::{
-    connection::outbox::{Outbox, deflate::DeflateOptions},
+    connection::{encoding::DeflateOptions, outbox::Outbox},
     limits::meter::MeterRates,
 };
 
@@ -14,7 +14,8 @@ fn connection(early: Vec<u8>) -> WebSocketConnection {
     let metrics = Arc::<Metrics>::default();
     // Input is compressed; replies are not.
     let deflating = DeflateOptions { window: WindowBits::MAX, bytes_min: usize::MAX };
-    let outbox = Outbox::to_owner(usize::MAX, metrics.clone()).with_deflate(Some(deflating));
+    let outbox =
+        Outbox::to_owner(usize::MAX, metrics.clone()).with_encoding(Encoding::Deflate(deflating));
     let handle = Arc::new(ConnectionHandle::new(ConnectionId::random(), outbox));
     let heartbeat = Heartbeat {
         interval: Duration::from_secs(25),

@@ -47,12 +47,15 @@ impl SseReader {
 
     /// The next frame. Lines with chunk sizes are skipped; no event line looks like one.
     pub async fn frame(&mut self) -> Value {
+        let mut data = String::new();
         loop {
             let line = self.line().await;
             if let Some(id) = line.strip_prefix("id: ") {
                 self.id = id.to_owned();
-            } else if let Some(data) = line.strip_prefix("data: ") {
-                return serde_json::from_str(data).unwrap();
+            } else if let Some(more) = line.strip_prefix("data:") {
+                data += more;
+            } else if line.is_empty() && !data.is_empty() {
+                return serde_json::from_str(&data).unwrap();
             }
         }
     }
@@ -123,6 +126,18 @@ async fn a_stream_resumes_its_rooms_and_inbox() {
         assert_eq!((&live["encoding"], &live["content"]), (&json!("base64"), &json!("Bw==")));
     })
     .await;
+}
+
+#[tokio::test]
+async fn line_breaks_between_json_tokens_do_not_end_an_event() {
+    let gateway = Gateway::start(&[]).await;
+    let mut ann = gateway.connect("ann").await;
+    ann.join(&room("a")).await.unwrap();
+    let mut stream = SseReader::open(gateway.address, "rooms=a", None).await;
+    stream.frame_of("joined").await;
+    let message = "{\"type\":\"message\",\"room\":\"a\",\"content\":{\"x\":\n\n\r1}}";
+    ann.send_text(message).await.unwrap();
+    assert_eq!(stream.frame_of("message").await["content"], json!({"x": 1}));
 }
 
 #[tokio::test]
