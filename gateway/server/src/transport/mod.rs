@@ -1,5 +1,5 @@
 //! One WebSocket connection after its upgrade: reads and decodes input, answers pings, keeps its
-//! timeouts, and closes in order.
+//! timeouts, and closes in order. [`sse`] serves an event stream.
 //!
 //! One task per connection. It waits until the socket is readable, reads into a buffer of the
 //! thread and handles the input; it writes only bytes that the outbox could not write at once. An
@@ -45,6 +45,7 @@ use skein_core::{
 };
 
 pub mod echo;
+pub mod sse;
 mod closing;
 pub mod timer;
 
@@ -542,12 +543,17 @@ fn is_read_closed(socket: &TcpStream) -> bool {
 /// Returns the time at which the token of the client expires.
 fn expires_of(handler: &Handler) -> Option<Instant> {
     let Handler::Chat(session) = handler else { return None };
+    deadline_of(session)
+}
+
+/// Returns the time at which the token of a session expires.
+fn deadline_of(session: &Session) -> Option<Instant> {
     let left = session.expires_at()?.duration_since(SystemTime::now()).unwrap_or_default();
     Instant::now().checked_add(left)
 }
 
 /// Resolves with the next bus status for clients, never without a receiver. Cancel-safe.
-pub async fn status_changed(status_rx: &mut Option<watch::Receiver<BusStatus>>) -> BusStatus {
+async fn status_changed(status_rx: &mut Option<watch::Receiver<BusStatus>>) -> BusStatus {
     if let Some(status_rx) = status_rx
         && status_rx.changed().await.is_ok()
     {
