@@ -22,37 +22,8 @@ use skein_protocol::{
     protocol::server_frame::{RoomClosedReason, UserInfo},
 };
 
+pub use super::presence_entries::{NodePresence, PresenceScope, UnixMillis};
 use super::{BoxFuture, BusError, presence_entries::LocalPresences, ticket::PublishTicket};
-
-/// Where users are counted.
-#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub enum PresenceScope {
-    /// A room.
-    Room(RoomId),
-    /// The cluster: users with any connection.
-    Cluster,
-}
-
-/// Milliseconds since 1970, by the clock of the writer.
-pub type UnixMillis = u64;
-
-/// The presence of one user in one scope on one node.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct NodePresence {
-    /// The scope.
-    pub scope: PresenceScope,
-    /// The user.
-    pub user: UserInfo,
-    /// How many connections the user has in the scope on this node; 0 when the user leaves.
-    pub connections: u32,
-    /// When the first of them began.
-    pub since: UnixMillis,
-    /// When the user was last active.
-    pub active: UnixMillis,
-    /// Whether the user was admitted. A report of a user that was not makes nobody present that is
-    /// not present already.
-    pub admitted: bool,
-}
 
 /// The conditions of a join.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]

@@ -4,9 +4,8 @@
 //! declared in the file of its group, beside the conversion into the options of the modules that use
 //! it. `docs/configuration.md` consists of these declarations; a test compares the two.
 
-use std::{fmt::Write as _, net::SocketAddr, path::PathBuf, time::Duration};
+use std::{fmt::Write as _, net::SocketAddr, time::Duration};
 
-use config::Map;
 use skein_core::{
     bus::{Retention, StorageLimits, room_store::RoomStoreOptions, sessions::SessionOptions},
     hub::HubOptions,
@@ -46,10 +45,7 @@ mod limits;
 #[cfg(test)]
 mod tests;
 
-pub use reader::ConfigErrors;
-
-/// File that is read if it exists and no other file is named.
-pub const DEFAULT_FILE: &str = "gateway.toml";
+pub use reader::{ConfigErrors, ConfigSources, DEFAULT_FILE};
 
 /// Checked configuration of a gateway.
 #[derive(Clone)]
@@ -96,17 +92,6 @@ pub struct Config {
     pub drain_delay: Duration,
     /// Settings that work but deserve attention; logged at the start.
     pub warnings: Vec<String>,
-}
-
-/// Sources of values besides the defaults.
-#[derive(Clone, Debug, Default)]
-pub struct ConfigSources {
-    /// File that must exist. `None`: [`DEFAULT_FILE`] is read if it exists.
-    pub file: Option<PathBuf>,
-    /// Environment variables `GATEWAY__SECTION__KEY`. `None`: those of this process.
-    pub environment: Option<Map<String, String>>,
-    /// Keys and values of `--set`.
-    pub flags: Vec<(String, String)>,
 }
 
 impl Config {

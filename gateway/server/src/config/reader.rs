@@ -6,12 +6,27 @@
 use std::{
     collections::BTreeMap,
     fmt::{self, Display},
+    path::PathBuf,
     str::FromStr,
 };
 
 use config::{Environment, File, FileFormat, Map, Value, ValueKind};
 
-use super::{ConfigSources, DEFAULT_FILE, aliases, values::Bounds};
+use super::{aliases, values::Bounds};
+
+/// File that is read if it exists and no other file is named.
+pub const DEFAULT_FILE: &str = "gateway.toml";
+
+/// Sources of values besides the defaults.
+#[derive(Clone, Debug, Default)]
+pub struct ConfigSources {
+    /// File that must exist. `None`: [`DEFAULT_FILE`] is read if it exists.
+    pub file: Option<PathBuf>,
+    /// Environment variables `GATEWAY__SECTION__KEY`. `None`: those of this process.
+    pub environment: Option<Map<String, String>>,
+    /// Keys and values of `--set`.
+    pub flags: Vec<(String, String)>,
+}
 
 /// Declares the options of a section: a struct with a field per option, and its `read`.
 ///
