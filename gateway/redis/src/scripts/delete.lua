@@ -1,5 +1,5 @@
 #!lua flags=allow-oom
--- Deletes a room's log. The room continues in a later epoch, which records the deletion. the
+-- Deletes a room's log. The room continues in a later epoch, which records the deletion.
 -- With further keys deletes the whole room: its presence, settings and read marks, and publishes that.
 --
 -- KEYS, ARGV to 6 as in the prelude

@@ -37,7 +37,7 @@ local function version()
 end
 
 -- The connections of a user in an incarnation's row, in this epoch: an earlier row is of a room
--- that that was deleted.
+-- that was deleted.
 local function connections_in(row, epoch)
     local of, connections = string.match(row or '', '^(%d+) (%d+)$')
     return of and of == epoch and tonumber(connections) or 0

@@ -1,5 +1,5 @@
-//! Runs all tasks of one gateway process: a frozen process does nothing until it is thawed, a
-//! and killed one never runs again.
+//! Runs all tasks of one gateway process: a frozen process does nothing until it is thawed, and
+//! a killed one never runs again.
 //!
 //! Tasks are polled in rounds, in the order of their numbers. A runtime polls them in the order in
 //! which they were woken, and some sources wake several tasks in an order that no seed decides.
@@ -44,7 +44,7 @@ enum RunMode {
 }
 
 impl Gate {
-    /// Creates a running running process.
+    /// Creates a running process.
     pub fn open() -> Self {
         let gate = Self(Arc::default());
         #[allow(clippy::disallowed_methods, reason = "it ends when it is killed")]
