@@ -246,6 +246,11 @@ impl Outbox {
         self.wake.notify_one();
     }
 
+    /// Removes a signal that the connection's task has not taken.
+    pub fn cancel_signal(&self, signal: &Signal) {
+        self.queue.lock().signals.cancel(signal);
+    }
+
     /// Takes the signals: a catch-up once half of the bound is free, all others at once.
     pub fn take_signals(&self) -> SmallVec<[Signal; 1]> {
         let mut queue = self.queue.lock();

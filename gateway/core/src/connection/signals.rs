@@ -35,6 +35,10 @@ impl SignalQueue {
         }
     }
 
+    pub(super) fn cancel(&mut self, signal: &Signal) {
+        self.0.retain(|queued| queued != signal);
+    }
+
     /// Whether a room waits for catch-up.
     pub(super) fn is_lagging(&self) -> bool {
         self.0.iter().any(Signal::waits_for_space)
@@ -73,6 +77,8 @@ mod tests {
         assert_eq!(without_space[..], [all[0].clone(), all[2].clone(), all[3].clone()]);
         assert!(queue.is_lagging() && queue.take(false).is_empty());
         queue.push(Signal::PublishAnswered);
+        queue.push(all[2].clone());
+        queue.cancel(&all[2]);
         assert_eq!(queue.take(true)[..], [all[1].clone(), all[0].clone()]);
         assert!(!queue.is_lagging() && queue.take(true).is_empty());
     }

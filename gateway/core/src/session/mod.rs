@@ -506,7 +506,11 @@ impl Session {
                 Box::pin(directs::watch(context(reference), users))
             }
             DeferredRequest::Unwatch(WatchFrame { mut users }) => {
-                users.retain(|user| self.watching.remove(user));
+                users.retain(|user| {
+                    // Sent for a direct before this frame.
+                    self.handle.outbox.cancel_signal(&Signal::Watch(user.clone()));
+                    self.watching.remove(user)
+                });
                 Box::pin(directs::unwatch(context(None), users))
             }
             DeferredRequest::Session(reference, set) => {
