@@ -14,7 +14,7 @@ use skein_core::{
     connection::{handle::ConnectionHandle, outbox::Outbox},
     delivery::join::JoinStart,
     drain::Tasks,
-    hub::{Hub, HubOptions},
+    hub::{Hub, HubOptions, HubServices},
     presence::{PresenceOptions, PresenceTracker},
     telemetry::metrics::Metrics,
 };
@@ -82,15 +82,14 @@ impl FanOutBench {
             empty_rooms_max: 1 << 20,
             watched_users_max: 1 << 20,
         };
-        let people = (&bus, &presence, &Default::default());
-        let hub = Hub::start(
-            people,
-            mailboxes,
-            letters,
-            options,
-            (&metrics, &Default::default()),
-            &tasks,
-        );
+        let services = HubServices {
+            bus: bus.clone(),
+            presence,
+            rules: Arc::default(),
+            metrics: metrics.clone(),
+            trails: Arc::default(),
+        };
+        let hub = Hub::start(&services, mailboxes, letters, options, &tasks);
         let mut members = Vec::new();
         for _ in 0..MEMBERS {
             let outbox = Outbox::to_owner(1 << 20, metrics.clone());

@@ -40,43 +40,30 @@ const POLL_INTERVAL: Duration = Duration::from_millis(20);
 /// Enqueues and applies control commands. Cheap to clone.
 #[derive(Clone)]
 pub struct Control {
-    node: NodeId,
-    queue: Arc<dyn ControlQueue>,
-    sessions: Arc<dyn SessionStore>,
-    hub: Hub,
-    presence: Arc<PresenceTracker>,
-    metrics: Arc<Metrics>,
-    trails: Arc<MessageTrails>,
+    /// This node.
+    pub node: NodeId,
+    /// The queue of commands to all nodes.
+    pub queue: Arc<dyn ControlQueue>,
+    /// The store of sessions.
+    pub sessions: Arc<dyn SessionStore>,
+    /// The rooms of this node's connections.
+    pub hub: Hub,
+    /// The presence of this node's connections.
+    pub presence: Arc<PresenceTracker>,
+    /// The node's metrics.
+    pub metrics: Arc<Metrics>,
+    /// The message trails of this node.
+    pub trails: Arc<MessageTrails>,
     /// How long a call may wait for the bus.
-    timeout: Duration,
+    pub timeout: Duration,
     /// Cancelled when this node was drained.
-    draining: CancellationToken,
+    pub draining: CancellationToken,
 }
 
 impl Control {
     /// Starts the task that applies commands on this node.
-    pub fn start(
-        node: NodeId,
-        (commands, sessions): (Arc<dyn ControlQueue>, Arc<dyn SessionStore>),
-        hub: Hub,
-        presence: Arc<PresenceTracker>,
-        (metrics, trails): (Arc<Metrics>, Arc<MessageTrails>),
-        wait_max: Duration,
-        tasks: &Tasks,
-    ) -> Self {
-        let draining = CancellationToken::new();
-        let control = Self {
-            node,
-            queue: commands,
-            sessions,
-            hub,
-            presence,
-            metrics,
-            trails,
-            timeout: wait_max,
-            draining,
-        };
-        let (worker, stopped) = (control.clone(), tasks.stopped().clone());
+    pub fn start(&self, tasks: &Tasks) {
+        let (worker, stopped) = (self.clone(), tasks.stopped().clone());
         tasks.spawn_service("control", async move {
             // All arms are cancel-safe: a node that ends does not have to apply the remaining
             // commands.
@@ -87,12 +74,6 @@ impl Control {
                 () = worker.keep_sessions_alive() => {}
             }
         });
-        control
-    }
-
-    /// Cancelled when a command drains this node.
-    pub fn draining(&self) -> &CancellationToken {
-        &self.draining
     }
 
     /// Enqueues a command, and waits at most `APPLY_MAX` for all nodes to apply it.

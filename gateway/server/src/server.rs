@@ -18,7 +18,7 @@ use skein_core::{
     },
     control::Control,
     drain::{Tasks, supervision::TaskFailure},
-    hub::{Hub, MAILBOX_LEN},
+    hub::{Hub, HubServices, MAILBOX_LEN},
     limits::{quotas::Quotas, reads::ReadLimiter},
     presence::PresenceTracker,
     publisher::Publisher,
@@ -107,18 +107,26 @@ impl Server {
         metrics.bus_up.set(i64::from(redis.is_none()));
         let bus_status = mailboxes.node_state().status();
         let trails = Arc::<MessageTrails>::default();
-        let telemetry = (&metrics, &trails);
-        let people = (&bus, &presence, &rules);
-        let hub = Hub::start(people, mailboxes, letters, config.hub, telemetry, &tasks);
-        let control = Control::start(
-            config.node.clone(),
-            (commands, sessions.clone()),
-            hub.clone(),
-            presence.clone(),
-            (metrics.clone(), trails.clone()),
-            config.session.wait_max,
-            &tasks,
-        );
+        let services = HubServices {
+            bus: bus.clone(),
+            presence: presence.clone(),
+            rules: rules.clone(),
+            metrics: metrics.clone(),
+            trails: trails.clone(),
+        };
+        let hub = Hub::start(&services, mailboxes, letters, config.hub, &tasks);
+        let control = Control {
+            node: config.node.clone(),
+            queue: commands,
+            sessions: sessions.clone(),
+            hub: hub.clone(),
+            presence: presence.clone(),
+            metrics: metrics.clone(),
+            trails: trails.clone(),
+            timeout: config.session.wait_max,
+            draining: Default::default(),
+        };
+        control.start(&tasks);
         let http_limits = &config.http.limits;
         let quotas = Arc::new(Quotas::new(config.quotas));
         let publisher = Publisher {
@@ -246,7 +254,7 @@ async fn drain_on_command(node: Arc<Node>, delay: Duration) {
     tokio::select! {
         biased;
         () = stopped.cancelled() => return,
-        () = node.control.draining().cancelled() => {}
+        () = node.control.draining.cancelled() => {}
     }
     node.start_draining();
     // Cancel-safe: a stop disconnects the remaining clients.

@@ -14,17 +14,35 @@ use tokio_util::sync::CancellationToken;
 use super::{join::PendingJoin, presence::PresenceQuery};
 use crate::{
     bus::{
-        BusError,
+        Bus, BusError,
         presence_store::{OnlineStatus, PresenceSnapshot},
         sessions::{SessionSelector, UnixMicros},
     },
     connection::{handle::ConnectionHandle, outbox::Close},
     delivery::page::LogPage,
     drain::Tasks,
+    presence::PresenceTracker,
+    rooms::RoomRules,
+    telemetry::{metrics::Metrics, trail::MessageTrails},
 };
 
 /// The pause before a failed read is repeated.
 pub(super) const READ_RETRY_DELAY: Duration = Duration::from_millis(250);
+
+/// The parts of the node that the hub uses.
+#[derive(Clone)]
+pub struct HubServices {
+    /// The bus.
+    pub bus: Arc<dyn Bus>,
+    /// The presence of this node's connections.
+    pub presence: Arc<PresenceTracker>,
+    /// Rules that apply to rooms by name.
+    pub rules: Arc<RoomRules>,
+    /// The node's metrics.
+    pub metrics: Arc<Metrics>,
+    /// The message trails of this node.
+    pub trails: Arc<MessageTrails>,
+}
 
 /// The bounds of the hub, for a whole node.
 #[derive(Clone, Debug)]

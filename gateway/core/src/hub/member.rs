@@ -38,7 +38,8 @@ pub(super) struct ShardBatch {
 impl ShardBatch {
     pub(super) fn new(
         retention: RetentionContext,
-        (metrics, trails): (Arc<Metrics>, Arc<MessageTrails>),
+        metrics: Arc<Metrics>,
+        trails: Arc<MessageTrails>,
         node_state: Arc<NodeState>,
     ) -> Self {
         let (lost, touched) = (Vec::new(), Vec::new());

@@ -127,7 +127,7 @@ pub(super) mod samples {
 
     /// A batch of a node that holds its lease.
     pub(in super::super) fn batch() -> ShardBatch {
-        ShardBatch::new(retention(), Default::default(), Arc::default())
+        ShardBatch::new(retention(), Arc::default(), Arc::default(), Arc::default())
     }
 }
 

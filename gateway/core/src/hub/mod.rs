@@ -27,15 +27,12 @@ use tokio::sync::{mpsc, oneshot};
 
 use crate::{
     bus::{
-        Bus, Mailboxes, ShardReceiver,
+        Mailboxes, ShardReceiver,
         sessions::{SessionSelector, UnixMicros},
     },
     connection::{handle::ConnectionHandle, outbox::Close},
     delivery::join::{JoinPlan, JoinStart},
     drain::Tasks,
-    presence::PresenceTracker,
-    rooms::RoomRules,
-    telemetry::{metrics::Metrics, trail::MessageTrails},
 };
 
 mod member;
@@ -55,7 +52,7 @@ mod status;
 mod control;
 mod shard;
 
-pub use commands::HubOptions;
+pub use commands::{HubOptions, HubServices};
 use commands::{ShardCommand, ShardTasks};
 pub use join::JoinOutcome;
 use join::{JoinGrant, PendingJoin};
@@ -84,11 +81,10 @@ pub struct SubscribeFailed;
 impl Hub {
     /// Starts one task per mailbox.
     pub fn start(
-        (bus, presence, rules): (&Arc<dyn Bus>, &Arc<PresenceTracker>, &Arc<RoomRules>),
+        services: &HubServices,
         mailboxes: Mailboxes,
         messages: Vec<ShardReceiver>,
         options: HubOptions,
-        telemetry: (&Arc<Metrics>, &Arc<MessageTrails>),
         tasks: &Tasks,
     ) -> Self {
         let shards = messages.len().max(1);
@@ -102,10 +98,8 @@ impl Hub {
         };
         let start = |messages: ShardReceiver| {
             let (commands, queue) = mpsc::channel(QUEUE_LEN_MAX);
-            let services = (bus.clone(), presence.clone(), rules.clone());
-            let telemetry = (telemetry.0.clone(), telemetry.1.clone());
             let own = ShardTasks::new(tasks.clone(), commands.clone());
-            let shard = Shard::new(services, &messages, &options, telemetry, own);
+            let shard = Shard::new(services.clone(), &messages, &options, own);
             tasks.spawn_service("hub_shard", shard.run(queue, messages.messages));
             commands
         };

@@ -18,7 +18,8 @@ use super::{
     budget::MemoryBudget,
     catch_up::CatchUpOutcome,
     commands::{
-        HubOptions, LogReadRequest, READ_RETRY_DELAY, ReadPurpose, ShardCommand, ShardTasks,
+        HubOptions, HubServices, LogReadRequest, READ_RETRY_DELAY, ReadPurpose, ShardCommand,
+        ShardTasks,
     },
     control,
     join::{JoinOutcome, JoinProgress, PendingJoin},
@@ -41,10 +42,7 @@ use crate::{
     },
     presence::PresenceTracker,
     rooms::RoomRules,
-    telemetry::{
-        metrics::{EntryResult, Metrics},
-        trail::MessageTrails,
-    },
+    telemetry::metrics::EntryResult,
 };
 
 /// The most messages and commands in one batch, so that queued frames are written soon.
@@ -81,12 +79,12 @@ pub(super) struct Shard {
 
 impl Shard {
     pub(super) fn new(
-        (bus, presence, rules): (Arc<dyn Bus>, Arc<PresenceTracker>, Arc<RoomRules>),
+        services: HubServices,
         messages: &ShardReceiver,
         options: &HubOptions,
-        (metrics, trails): (Arc<Metrics>, Arc<MessageTrails>),
         tasks: ShardTasks,
     ) -> Self {
+        let HubServices { bus, presence, rules, metrics, trails } = services;
         let budget = MemoryBudget::new(options, metrics.clone());
         let now = Instant::now();
         let retention = RetentionContext {
@@ -103,7 +101,7 @@ impl Shard {
             rosters: Rosters::new(presence.clone(), tasks.clone()),
             statuses: Statuses::new(watched_max, bus.clone(), presence.clone(), tasks.clone()),
             incomplete: IncompleteReads::default(),
-            batch: ShardBatch::new(retention, (metrics, trails), messages.node_state.clone()),
+            batch: ShardBatch::new(retention, metrics, trails, messages.node_state.clone()),
             suspended: false,
             bus,
             presence,

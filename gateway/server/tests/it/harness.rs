@@ -28,7 +28,7 @@ use skein_core::{
         Bus, Mailboxes, Retention, ShardReceiver, memory::MemoryBus, room_store::RoomStoreOptions,
     },
     drain::Tasks,
-    hub::{Hub, HubOptions},
+    hub::{Hub, HubOptions, HubServices},
     presence::{PresenceOptions, PresenceTracker},
     telemetry::metrics::Metrics,
 };
@@ -200,9 +200,14 @@ pub fn start_hub(
     metrics: &Arc<Metrics>,
     tasks: &Tasks,
 ) -> Hub {
-    let without_presence = (bus, &nobody(tasks), &Default::default());
-    let telemetry = (metrics, &Default::default());
-    Hub::start(without_presence, mailboxes, messages, hub_options(), telemetry, tasks)
+    let services = HubServices {
+        bus: bus.clone(),
+        presence: nobody(tasks),
+        rules: Arc::default(),
+        metrics: metrics.clone(),
+        trails: Arc::default(),
+    };
+    Hub::start(&services, mailboxes, messages, hub_options(), tasks)
 }
 
 /// PresenceTracker of nobody, for a hub whose members only hear a log.

@@ -15,7 +15,7 @@ use skein_core::{
     bus::{BoxFuture, Bus, Mailboxes, output_of},
     connection::{handle::ConnectionHandle, outbox::Outbox},
     drain::Tasks,
-    hub::{Hub, HubOptions, MAILBOX_LEN},
+    hub::{Hub, HubOptions, HubServices, MAILBOX_LEN},
     limits::{
         meter::{Meter, MeterRates},
         reads::ReadLimiter,
@@ -128,15 +128,14 @@ impl SimNode {
         };
         let presence = PresenceTracker::start(redis.clone(), PresenceOptions::default(), &tasks);
         let rules = Arc::new(RoomRules::default());
-        let hub_stores = (&bus, &presence, &rules);
-        let hub = Hub::start(
-            hub_stores,
-            mailboxes,
-            receivers,
-            hub_options,
-            (&metrics, &Default::default()),
-            &tasks,
-        );
+        let services = HubServices {
+            bus: bus.clone(),
+            presence: presence.clone(),
+            rules: rules.clone(),
+            metrics: metrics.clone(),
+            trails: Arc::default(),
+        };
+        let hub = Hub::start(&services, mailboxes, receivers, hub_options, &tasks);
         let publisher = Publisher {
             bus: bus.clone(),
             store: redis.clone(),
