@@ -11,7 +11,7 @@ pub const LEASE: Duration = Duration::from_secs(10);
 /// How to reach Redis, and how rooms are stored in it.
 #[derive(Clone, Debug)]
 pub struct RedisOptions {
-    /// The servers' URL, in the format of [`topology::url`].
+    /// The servers' URL, in the format of [`url`](crate::topology::url).
     pub url: String,
     /// Files for TLS connections.
     pub tls: TlsFiles,

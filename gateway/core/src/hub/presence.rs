@@ -87,7 +87,7 @@ pub struct PresenceQuery {
     pub details: PresenceDetails,
     /// The users whose details were requested.
     pub requested: BTreeSet<UserId>,
-    /// The time of the request. It is answered with what is known after [`PRESENCE_WAIT_MAX`].
+    /// The time of the request. After 2 s it is answered with what is known.
     pub since: Instant,
 }
 
