@@ -197,7 +197,7 @@ impl Room {
     pub(super) fn apply_page(&mut self, page: LogPage, batch: &mut ShardBatch) -> NextAction {
         let retention = batch.retention;
         self.deleted = self.deleted.max(page.deleted);
-        let opens = self.replica.top().is_none();
+        let before = self.replica.top().cloned();
         let Self { name, members, .. } = self;
         let mut fan_out = RoomFanOut { name, members, batch, reset: false };
         let next = self.replica.apply_page(page, &retention, &mut fan_out);
@@ -205,7 +205,8 @@ impl Room {
         let outcome = match (next, reset) {
             (NextAction::Restore, _) => Some(LogRepairResult::Reconciled),
             (_, true) => Some(LogRepairResult::Reset),
-            _ if opens => None,
+            // The room opens, or lacked nothing: a client asked for an unknown position.
+            _ if before.is_none() || self.replica.top() == before.as_ref() => None,
             _ => Some(LogRepairResult::Complete),
         };
         if let Some(outcome) = outcome {

@@ -152,16 +152,16 @@ metrics! {
     /// Ephemeral events dropped because a queue was full: the outbox of the connection, or the
     /// mailbox of a shard
     pub ephemeral_events_dropped: IntCounter = counter("gateway_ephemeral_events_dropped_total");
-    /// Reads of a log because entries had not been received, by `result`; `reset` means that
-    /// members lost continuity
+    /// Reads of a log that brought entries which had not been received, by `result`; `reset` means
+    /// that members lost continuity
     pub log_repairs: Counters<LogRepairResult> = counters("gateway_log_repairs_total", "result");
     /// Joins that resume from a position, by `source` of the missed entries: the node's memory
     /// (`ring`) or the bus (`log`)
     pub resumes: Counters<ResumeSource> = counters("gateway_resumes_total", "source");
     /// Times a member's outbox was full, so that the member continues from the log
     pub slow_consumers: IntCounter = counter("gateway_slow_consumers_total");
-    /// Bus entries dropped because the mailbox of a shard was full; the shard reads them from the
-    /// log; a steady rate means that the node is overloaded
+    /// Messages of the bus dropped because the mailbox of a shard was full; the shard reads the
+    /// entries from their logs; a steady rate means that the node is overloaded
     pub mailbox_overflows: IntCounter = counter("gateway_mailbox_overflows_total");
     /// Rooms that this node is subscribed to
     pub rooms: IntGauge = gauge("gateway_rooms");
