@@ -62,7 +62,7 @@ struct FanOutBench {
 impl FanOutBench {
     async fn start(room: &RoomId) -> Self {
         let (tasks, metrics) = (Tasks::default(), Arc::new(Metrics::new()));
-        let (mailboxes, letters) = Mailboxes::new(1, 16_384, metrics.clone());
+        let (mailboxes, receivers) = Mailboxes::new(1, 16_384, metrics.clone());
         let memory = MemoryBus::start(
             retention(),
             &Default::default(),
@@ -89,7 +89,7 @@ impl FanOutBench {
             metrics: metrics.clone(),
             trails: Arc::default(),
         };
-        let hub = Hub::start(&services, mailboxes, letters, options, &tasks);
+        let hub = Hub::start(&services, mailboxes, receivers, options, &tasks);
         let mut members = Vec::new();
         for _ in 0..MEMBERS {
             let outbox = Outbox::to_owner(1 << 20, metrics.clone());

@@ -599,8 +599,8 @@ impl Agreement {
 
     async fn wake_peers(&self, connection: &mut MultiplexedConnection) -> RedisResult<()> {
         let keyspace = self.server.keyspace;
-        let mut poke = redis::cmd(keyspace.publish());
-        poke.arg(keyspace.wake_up_channel()).arg(&self.process.name).query_async(connection).await
+        let mut wake = redis::cmd(keyspace.publish());
+        wake.arg(keyspace.wake_up_channel()).arg(&self.process.name).query_async(connection).await
     }
 
     /// The earlier runs of this node that still hold a lease. A run counts as ended unless it

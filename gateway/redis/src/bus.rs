@@ -85,8 +85,8 @@ impl RedisBus {
         let (rooms, sessions) = (options.rooms.clone(), options.sessions.clone());
         let router = Router::start(topology, options, mailboxes, metrics, tasks);
         let store = StoreWorker::start(router.clone(), rooms, sessions, tasks);
-        let book = Arc::new(RedisControlQueue::new(store.clone()));
-        Self { router, store, commands: book }
+        let commands = Arc::new(RedisControlQueue::new(store.clone()));
+        Self { router, store, commands }
     }
 
     /// Waits until this node has reached Redis and has agreed on it with the other nodes.

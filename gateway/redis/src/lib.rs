@@ -1,10 +1,10 @@
 //! The bus of a cluster: logs in Redis, whose pub/sub delivers their entries to the nodes.
 //!
-//! A node has three kinds of connections to a server. `appender` sends publishes, pipelined on one
+//! A node has four kinds of connections to a server. `appender` sends publishes, pipelined on one
 //! connection. `subscriber` receives what is published in the subscribed rooms. Reads use a pool
 //! (`log`). The first two reconnect in loops of their own, for ever: a library that reconnects
-//! below them would hide that messages were missed. `agreement` is what the nodes do before they
-//! use a server. `bus` implements the traits of the bus on all of them.
+//! below them would hide that messages were missed. `agreement` has a connection for what the
+//! nodes do before they use a server. `bus` implements the traits of the bus on all of them.
 //!
 //! In a Redis Cluster there is one such set of connections per primary, and `router` knows which
 //! primary serves a room.

@@ -39,10 +39,10 @@ pub(super) struct RedisLog {
 
 impl RedisLog {
     pub(super) fn new(server: Arc<RedisServer>, metrics: Arc<Metrics>) -> Self {
-        let healer = LogRestorer::new(server.clone(), metrics.clone());
+        let restorer = LogRestorer::new(server.clone(), metrics.clone());
         let read = server.keyspace.script(include_str!("scripts/read.lua"));
         let delete = server.keyspace.script(include_str!("scripts/delete.lua"));
-        Self { server, metrics, restorer: healer, read, delete }
+        Self { server, metrics, restorer, read, delete }
     }
 
     pub(super) fn read(

@@ -1,13 +1,13 @@
 //! Values read from Redis are untrusted: an operator, a restore or another program may have written
 //! them.
 //!
-//! Each value is checked once, where it enters: entries by [`Envelope::of_room`], values that
-//! scripts read by the scripts themselves (`prelude.lua`), rows where they are parsed. A value that
-//! no gateway wrote counts as absent, which every caller handles, and is counted and logged here.
-//! It concerns only its room, user or process: a reply with many rows is never rejected for one of
-//! them.
+//! Each value is checked once, where it enters: entries by [`Envelope::parse_for_room`], values
+//! that scripts read by the scripts themselves (`prelude.lua`), rows where they are parsed. A value
+//! that no gateway wrote counts as absent, which every caller handles, and is counted and logged
+//! here. It concerns only its room, user or process: a reply with many rows is never rejected for
+//! one of them.
 //!
-//! [`Envelope::of_room`]: skein_core::envelope::Envelope::of_room
+//! [`Envelope::parse_for_room`]: skein_core::envelope::Envelope::parse_for_room
 
 use std::fmt::Display;
 

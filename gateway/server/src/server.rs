@@ -83,7 +83,7 @@ impl Server {
         let (admin, admin_listen) = bind("admin.listen", config.admin_listen)?;
         let (public, listen) = bind("server.listen", config.listen)?;
 
-        let (mailboxes, letters) = Mailboxes::new(config.shards, MAILBOX_LEN, metrics.clone());
+        let (mailboxes, receivers) = Mailboxes::new(config.shards, MAILBOX_LEN, metrics.clone());
         let redis = match config.redis {
             Some(options) => {
                 let (mailboxes, metrics) = (mailboxes.clone(), metrics.clone());
@@ -114,7 +114,7 @@ impl Server {
             metrics: metrics.clone(),
             trails: trails.clone(),
         };
-        let hub = Hub::start(&services, mailboxes, letters, config.hub, &tasks);
+        let hub = Hub::start(&services, mailboxes, receivers, config.hub, &tasks);
         let control = Control {
             node: config.node.clone(),
             queue: commands,

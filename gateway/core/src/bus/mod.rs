@@ -305,7 +305,7 @@ pub const HEAD_TTL: Duration = Duration::from_secs(7 * 24 * 60 * 60);
 /// subscribed to the room renew it every few seconds.
 pub const EMPTY_HEAD_TTL: Duration = Duration::from_secs(5 * 60);
 
-/// A new random part of an epoch: 60 bits in letters and digits.
+/// A new random part of an epoch: 60 bits in sender and digits.
 pub fn random_epoch() -> String {
     use rand::{RngExt as _, distr::Alphanumeric};
     rand::rng().sample_iter(Alphanumeric).take(10).map(char::from).collect()
@@ -448,25 +448,25 @@ impl Mailboxes {
 
     /// Sends an ephemeral event to the room's shard. Drops an event that may be lost if the mailbox
     /// is nearly full, so that entries need not be read from their logs.
-    pub fn send_ephemeral(&self, room: RoomId, notice: EphemeralEvent) {
+    pub fn send_ephemeral(&self, room: RoomId, event: EphemeralEvent) {
         let shard = self.shard_of(&room);
-        let letters = &self.shards[shard].sender;
+        let sender = &self.shards[shard].sender;
         let is_spare = matches!(
-            notice,
+            event,
             EphemeralEvent::Typing { .. }
                 | EphemeralEvent::Read { .. }
                 | EphemeralEvent::Message(_)
         );
-        if is_spare && letters.capacity() < letters.max_capacity() / 4 {
+        if is_spare && sender.capacity() < sender.max_capacity() / 4 {
             self.metrics.ephemeral_events_dropped.inc();
             return;
         }
-        self.send(shard, ShardMessage::Ephemeral(room, notice));
+        self.send(shard, ShardMessage::Ephemeral(room, event));
     }
 
-    fn send(&self, shard: usize, letter: ShardMessage) {
+    fn send(&self, shard: usize, message: ShardMessage) {
         let mailbox = &self.shards[shard];
-        if mailbox.sender.try_send(letter).is_err() {
+        if mailbox.sender.try_send(message).is_err() {
             self.metrics.mailbox_overflows.inc();
             mailbox.resync.mark_stale();
         }

@@ -75,7 +75,7 @@ pub(crate) struct LocalShard {
     connected: u64,
 }
 
-/// A user in one scope of this node. There is one for each connection and room, so its size counts.
+/// A user in one scope of this node. There is one for each user and room, so its size counts.
 /// Its fields change only while its shard is locked, except `active`, `typed` and `admitted`.
 #[derive(Debug)]
 pub(crate) struct LocalPresence {

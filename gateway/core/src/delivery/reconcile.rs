@@ -47,11 +47,11 @@ impl RoomReplica {
         let again = self.reading == ReadState::Again;
         self.reading = ReadState::Idle;
         self.forget_past_retention(retention);
-        let (head, term) = (page.head(), page.generation);
+        let (head, generation) = (page.head(), page.generation);
         if let PageProgress::Blocked(next) = self.apply(&mut page, retention, sink) {
             return next;
         }
-        self.generation = self.generation.max(term);
+        self.generation = self.generation.max(generation);
         let next = self.handle_buffered(retention, sink);
         let more =
             self.top.as_ref().is_none_or(|top| top.epoch != head.epoch || top.seq < head.seq);

@@ -207,8 +207,8 @@ impl Hub {
         replied.await.unwrap_or_default()
     }
 
-    /// Reports the status of users to a connection on every change, and immediately if `asks` is
-    /// set. Returns the users that exceed the node's limit of watched users.
+    /// Reports the status of users to a connection on every change, and immediately if
+    /// `report_now` is set. Returns the users that exceed the node's limit of watched users.
     pub async fn watch(
         &self,
         users: impl IntoIterator<Item = UserId>,

@@ -12,8 +12,8 @@
 -- Returns epoch, seq, and 1 if the entry was there before, 2 if it is the first of a limited inbox.
 --
 -- All checks come first, and XADD is the first write: an error leaves everything as it was. A room
--- that whose only entry was rejected is closed again, so that rejected entries for ever new names keep no
--- memory.
+-- whose only entry was rejected is closed again, so that rejected entries for ever new names keep
+-- no memory.
 
 local epoch, top, meta = open_room()
 if not epoch then

@@ -362,8 +362,8 @@ end
 -- unconfirmed publishes, and records the server id and generation under which the room was opened.
 -- The room continues in a new epoch if a process that may have held more of it was missing since
 -- the room was opened last, or if another message has a number that was acknowledged; acknowledged
--- publishes without a number are appended there. The new epoch remembers former one, even if no
--- the node has accessed the room on the server that the former one was on.
+-- publishes without a number are appended there. The new epoch remembers the former one, even if no
+-- node has accessed the room on the server that the former one was on.
 local function open_room()
     local server_id = ARGV[1]
     local meta = redis.call('HMGET', KEYS[2], 'e', 's', 'r', 'n', 'at', 'from', 'prev', 'd', 'u')

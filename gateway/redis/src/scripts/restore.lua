@@ -11,12 +11,9 @@
 --       18 count of entries  then per entry: seq, epoch, origin, envelope
 --       then per older id: dedup key, position
 -- Returns "complete" (the log lacks nothing), "epoch_changed" (the room continues in another epoch),
--- "incomplete"
--- (call again with "restore" and the entries), "restored", or "conflict" (two histories
--- share numbers,
--- or the node has delivered entries that neither it nor the log has: the room continues
--- in a new
--- epoch).
+-- "incomplete" (call again with "restore" and the entries), "restored", or "conflict" (two
+-- histories share numbers, or the node has delivered entries that neither it nor the log has: the
+-- room continues in a new epoch).
 
 local server_id, epoch, top, random = ARGV[1], ARGV[7], tonumber(ARGV[8]), ARGV[3]
 if not is_this_server(server_id) then
