@@ -251,7 +251,12 @@ impl Outbox {
         self.queue.lock().signals.cancel(signal);
     }
 
-    /// Takes the signals: a catch-up once half of the bound is free, all others at once.
+    /// Takes the evictions among the signals.
+    pub fn take_evictions(&self) -> SmallVec<[Signal; 1]> {
+        self.queue.lock().signals.take_evictions()
+    }
+
+    /// Takes the other signals: a catch-up once half of the bound is free, all others at once.
     pub fn take_signals(&self) -> SmallVec<[Signal; 1]> {
         let mut queue = self.queue.lock();
         let has_space = queue.has_space(self.bytes_max);

@@ -11,7 +11,8 @@ pub enum Signal {
     /// Watch this user, with whom the connection exchanges directs.
     Watch(UserId),
     /// The connection was evicted from this room. The signal is sent before the client learns of
-    /// the eviction, and taken before a frame that the client sends afterwards is handled.
+    /// the eviction, and taken by itself, before a frame that the client sends afterwards is handled
+    /// and when no request is in progress.
     Evicted(RoomId),
     /// The reply to a publish is queued; the copy, if there is one, is on its way.
     PublishAnswered,
@@ -44,13 +45,25 @@ impl SignalQueue {
         self.0.iter().any(Signal::waits_for_space)
     }
 
-    /// Takes the signals, without those that wait for space unless the outbox has it.
+    /// Takes the signals without evictions, and without those that wait for space unless the outbox
+    /// has it.
     pub(super) fn take(&mut self, has_space: bool) -> SmallVec<[Signal; 1]> {
-        let all = std::mem::take(&mut self.0);
-        if has_space || all.is_empty() {
-            return all;
+        self.take_if(|signal| match signal {
+            Signal::Evicted(_) => false,
+            other => has_space || !other.waits_for_space(),
+        })
+    }
+
+    /// Takes the evictions.
+    pub(super) fn take_evictions(&mut self) -> SmallVec<[Signal; 1]> {
+        self.take_if(|signal| matches!(signal, Signal::Evicted(_)))
+    }
+
+    fn take_if(&mut self, is_taken: impl Fn(&Signal) -> bool) -> SmallVec<[Signal; 1]> {
+        if !self.0.iter().any(&is_taken) {
+            return SmallVec::new();
         }
-        let (kept, taken) = all.into_iter().partition(Signal::waits_for_space);
+        let (taken, kept) = std::mem::take(&mut self.0).into_iter().partition(is_taken);
         self.0 = kept;
         taken
     }
@@ -74,7 +87,9 @@ mod tests {
             queue.push(signal.clone());
         }
         let without_space = queue.take(false);
-        assert_eq!(without_space[..], [all[0].clone(), all[2].clone(), all[3].clone()]);
+        assert_eq!(without_space[..], [all[0].clone(), all[2].clone()]);
+        assert_eq!(queue.take_evictions()[..], [all[3].clone()]);
+        assert!(queue.take_evictions().is_empty());
         assert!(queue.is_lagging() && queue.take(false).is_empty());
         queue.push(Signal::PublishAnswered);
         queue.push(all[2].clone());

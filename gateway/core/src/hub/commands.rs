@@ -11,7 +11,10 @@ use skein_protocol::{
 use tokio::sync::{mpsc, oneshot};
 use tokio_util::sync::CancellationToken;
 
-use super::{join::PendingJoin, presence::PresenceQuery};
+use super::{
+    join::PendingJoin,
+    presence::{PageRequest, PresenceQuery},
+};
 use crate::{
     bus::{
         Bus, BusError,
@@ -160,8 +163,10 @@ pub(super) enum ShardCommand {
     QueryPresence {
         room: RoomId,
         query: PresenceQuery,
-        /// Receives the users whose details the query lacks.
-        missing: oneshot::Sender<Vec<UserId>>,
+    },
+    PresentAfter {
+        room: RoomId,
+        request: PageRequest,
     },
     RostersRead {
         rooms: Vec<(RoomId, u64)>,

@@ -23,7 +23,10 @@ use skein_protocol::{
     position::Position,
     protocol::FrameRef,
 };
-use tokio::sync::{mpsc, oneshot};
+use tokio::{
+    sync::{mpsc, oneshot},
+    time::Instant,
+};
 
 use crate::{
     bus::{
@@ -57,7 +60,7 @@ use commands::{ShardCommand, ShardTasks};
 pub use join::JoinOutcome;
 use join::{JoinGrant, PendingJoin};
 pub use lingering::LINGER;
-use presence::PresenceQuery;
+use presence::{PageRequest, PresenceQuery};
 pub use resync::COMPARE_INTERVAL;
 use shard::Shard;
 
@@ -257,15 +260,20 @@ impl Hub {
         }
     }
 
+    /// The users of a page of a room's roster: at most `limit` whose ids follow `after`, as this
+    /// node's members know them. Waits until the roster was read, at most 2 s.
+    pub async fn present_after(&self, room: RoomId, after: String, limit: usize) -> Vec<UserId> {
+        let (reply, replied) = oneshot::channel();
+        let request = PageRequest { after, limit, since: Instant::now(), reply };
+        self.send(room.clone(), ShardCommand::PresentAfter { room, request }).await;
+        // Dropped if the room is closed meanwhile.
+        replied.await.unwrap_or_default()
+    }
+
     /// Sends a member `presence`: exactly the users whom the members here were told about, once the
-    /// roster has reached the version of the query's details. If details of listed users are
-    /// missing, sends nothing and returns the users, so that the caller reads their details and
-    /// queries again.
-    pub async fn query_presence(&self, room: RoomId, query: PresenceQuery) -> Vec<UserId> {
-        let (missing, reply) = oneshot::channel();
-        self.send(room.clone(), ShardCommand::QueryPresence { room, query, missing }).await;
-        // Dropped once `presence` is sent.
-        reply.await.unwrap_or_default()
+    /// roster has reached the version of the query's details.
+    pub async fn send_presence(&self, room: RoomId, query: PresenceQuery) {
+        self.send(room.clone(), ShardCommand::QueryPresence { room, query }).await;
     }
 
     async fn send(&self, room: RoomId, command: ShardCommand) {

@@ -2,7 +2,7 @@
 //! the receiver's outbox is full; entries of the log never are.
 
 use std::{
-    collections::{BTreeMap, BTreeSet},
+    collections::BTreeMap,
     sync::Arc,
     time::{Duration, SystemTime},
 };
@@ -55,7 +55,9 @@ pub(super) struct RoomPresence {
     pending: BTreeMap<UserId, bool>,
     diffed_at: Option<Instant>,
     typing: BTreeMap<UserId, TypingState>,
-    queries: Vec<(PresenceQuery, oneshot::Sender<Vec<UserId>>)>,
+    queries: Vec<PresenceQuery>,
+    /// Requests for pages of a roster that was never read.
+    pages: Vec<PageRequest>,
     /// The time of the next due work.
     due: Option<Instant>,
 }
@@ -83,24 +85,24 @@ pub struct PresenceQuery {
     pub after: String,
     /// The most users of the page.
     pub limit: usize,
-    /// The details that were read.
+    /// Details of the users of the page.
     pub details: PresenceDetails,
-    /// The users whose details were requested.
-    pub requested: BTreeSet<UserId>,
     /// The time of the request. After 2 s it is answered with what is known.
     pub since: Instant,
 }
 
-impl PresenceQuery {
-    fn has_waited(&self, now: Instant) -> bool {
-        now.saturating_duration_since(self.since) >= PRESENCE_WAIT_MAX
-    }
+/// A request for the users of a page of the roster.
+#[derive(Debug)]
+pub(super) struct PageRequest {
+    pub(super) after: String,
+    pub(super) limit: usize,
+    pub(super) since: Instant,
+    pub(super) reply: oneshot::Sender<Vec<UserId>>,
+}
 
-    /// The users of the page whose details were not requested.
-    fn missing(&self, roster: &Roster) -> Vec<UserId> {
-        let page = roster.after(&self.after).take(self.limit).map(|(user, _)| user);
-        page.filter(|user| !self.requested.contains(*user)).cloned().collect()
-    }
+/// Whether a request has waited for as long as it may.
+fn has_waited(since: Instant, now: Instant) -> bool {
+    now.saturating_duration_since(since) >= PRESENCE_WAIT_MAX
 }
 
 impl TypingState {
@@ -160,9 +162,8 @@ impl RoomPresence {
         members: &mut Members,
         batch: &mut ShardBatch,
     ) -> bool {
-        if self.roster.has_reached(snapshot.version) {
-            // The store may have lost changes, for example when a Redis restarted from its file:
-            // then the versions with which members joined are used again for other changes.
+        if self.roster.has_lost_changes(&snapshot) {
+            // The versions with which members joined are used again for other changes.
             members.iter_mut().for_each(|member| member.presence_version = Default::default());
         }
         let (changes, again) = self.roster.apply_snapshot(snapshot);
@@ -334,58 +335,61 @@ impl RoomPresence {
         }
     }
 
-    /// Answers a query once the roster has reached its version, or tells `missing` of which users it
-    /// lacks details.
-    pub(super) fn query(
-        &mut self,
-        query: PresenceQuery,
-        missing: oneshot::Sender<Vec<UserId>>,
-        room: &RoomId,
-        batch: &mut ShardBatch,
-    ) {
+    /// Answers a request for a page once the roster was read.
+    pub(super) fn request_page(&mut self, request: PageRequest, now: Instant) {
+        if self.pages.len() < QUERIES_MAX {
+            self.pages.push(request);
+        }
+        self.answer_pages(now);
+    }
+
+    fn answer_pages(&mut self, now: Instant) {
+        let is_unread = self.roster.is_empty() && !self.roster.is_known();
+        for request in self.pages.extract_if(.., |of| !is_unread || has_waited(of.since, now)) {
+            let page = self.roster.after(&request.after).take(request.limit);
+            // The caller may have gone.
+            let _ = request.reply.send(page.map(|(user, _)| user.clone()).collect());
+        }
+    }
+
+    /// Answers a query once the roster has reached its version.
+    pub(super) fn query(&mut self, query: PresenceQuery, room: &RoomId, batch: &mut ShardBatch) {
         if self.queries.len() >= QUERIES_MAX {
             let (handle, answer) = listing(room, &self.roster, query);
             handle.send(&answer);
             return batch.flush_later(&handle);
         }
-        self.queries.push((query, missing));
+        self.queries.push(query);
         self.answer_queries(room, batch);
     }
 
     /// Answers the presence queries whose version the roster has reached, or that have waited long
-    /// enough.
+    /// enough, and requests for pages.
     pub(super) fn answer_queries(&mut self, room: &RoomId, batch: &mut ShardBatch) {
+        let now = batch.retention.now;
+        self.answer_pages(now);
         let Self { roster, pending, queries, .. } = self;
-        let (now, mut left) = (batch.retention.now, Vec::new());
-        for (query, missing) in queries.drain(..) {
-            if !query.has_waited(now) {
-                // The listing must precede the next change that the member receives.
-                if !pending.is_empty() || !roster.has_reached(query.details.version) {
-                    left.push((query, missing));
-                    continue;
-                }
-                let users = query.missing(roster);
-                if !users.is_empty() {
-                    // A caller that has gone needs no answer.
-                    let _ = missing.send(users);
-                    continue;
-                }
-            }
+        // The listing must precede the next change that the member receives.
+        let answered = queries.extract_if(.., |query| {
+            pending.is_empty() && roster.has_reached(query.details.version)
+                || has_waited(query.since, now)
+        });
+        for query in answered {
             let (handle, answer) = listing(room, roster, query);
             handle.send(&answer);
             batch.flush_later(&handle);
         }
-        *queries = left;
     }
 
     /// Whether presence queries wait for the roster.
     pub(super) fn has_queries(&self) -> bool {
-        !self.queries.is_empty()
+        !self.queries.is_empty() || !self.pages.is_empty()
     }
 
     /// Rejects the queries that wait: the room does not exist any longer.
     pub(super) fn reject_queries(&mut self, room: &RoomId, batch: &mut ShardBatch) {
-        for (query, _) in std::mem::take(&mut self.queries) {
+        self.pages.clear();
+        for query in std::mem::take(&mut self.queries) {
             reject(room, query, batch);
         }
     }
@@ -407,7 +411,8 @@ pub(super) fn reject(room: &RoomId, query: PresenceQuery, batch: &mut ShardBatch
     batch.flush_later(&query.handle);
 }
 
-/// The page of the roster that answers a query. A user without details gets the current time.
+/// The page of the roster that answers a query. A user without details, who joined a moment ago,
+/// gets the current time.
 fn listing(
     room: &RoomId,
     roster: &Roster,

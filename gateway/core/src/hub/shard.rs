@@ -5,7 +5,7 @@ use std::{sync::Arc, time::Duration};
 
 use bytes::Bytes;
 use skein_protocol::{
-    ids::{ConnectionId, RoomId, RoomKind, UserId},
+    ids::{ConnectionId, RoomId, RoomKind},
     position::Position,
     protocol::server_frame::{LeftFrame, RoomClosedFrame, RoomClosedReason, ServerFrame},
 };
@@ -222,9 +222,12 @@ impl Shard {
             ShardCommand::StatusesRead { users, statuses } => {
                 self.statuses.apply(users, statuses, &mut self.incomplete, &mut self.batch);
             }
-            ShardCommand::QueryPresence { room, query, missing } => {
-                self.query_presence(&room, query, missing);
+            ShardCommand::PresentAfter { room, request } => {
+                if let Some(room) = self.rooms.get_mut(&room) {
+                    room.presence.request_page(request, self.batch.retention.now);
+                }
             }
+            ShardCommand::QueryPresence { room, query } => self.query_presence(&room, query),
             ShardCommand::RostersRead { rooms, snapshots } => {
                 let (incomplete, batch) = (&mut self.incomplete, &mut self.batch);
                 self.rosters.apply(rooms, snapshots, incomplete, &mut self.rooms, batch);
@@ -460,16 +463,10 @@ impl Shard {
         self.drop_room(name);
     }
 
-    /// Answers a presence query once the roster has reached the query's version, or tells `missing`
-    /// of which users it lacks details.
-    fn query_presence(
-        &mut self,
-        name: &RoomId,
-        query: PresenceQuery,
-        missing: oneshot::Sender<Vec<UserId>>,
-    ) {
+    /// Answers a presence query once the roster has reached the query's version.
+    fn query_presence(&mut self, name: &RoomId, query: PresenceQuery) {
         match self.rooms.get_mut(name) {
-            Some(room) => room.presence.query(query, missing, name, &mut self.batch),
+            Some(room) => room.presence.query(query, name, &mut self.batch),
             None => presence::reject(name, query, &mut self.batch),
         }
     }

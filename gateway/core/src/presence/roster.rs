@@ -4,7 +4,10 @@
 //! roster, and the members receive the differences: they never see a state that their events do not
 //! lead to.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::{
+    cmp::Ordering,
+    collections::{BTreeMap, BTreeSet},
+};
 
 use skein_protocol::{
     ids::{DisplayName, UserId},
@@ -120,6 +123,21 @@ impl Roster {
         }
         self.buffer(change);
         (changes, true)
+    }
+
+    /// Whether a read shows that the store has lost changes that the roster knows, for example
+    /// because a Redis restarted from its file. The numbers of lost changes are used again.
+    pub fn has_lost_changes(&self, snapshot: &PresenceSnapshot) -> bool {
+        let differs = || {
+            let ids = snapshot.users.iter().map(|user| &user.id).collect::<BTreeSet<_>>();
+            !ids.into_iter().eq(self.users.keys())
+        };
+        self.version.epoch == snapshot.version.epoch
+            && match self.version.number.cmp(&snapshot.version.number) {
+                Ordering::Greater => true,
+                Ordering::Equal => snapshot.complete && differs(),
+                Ordering::Less => false,
+            }
     }
 
     /// Applies a read. Returns the changes to send to members, and whether the roster must be read
@@ -257,6 +275,16 @@ mod tests {
         assert_eq!(roster.apply(joined(1, 6, "bob")), (vec![], false));
         let (changes, again) = roster.apply_snapshot(snapshot(1, 5, &["ann"]));
         assert_eq!((names(&changes), again), (vec!["+ann".into(), "+bob".into()], true));
+    }
+
+    #[test]
+    fn a_store_that_lost_changes_is_noticed() {
+        let roster = roster(&["ann", "bob"]);
+        assert!(roster.has_lost_changes(&snapshot(1, 4, &["ann", "bob"])));
+        assert!(roster.has_lost_changes(&snapshot(1, 5, &["ann", "cat"])));
+        assert!(!roster.has_lost_changes(&snapshot(1, 5, &["ann", "bob"])));
+        assert!(!roster.has_lost_changes(&snapshot(1, 6, &["ann"])));
+        assert!(!roster.has_lost_changes(&snapshot(2, 1, &["ann"])));
     }
 
     #[test]

@@ -653,23 +653,40 @@ impl Session {
         Ok((expires_at, gone.into_iter().filter_map(leave).collect()))
     }
 
-    /// Does what the hub and the publisher request by signals. The caller must call it between a
-    /// read of input and the first frame of it, and before it writes the outbox.
+    /// Gives up the rooms from which the connection was evicted. The caller must call it before it
+    /// handles input, while no request is in progress: a join that was in progress during the
+    /// eviction has its guard then, and its membership is cancelled.
+    pub async fn handle_evictions(&mut self) {
+        for signal in self.handle.outbox.take_evictions() {
+            if let Signal::Evicted(room) = signal {
+                self.drop_guard(&room);
+                let hub = &self.services.hub;
+                Box::pin(hub.cancel_join(room, self.handle.clone())).await;
+            }
+        }
+    }
+
+    /// Does what the hub and the session request by other signals. The caller must call it before it
+    /// writes the outbox.
     pub async fn handle_signals(&mut self) {
-        for signal in self.handle.outbox.take_signals() {
+        let signals = self.handle.outbox.take_signals();
+        if signals.contains(&Signal::PublishAnswered) {
+            // The shard that has the copy yields once itself, to batch. After two yields the ack and
+            // the copy are queued here, and leave in one write (docs/adr/0011).
+            tokio::task::yield_now().await;
+            tokio::task::yield_now().await;
+        }
+        if signals.iter().any(|signal| *signal != Signal::PublishAnswered) {
+            // What is queued does not wait for the hub.
+            self.handle.outbox.flush();
+        }
+        for signal in signals {
             match signal {
                 Signal::CatchUp(room) => {
                     Box::pin(self.services.hub.catch_up(room, self.handle.connection)).await;
                 }
                 Signal::Watch(user) => Box::pin(self.auto_watch(user)).await,
-                Signal::Evicted(room) => self.drop_guard(&room),
-                Signal::PublishAnswered => {
-                    // The shard that has the copy yields once itself, to batch. After two yields
-                    // the ack and the copy are queued here, and leave in one write
-                    // (docs/adr/0011).
-                    tokio::task::yield_now().await;
-                    tokio::task::yield_now().await;
-                }
+                Signal::PublishAnswered | Signal::Evicted(_) => {}
             }
         }
     }

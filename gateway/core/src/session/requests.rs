@@ -1,7 +1,6 @@
 //! Execution of the requests that wait for the hub or the bus. Each ends with its reply.
 
 use std::{
-    collections::BTreeSet,
     future::ready,
     net::IpAddr,
     sync::Arc,
@@ -336,7 +335,7 @@ pub(super) async fn leave(context: RequestContext, room: RoomId) -> RequestOutco
 }
 
 /// Executes `presence` of a room: the page lists the users whom the members here know, with details
-/// from the store. Most queries need one read; a user who joins meanwhile causes another one.
+/// from the store.
 pub(super) async fn presence_in(
     context: RequestContext,
     room: RoomId,
@@ -344,37 +343,26 @@ pub(super) async fn presence_in(
     limit: u32,
 ) -> RequestOutcome {
     let Services { hub, presence, .. } = &*context.services;
-    let scope = PresenceScope::Room(room.clone());
-    let mut query = PresenceQuery {
-        handle: context.handle.clone(),
-        reference: context.reference.clone(),
-        after: cursor.unwrap_or_default(),
-        limit: limit as usize,
-        details: PresenceDetails::default(),
-        requested: BTreeSet::new(),
-        since: Instant::now(),
-    };
-    loop {
-        let missing = hub.query_presence(room.clone(), query.clone()).await;
-        if missing.is_empty() {
+    let (after, limit) = (cursor.unwrap_or_default(), limit as usize);
+    let users = hub.present_after(room.clone(), after.clone(), limit).await;
+    let details = presence.store().details(room.clone(), users);
+    let bytes = |details: &PresenceDetails| details.users.len() * PERSON_BYTES;
+    let mut details = match context.read(details, bytes).await {
+        Ok(details) => details,
+        Err((code, text)) => {
+            context.reject("presence", Some(&room), code, text);
             return RequestOutcome::Done;
         }
-        query.requested.extend(missing.iter().cloned());
-        let details = presence.store().details(room.clone(), missing);
-        let bytes = |details: &PresenceDetails| details.users.len() * PERSON_BYTES;
-        let details = match context.read(details, bytes).await {
-            Ok(details) => details,
-            Err((code, text)) => {
-                context.reject("presence", Some(&room), code, text);
-                return RequestOutcome::Done;
-            }
-        };
-        query.details.version = details.version;
-        query.details.users.extend(details.users.into_iter().map(|user| {
-            let active = presence.active(&scope, &user.user.id).unwrap_or_default();
-            UserPresence { active: user.active.max(active), ..user }
-        }));
+    };
+    let scope = PresenceScope::Room(room.clone());
+    for detail in &mut details.users {
+        let active = presence.active(&scope, &detail.user.id).unwrap_or_default();
+        detail.active = detail.active.max(active);
     }
+    let (handle, reference) = (context.handle.clone(), context.reference.clone());
+    let query = PresenceQuery { handle, reference, after, limit, details, since: Instant::now() };
+    hub.send_presence(room, query).await;
+    RequestOutcome::Done
 }
 
 /// Executes `presence` of the cluster.

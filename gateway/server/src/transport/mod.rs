@@ -232,13 +232,16 @@ impl WebSocketConnection {
             if let Some(close) = outbox.begin_close() {
                 return ServeEnd::Close { close, ending: CloseInitiator::ByGateway };
             }
+            if performing.is_none()
+                && let Handler::Chat(session) = &mut self.handler
+            {
+                // Before the input, so that frames of these rooms are rejected.
+                session.handle_evictions().await;
+            }
             if performing.is_none() && !self.is_paused() {
                 if self.has_backlog && is_write_closed(socket) {
                     return ServeEnd::Gone;
                 }
-                // Before the input, so that frames of rooms from which the connection was evicted
-                // are rejected.
-                self.handle_signals().await;
                 let step = self.handle_unread(&mut budget);
                 self.outbox_full = matches!(step, InputStep::Full);
                 match step {
@@ -273,8 +276,10 @@ impl WebSocketConnection {
                     continue;
                 }
             }
-            // Before the flush, so that acks leave with their copies.
-            self.handle_signals().await;
+            if let Handler::Chat(session) = &mut self.handler {
+                // Before the flush, so that acks leave with their copies.
+                session.handle_signals().await;
+            }
             outbox.flush();
             let blocked = outbox.blocked_since();
             if self.outbox_full && blocked.is_none() {
@@ -324,12 +329,6 @@ impl WebSocketConnection {
                     }
                 }
             }
-        }
-    }
-
-    async fn handle_signals(&mut self) {
-        if let Some(session) = self.session() {
-            session.handle_signals().await;
         }
     }
 

@@ -241,6 +241,7 @@ impl EventStream {
                     has_held = true;
                 }
             }
+            self.session.handle_evictions().await;
             self.session.handle_signals().await;
             if let Some(Close { code, .. }) = outbox.begin_close() {
                 tracing::debug!(connection = %handle.connection, code, "an event stream ended");

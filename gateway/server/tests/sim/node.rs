@@ -253,7 +253,7 @@ impl SimConnection {
                 full = outbox.is_full();
                 if !full {
                     let Some(frame) = input.0.0.lock().frames.pop_front() else { break };
-                    self.session.handle_signals().await;
+                    self.session.handle_evictions().await;
                     let frame = ClientFrame::from_text(&frame);
                     let request = self.session.handle_frame(frame, &mut meter, Instant::now());
                     performing = request.map(|request| self.session.execute(request));
@@ -271,6 +271,9 @@ impl SimConnection {
                         continue;
                     }
                 }
+            }
+            if performing.is_none() {
+                self.session.handle_evictions().await;
             }
             self.session.handle_signals().await;
             // All arms are cancel-safe: the request in progress is kept.
