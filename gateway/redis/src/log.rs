@@ -313,7 +313,8 @@ fn entry(entry: Value, room: &RoomId) -> Option<Entry> {
     let [seq, epoch, origin, envelope]: [Value; 4] = parts.try_into().ok()?;
     let Value::BulkString(envelope) = envelope else { return None };
     Some(Entry {
-        position: Position::new(epoch_of(&epoch)?, number(&seq)?),
+        // The first entry of a log has the number 1.
+        position: Position::new(epoch_of(&epoch)?, number(&seq).filter(|seq| *seq > 0)?),
         origin: text(&origin)?.parse().ok()?,
         envelope: Envelope::parse_for_room(Bytes::from(envelope), room).ok()?,
     })
@@ -336,5 +337,40 @@ fn text(value: &Value) -> Option<&str> {
         Value::BulkString(bytes) => std::str::from_utf8(bytes).ok(),
         Value::SimpleString(text) => Some(text),
         _ => None,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use skein_core::envelope::{AuthorHash, EnvelopeParts, FrameType};
+    use skein_protocol::ids::{ConnectionId, MessageId};
+
+    use super::*;
+
+    #[test]
+    fn entries_without_a_number_from_1_on_are_unreadable() {
+        let id = MessageId::random();
+        let fields = format!(
+            r#""room":"r","id":"{id}","from":{{"id":"ann","name":"A"}},"content":1,"timestamp":"t""#
+        );
+        let envelope = Envelope::pack(EnvelopeParts {
+            frame: FrameType::Message,
+            author: AuthorHash::of(&"ann".parse().unwrap()),
+            id,
+            sender: ConnectionId::random(),
+            echo: true,
+            fields: &fields,
+            binary_payload: None,
+        });
+        let origin = skein_core::delivery::ServerId::default().to_string();
+        let seq_of_row = |seq: &str| {
+            let parts = [seq.as_bytes(), b"1-a", origin.as_bytes(), envelope.as_bytes()];
+            let row = parts.map(|part| Value::BulkString(part.to_vec()));
+            entry(Value::Array(row.into()), &"r".parse().unwrap()).map(|of| of.position.seq)
+        };
+        assert_eq!(seq_of_row("1"), Some(1));
+        for seq in ["0", "-1", "", "x", "9007199254740992"] {
+            assert_eq!(seq_of_row(seq), None, "{seq}");
+        }
     }
 }
