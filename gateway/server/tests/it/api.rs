@@ -14,7 +14,7 @@ use skein_protocol::{
 use crate::{
     directs::Device,
     harness::{Http, closed, http_raw, next_message, room, say, until, within},
-    presence::{TestDeployment, ask, next_matching, rejection_code},
+    presence::{TestDeployment, ask, next_matching, presence_of_room, rejection_code},
 };
 
 pub const KEY: &str = "a key of sixteen and more";
@@ -301,6 +301,48 @@ async fn a_removed_member_leaves_on_every_device_and_may_rejoin() {
         assert_eq!(gone.await, ("ann".into(), 1));
         devices[0].join(&room("r")).await.unwrap();
         say(&mut devices[0], &room("r"), "back").await;
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn a_removal_during_a_join_leaves_no_part_of_a_member() {
+    TestDeployment::each(&OPTIONS, async |deployment| {
+        let mut ann = deployment.connect(0, "ann").await;
+        let mut bob = deployment.connect(1, "bob").await;
+        bob.join(&room("r")).await.unwrap();
+        for number in 0..40 {
+            ann.join(&room("r")).await.unwrap();
+            let joins = async {
+                for _ in 0..=number % 4 {
+                    ann.send_text(r#"{"type":"join","room":"r"}"#).await.unwrap();
+                }
+            };
+            let remove =
+                deployment.command_all_nodes(1, "DELETE /api/v1/rooms/r/members/ann", None);
+            tokio::join!(joins, remove);
+            let ask = json!({"type": "message", "room": "r", "content": number, "echo": false});
+            let is_member = ann.request(&ask).await.is_ok();
+            // All joins are answered: the frames of a connection are handled in order.
+            let content = format!("after {number}");
+            say(&mut bob, &room("r"), &content).await;
+            let marker = json!({"type": "direct", "to": "ann", "content": "marker"});
+            bob.request(&marker).await.unwrap();
+            next_matching(&mut ann, |frame| match frame {
+                ServerFrame::Message(message) if message.content == content.as_str() => {
+                    assert!(is_member, "{number}: a removed member receives");
+                    Some(())
+                }
+                ServerFrame::Direct(_) if !is_member => Some(()),
+                _ => None,
+            })
+            .await;
+            until("presence is the same", async || {
+                let listed = presence_of_room(&mut bob, "r").await.users;
+                listed.iter().any(|user| user.id.as_str() == "ann") == is_member
+            })
+            .await;
+        }
     })
     .await;
 }
