@@ -1,6 +1,6 @@
 # The commands of this project. CI calls nothing else.
 
-.PHONY: help setup run build check test test-long test-full faults soak abuse sim sim-injected loadtest-injected fuzz fmt lint doc deny ci cluster bench bench-micro
+.PHONY: help setup run build check test test-long test-full faults soak abuse sim sim-long sim-injected loadtest-injected fuzz fmt lint doc deny ci cluster bench bench-micro
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -46,13 +46,16 @@ test: setup lint build ## in 8 minutes: everything a change needs, with a real R
 test-full: test test-long ## in 40 minutes: all of it; make soak and make abuse take longer
 
 # The part of `make test-full` beyond `make test`.
-test-long: setup build doc deny
-	SKEIN_SIM_SEEDS=2000 $(SIM) --include-ignored --nocapture promises_hold injected::
+test-long: setup build doc deny sim-long
 	SKEIN_FAULTS=full $(IT) --test-threads $(FAULTS_THREADS) --nocapture faults::
 	$(IT) --test-threads 1 --nocapture --ignored injected::
 	cargo build --locked --release -p gateway
 	SKEIN_GATEWAY=$(CURDIR)/target/release/gateway $(IT) --test-threads 1 --nocapture --ignored release:: soak::
 	SKEIN_GATEWAY=$(CURDIR)/target/release/gateway SKEIN_FAULTS=full $(IT) --nocapture loadtest::chaos_on
+
+# Decided by its seeds alone, so that CI can run it on any machine.
+sim-long: ## 2,000 simulations, and injected faults that they must find
+	SKEIN_SIM_SEEDS=2000 $(SIM) --include-ignored --nocapture promises_hold injected::
 
 faults: setup build ## the trials of docs/faults.md at full length
 	SKEIN_FAULTS=full $(IT) --test-threads $(FAULTS_THREADS) --nocapture faults::
@@ -99,7 +102,7 @@ deny: ## licences, sources and unused dependencies
 	cargo deny check bans licenses sources
 	cargo machete
 
-ci: test doc deny ## the gate
+ci: test doc deny sim-long ## the gate
 
 cluster: ## Redis, three gateways and nginx as processes of this machine
 	@deploy/setup.sh redis-server nginx
