@@ -362,7 +362,7 @@ mod tests {
             fields: &fields,
             binary_payload: None,
         });
-        let origin = skein_core::delivery::ServerId::default().to_string();
+        let origin = ServerId::default().to_string();
         let seq_of_row = |seq: &str| {
             let parts = [seq.as_bytes(), b"1-a", origin.as_bytes(), envelope.as_bytes()];
             let row = parts.map(|part| Value::BulkString(part.to_vec()));
