@@ -29,7 +29,7 @@ pub struct PublishTicket {
     record: Option<PublishRecord>,
 }
 
-/// What the gateway records of the result of a message from a client or from the application.
+/// The record that the gateway keeps of the result of a message from a client or the application.
 pub struct PublishRecord {
     /// When the publish began.
     pub started: Instant,

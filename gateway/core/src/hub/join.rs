@@ -57,7 +57,7 @@ impl JoinGrant {
     }
 }
 
-/// What the shard must do for a join.
+/// The step that the shard must take for a join.
 #[derive(Debug)]
 pub(super) enum JoinProgress {
     /// Nothing: it is answered, or its caller has gone.

@@ -677,7 +677,7 @@ impl Session {
             tokio::task::yield_now().await;
         }
         if signals.iter().any(|signal| *signal != Signal::PublishAnswered) {
-            // What is queued does not wait for the hub.
+            // Queued frames do not wait for the hub.
             self.handle.outbox.flush();
         }
         for signal in signals {
