@@ -2,13 +2,14 @@
 //! in which scope. Sessions hold a presence guard of an entry; the store reads the entries again
 //! when it writes.
 //!
-//! The entries are spread over shards by user, so that two joins wait for each other only if they
-//! concern users of the same shard.
+//! The entries are spread over shards, so that two joins wait for each other only if they concern
+//! the same shard. All entries of a room are in one shard and share its name in memory; those of the
+//! cluster are spread by user.
 
 use std::{
     borrow::Borrow,
     collections::BTreeSet,
-    hash::{BuildHasher as _, BuildHasherDefault, DefaultHasher},
+    hash::{BuildHasher as _, BuildHasherDefault, DefaultHasher, Hash},
     ops::Bound::{Excluded, Included, Unbounded},
     sync::{
         Arc,
@@ -66,10 +67,11 @@ pub struct LocalPresences {
     shards: [Mutex<LocalShard>; SHARDS],
 }
 
-/// The entries of some users.
+/// The entries of some rooms, and of the cluster for some users.
 #[derive(Debug, Default)]
 pub(crate) struct LocalShard {
     by_scope: BTreeSet<ByScope>,
+    /// The entries of rooms once more.
     by_user: BTreeSet<ByUser>,
     /// The number of entries with the scope `Cluster`.
     connected: u64,
@@ -189,9 +191,21 @@ pub(crate) enum ConnectionEnd {
 }
 
 impl LocalPresences {
-    /// Locks the entries of a user.
-    pub(crate) fn lock(&self, user: &UserId) -> MutexGuard<'_, LocalShard> {
-        self.shards[(self.hasher.hash_one(user) % SHARDS as u64) as usize].lock()
+    /// Locks the entry of a user in a scope.
+    pub(crate) fn lock(&self, scope: &PresenceScope, user: &UserId) -> MutexGuard<'_, LocalShard> {
+        match scope {
+            PresenceScope::Room(room) => self.lock_room(room),
+            PresenceScope::Cluster => self.lock_hashed(user),
+        }
+    }
+
+    /// Locks the entries of a room.
+    pub(crate) fn lock_room(&self, room: &RoomId) -> MutexGuard<'_, LocalShard> {
+        self.lock_hashed(room)
+    }
+
+    fn lock_hashed(&self, key: impl Hash) -> MutexGuard<'_, LocalShard> {
+        self.shards[(self.hasher.hash_one(key) % SHARDS as u64) as usize].lock()
     }
 
     /// Locks one shard after another.
@@ -201,12 +215,12 @@ impl LocalPresences {
 
     /// The presence of a user in a scope; `None`: the user is not there.
     pub fn report(&self, scope: &PresenceScope, user: &UserId) -> Option<NodePresence> {
-        self.lock(user).get(scope, user).map(|entry| entry.report())
+        self.lock(scope, user).get(scope, user).map(|entry| entry.report())
     }
 
     /// Records that the store has admitted a user.
     pub fn set_admitted(&self, scope: &PresenceScope, user: &UserId) {
-        if let Some(entry) = self.lock(user).get(scope, user) {
+        if let Some(entry) = self.lock(scope, user).get(scope, user) {
             entry.set_admitted();
         }
     }
@@ -222,16 +236,15 @@ impl LocalPresences {
 
     /// The rooms in which a user is present, in order.
     pub(crate) fn rooms_of(&self, user: &UserId) -> Vec<RoomId> {
-        let shard = self.lock(user);
-        let first: &dyn UserAndScope = &(user, None);
-        let entries = shard.by_user.range::<dyn UserAndScope, _>((Included(first), Unbounded));
-        let of_user = entries.map(|entry| &entry.0).take_while(|entry| entry.user.id == *user);
-        of_user
-            .filter_map(|entry| match &entry.scope {
-                PresenceScope::Room(room) => Some(room.clone()),
-                PresenceScope::Cluster => None,
-            })
-            .collect()
+        let mut rooms = Vec::new();
+        for shard in self.each() {
+            let first: &dyn UserAndScope = &(user, None);
+            let entries = shard.by_user.range::<dyn UserAndScope, _>((Included(first), Unbounded));
+            let of_user = entries.map(|entry| &entry.0).take_while(|entry| entry.user.id == *user);
+            rooms.extend(of_user.filter_map(|entry| entry.room().cloned()));
+        }
+        rooms.sort_unstable();
+        rooms
     }
 
     /// The first `limit` users connected to this node whose ids follow `after`, in order, and the
@@ -251,8 +264,8 @@ impl LocalPresences {
 
 impl LocalShard {
     pub(crate) fn get(&self, scope: &PresenceScope, user: &UserId) -> Option<&Arc<LocalPresence>> {
-        let key: &dyn UserAndScope = &(user, Some(scope));
-        self.by_user.get(key).map(|entry| &entry.0)
+        let key: &dyn ScopeAndUser = &(scope, Some(user.as_str()));
+        self.by_scope.get(key).map(|entry| &entry.0)
     }
 
     /// Adds one connection of a user at `now`. Returns the entry, and whether it is new.
@@ -322,16 +335,21 @@ impl LocalShard {
     }
 
     fn insert(&mut self, entry: &Arc<LocalPresence>) {
-        self.connected += u64::from(entry.scope == PresenceScope::Cluster);
         self.by_scope.insert(ByScope(entry.clone()));
-        self.by_user.insert(ByUser(entry.clone()));
+        match entry.room() {
+            Some(_) => drop(self.by_user.insert(ByUser(entry.clone()))),
+            None => self.connected += 1,
+        }
     }
 
     pub(crate) fn remove(&mut self, entry: &LocalPresence) {
         let by_scope: &dyn ScopeAndUser = &(&entry.scope, Some(entry.user.id.as_str()));
         let by_user: &dyn UserAndScope = &(&entry.user.id, Some(&entry.scope));
-        if self.by_scope.remove(by_scope) && self.by_user.remove(by_user) {
-            self.connected -= u64::from(entry.scope == PresenceScope::Cluster);
+        if self.by_scope.remove(by_scope) {
+            match entry.room() {
+                Some(_) => drop(self.by_user.remove(by_user)),
+                None => self.connected -= 1,
+            }
         }
     }
 
@@ -384,6 +402,14 @@ impl LocalPresence {
         }
     }
 
+    /// The room; `None` for the cluster.
+    pub(crate) fn room(&self) -> Option<&RoomId> {
+        match &self.scope {
+            PresenceScope::Room(room) => Some(room),
+            PresenceScope::Cluster => None,
+        }
+    }
+
     pub(crate) fn set_admitted(&self) {
         self.admitted.store(true, Relaxed);
     }
@@ -408,7 +434,7 @@ mod tests {
 
     fn connect(all: &LocalPresences, scope: PresenceScope, id: &str) -> Arc<LocalPresence> {
         let user = person(id);
-        all.lock(&user.id).connect(scope, &user, 1).0
+        all.lock(&scope, &user.id).connect(scope.clone(), &user, 1).0
     }
 
     #[test]
@@ -439,20 +465,21 @@ mod tests {
         assert!(Arc::ptr_eq(&entry, &connect(&all, room("a"), "ann")));
         let report = || all.report(&room("a"), &user.id).map(|of| of.connections);
         assert_eq!(report(), Some(2));
-        assert_eq!(all.lock(&user.id).disconnect(&entry), ConnectionEnd::Fewer);
-        assert_eq!(all.lock(&user.id).disconnect(&entry), ConnectionEnd::Last);
-        all.lock(&user.id).begin_grace(&entry, 7);
+        assert_eq!(all.lock(&room("a"), &user.id).disconnect(&entry), ConnectionEnd::Fewer);
+        assert_eq!(all.lock(&room("a"), &user.id).disconnect(&entry), ConnectionEnd::Last);
+        all.lock(&room("a"), &user.id).begin_grace(&entry, 7);
         assert_eq!(report(), Some(1), "the user is present during the grace period");
         assert!(
-            !all.lock(&user.id).end_grace(&entry, 6) && all.lock(&user.id).end_grace(&entry, 7)
+            !all.lock(&room("a"), &user.id).end_grace(&entry, 6)
+                && all.lock(&room("a"), &user.id).end_grace(&entry, 7)
         );
         assert_eq!(report(), None);
 
         let entry = connect(&all, room("a"), "ann");
-        let closed = all.lock(&user.id).close(&room("a"));
+        let closed = all.lock(&room("a"), &user.id).close(&room("a"));
         assert!(closed.len() == 1 && entry.is_closed() && report().is_none());
         let next = connect(&all, room("a"), "ann");
-        assert_eq!(all.lock(&user.id).disconnect(&entry), ConnectionEnd::Closed);
+        assert_eq!(all.lock(&room("a"), &user.id).disconnect(&entry), ConnectionEnd::Closed);
         assert!(report() == Some(1) && !next.is_closed());
     }
 }

@@ -193,7 +193,7 @@ impl PresenceTracker {
         person: &UserInfo,
         rules: Option<JoinConditions>,
     ) -> (PresenceGuard, Admitting, bool) {
-        let mut entries = self.entries.lock(&person.id);
+        let mut entries = self.entries.lock(&scope, &person.id);
         let (entry, is_new) = entries.connect(scope, person, unix_millis_now());
         let admitting = self.store.admit(entry.report(), rules);
         drop(entries);
@@ -240,16 +240,15 @@ impl PresenceTracker {
 
     /// The time of a user's last activity at a scope of this node.
     pub fn active(&self, scope: &PresenceScope, user: &UserId) -> Option<UnixMillis> {
-        Some(self.entries.lock(user).get(scope, user)?.active.load(Relaxed))
+        Some(self.entries.lock(scope, user).get(scope, user)?.active.load(Relaxed))
     }
 
     /// Closes all guards of a room that was closed or deleted.
     pub fn close(&self, room: &RoomId) {
         let scope = PresenceScope::Room(room.clone());
-        for mut entries in self.entries.each() {
-            for entry in entries.close(&scope) {
-                self.store.track(entry.report());
-            }
+        let mut entries = self.entries.lock_room(room);
+        for entry in entries.close(&scope) {
+            self.store.track(entry.report());
         }
     }
 
@@ -261,7 +260,7 @@ impl PresenceTracker {
     /// Removes one connection. After the last one the entry stays for the grace period if `grace`
     /// is set.
     fn untrack(&self, entry: &Arc<LocalPresence>, grace: bool) {
-        let mut entries = self.entries.lock(&entry.user.id);
+        let mut entries = self.entries.lock(&entry.scope, &entry.user.id);
         let ends = match entries.disconnect(entry) {
             ConnectionEnd::Closed => return,
             ConnectionEnd::Fewer => false,
@@ -305,7 +304,7 @@ impl PresenceTracker {
     fn remove_expired(&self, now: Instant) {
         let next = || self.expiring.lock().pop_front_if(|grace| grace.at <= now);
         while let Some(GraceEnd { entry, grace_id, .. }) = next() {
-            let mut entries = self.entries.lock(&entry.user.id);
+            let mut entries = self.entries.lock(&entry.scope, &entry.user.id);
             // A user who returned and left again has a later grace id.
             if entries.end_grace(&entry, grace_id) {
                 self.store.track(entry.report());
@@ -329,7 +328,7 @@ impl PresenceGuard {
     pub fn rejoin_snapshot(&self) -> BoxFuture<Result<JoinSnapshot, AdmitError>> {
         let not_found = || Box::pin(std::future::ready(Err(AdmitError::NotFound)));
         let Some(presence) = &self.presence else { return not_found() };
-        let _entries = presence.entries.lock(&self.entry.user.id);
+        let _entries = presence.entries.lock(&self.entry.scope, &self.entry.user.id);
         if self.is_closed() {
             return not_found();
         }
@@ -367,10 +366,7 @@ impl PresenceGuard {
 
     /// The room; `None` for the cluster.
     pub fn room(&self) -> Option<&RoomId> {
-        match &self.entry.scope {
-            PresenceScope::Room(room) => Some(room),
-            PresenceScope::Cluster => None,
-        }
+        self.entry.room()
     }
 
     /// Leaves explicitly, without a grace period.
