@@ -1,4 +1,4 @@
-//! Requests of the hub and the publisher to the task of a connection.
+//! Requests of the hub and the session to the task of a connection.
 
 use skein_protocol::ids::{RoomId, UserId};
 use smallvec::SmallVec;
