@@ -45,8 +45,10 @@ pub const TYPING_EVERY: Duration = Duration::from_secs(1);
 const TYPING_MAX: Duration = Duration::from_secs(6);
 /// The most time that a presence query waits for changes that are on their way.
 const PRESENCE_WAIT_MAX: Duration = Duration::from_secs(2);
-/// The most presence queries of a room that wait. Further ones are answered with what is known.
-const QUERIES_MAX: usize = 1024;
+/// The most presence requests of a room that wait. Further queries are answered with what is known,
+/// further requests for pages are dropped.
+const WAITING_MAX: usize = 1024;
+
 /// The presence state of a room, as the members on this node were told.
 #[derive(Debug, Default)]
 pub(super) struct RoomPresence {
@@ -55,9 +57,8 @@ pub(super) struct RoomPresence {
     pending: BTreeMap<UserId, bool>,
     diffed_at: Option<Instant>,
     typing: BTreeMap<UserId, TypingState>,
-    queries: Vec<PresenceQuery>,
-    /// Requests for pages of a roster that was never read.
-    pages: Vec<PageRequest>,
+    /// One list for both kinds: each room has it, and nearly always it is empty.
+    waiting: Vec<WaitingRequest>,
     /// The time of the next due work.
     due: Option<Instant>,
 }
@@ -100,9 +101,27 @@ pub(super) struct PageRequest {
     pub(super) reply: oneshot::Sender<Vec<UserId>>,
 }
 
-/// Whether a request has waited for as long as it may.
-fn has_waited(since: Instant, now: Instant) -> bool {
-    now.saturating_duration_since(since) >= PRESENCE_WAIT_MAX
+/// A request that waits for the roster.
+#[derive(Debug)]
+enum WaitingRequest {
+    Query(PresenceQuery),
+    Page(PageRequest),
+}
+
+impl WaitingRequest {
+    /// Whether the request can be answered: the roster has what it waits for, or it has waited for
+    /// as long as it may. `pending`: changes that the members have not received yet.
+    fn is_due(&self, roster: &Roster, pending: &BTreeMap<UserId, bool>, now: Instant) -> bool {
+        let (has_arrived, since) = match self {
+            // The listing must precede the next change that the member receives.
+            Self::Query(query) => {
+                (pending.is_empty() && roster.has_reached(query.details.version), query.since)
+            }
+            // Only a roster that was never read is waited for.
+            Self::Page(request) => (!roster.is_empty() || roster.is_known(), request.since),
+        };
+        has_arrived || now.saturating_duration_since(since) >= PRESENCE_WAIT_MAX
+    }
 }
 
 impl TypingState {
@@ -143,7 +162,7 @@ impl RoomPresence {
     ) -> bool {
         let (changes, read) = self.roster.apply(change);
         self.send_changes(changes, options, room, members, batch);
-        self.answer_queries(room, batch);
+        self.answer_waiting(room, batch);
         read
     }
 
@@ -168,7 +187,7 @@ impl RoomPresence {
         }
         let (changes, again) = self.roster.apply_snapshot(snapshot);
         self.send_changes(changes, options, room, members, batch);
-        self.answer_queries(room, batch);
+        self.answer_waiting(room, batch);
         again
     }
 
@@ -325,7 +344,7 @@ impl RoomPresence {
         if !self.pending.is_empty() {
             if diff_at <= now {
                 self.send_diff(options, room, members, batch);
-                self.answer_queries(room, batch);
+                self.answer_waiting(room, batch);
             } else {
                 self.note_due(diff_at);
             }
@@ -336,61 +355,56 @@ impl RoomPresence {
     }
 
     /// Answers a request for a page once the roster was read.
-    pub(super) fn request_page(&mut self, request: PageRequest, now: Instant) {
-        if self.pages.len() < QUERIES_MAX {
-            self.pages.push(request);
+    pub(super) fn request_page(
+        &mut self,
+        request: PageRequest,
+        room: &RoomId,
+        batch: &mut ShardBatch,
+    ) {
+        if self.waiting.len() < WAITING_MAX {
+            self.waiting.push(WaitingRequest::Page(request));
         }
-        self.answer_pages(now);
-    }
-
-    fn answer_pages(&mut self, now: Instant) {
-        let is_unread = self.roster.is_empty() && !self.roster.is_known();
-        for request in self.pages.extract_if(.., |of| !is_unread || has_waited(of.since, now)) {
-            let page = self.roster.after(&request.after).take(request.limit);
-            // The caller may have gone.
-            let _ = request.reply.send(page.map(|(user, _)| user.clone()).collect());
-        }
+        self.answer_waiting(room, batch);
     }
 
     /// Answers a query once the roster has reached its version.
     pub(super) fn query(&mut self, query: PresenceQuery, room: &RoomId, batch: &mut ShardBatch) {
-        if self.queries.len() >= QUERIES_MAX {
-            let (handle, answer) = listing(room, &self.roster, query);
-            handle.send(&answer);
-            return batch.flush_later(&handle);
+        if self.waiting.len() >= WAITING_MAX {
+            return send_listing(room, &self.roster, query, batch);
         }
-        self.queries.push(query);
-        self.answer_queries(room, batch);
+        self.waiting.push(WaitingRequest::Query(query));
+        self.answer_waiting(room, batch);
     }
 
-    /// Answers the presence queries whose version the roster has reached, or that have waited long
-    /// enough, and requests for pages.
-    pub(super) fn answer_queries(&mut self, room: &RoomId, batch: &mut ShardBatch) {
+    /// Answers the requests that are due.
+    pub(super) fn answer_waiting(&mut self, room: &RoomId, batch: &mut ShardBatch) {
         let now = batch.retention.now;
-        self.answer_pages(now);
-        let Self { roster, pending, queries, .. } = self;
-        // The listing must precede the next change that the member receives.
-        let answered = queries.extract_if(.., |query| {
-            pending.is_empty() && roster.has_reached(query.details.version)
-                || has_waited(query.since, now)
-        });
-        for query in answered {
-            let (handle, answer) = listing(room, roster, query);
-            handle.send(&answer);
-            batch.flush_later(&handle);
+        let Self { roster, pending, waiting, .. } = self;
+        for request in waiting.extract_if(.., |request| request.is_due(roster, pending, now)) {
+            match request {
+                WaitingRequest::Query(query) => send_listing(room, roster, query, batch),
+                WaitingRequest::Page(PageRequest { after, limit, reply, .. }) => {
+                    let users = roster.after(&after).take(limit).map(|(user, _)| user.clone());
+                    // The caller may have gone.
+                    let _ = reply.send(users.collect());
+                }
+            }
         }
     }
 
-    /// Whether presence queries wait for the roster.
-    pub(super) fn has_queries(&self) -> bool {
-        !self.queries.is_empty() || !self.pages.is_empty()
+    /// Whether requests wait for the roster.
+    pub(super) fn has_waiting(&self) -> bool {
+        !self.waiting.is_empty()
     }
 
-    /// Rejects the queries that wait: the room does not exist any longer.
-    pub(super) fn reject_queries(&mut self, room: &RoomId, batch: &mut ShardBatch) {
-        self.pages.clear();
-        for query in std::mem::take(&mut self.queries) {
-            reject(room, query, batch);
+    /// Rejects the requests that wait: the room does not exist any longer.
+    pub(super) fn reject_waiting(&mut self, room: &RoomId, batch: &mut ShardBatch) {
+        for request in std::mem::take(&mut self.waiting) {
+            match request {
+                WaitingRequest::Query(query) => reject(room, query, batch),
+                // The caller notices that the reply was dropped.
+                WaitingRequest::Page(_) => {}
+            }
         }
     }
 
@@ -409,6 +423,13 @@ pub(super) fn reject(room: &RoomId, query: PresenceQuery, batch: &mut ShardBatch
     };
     query.handle.send(&ServerFrame::Error(Box::new(rejection)));
     batch.flush_later(&query.handle);
+}
+
+/// Sends the page of the roster that answers a query.
+fn send_listing(room: &RoomId, roster: &Roster, query: PresenceQuery, batch: &mut ShardBatch) {
+    let (handle, answer) = listing(room, roster, query);
+    handle.send(&answer);
+    batch.flush_later(&handle);
 }
 
 /// The page of the roster that answers a query. A user without details, who joined a moment ago,

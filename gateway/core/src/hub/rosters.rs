@@ -142,9 +142,9 @@ impl Rosters {
     pub(super) fn retry(&self, all: bool, rooms: &mut Rooms, batch: &mut ShardBatch) {
         let mut names = Vec::new();
         for room in rooms.iter_mut() {
-            let late = room.presence.has_queries();
+            let late = room.presence.has_waiting();
             if late {
-                room.presence.answer_queries(&room.name, batch);
+                room.presence.answer_waiting(&room.name, batch);
             }
             if late || all && !room.presence.is_complete() {
                 names.push(room.name.clone());

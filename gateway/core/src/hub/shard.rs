@@ -224,7 +224,7 @@ impl Shard {
             }
             ShardCommand::PresentAfter { room, request } => {
                 if let Some(room) = self.rooms.get_mut(&room) {
-                    room.presence.request_page(request, self.batch.retention.now);
+                    room.presence.request_page(request, &room.name, &mut self.batch);
                 }
             }
             ShardCommand::QueryPresence { room, query } => self.query_presence(&room, query),
@@ -459,7 +459,7 @@ impl Shard {
             }
             self.batch.flush_later(&handle);
         }
-        room.presence.reject_queries(name, &mut self.batch);
+        room.presence.reject_waiting(name, &mut self.batch);
         self.drop_room(name);
     }
 
