@@ -121,6 +121,11 @@ impl ProcessIdentity {
         }
     }
 
+    /// The common start of the names of all runs of this node.
+    pub(super) fn node_prefix(&self) -> &str {
+        &self.node
+    }
+
     fn has_duplicate(&self) -> bool {
         self.duplicate.borrow().is_some()
     }

@@ -24,6 +24,7 @@ use skein_core::{
     bus::{
         Append, BoxFuture, Bus, BusError, Mailboxes, ReadRange,
         commands::{CommandBatch, CommandId, CommandProgress, ControlCommand, ControlQueue},
+        nodes::{AnnouncedNode, NodeAnnouncement, NodeRegistry},
         presence_entries::LocalPresences,
         presence_store::{
             AdmitError, EphemeralEvent, JoinConditions, JoinSnapshot, NodePresence, OnlinePage,
@@ -290,6 +291,16 @@ impl ControlQueue for RedisBus {
 
     fn replies(&self, id: CommandId) -> BoxFuture<Result<Vec<String>, BusError>> {
         Box::pin(self.commands.clone().replies(id))
+    }
+}
+
+impl NodeRegistry for RedisBus {
+    fn announce(&self, own: NodeAnnouncement) -> BoxFuture<Result<Vec<AnnouncedNode>, BusError>> {
+        Box::pin(self.store.clone().announce_node(own))
+    }
+
+    fn withdraw(&self) -> BoxFuture<Result<(), BusError>> {
+        Box::pin(self.store.clone().withdraw_node())
     }
 }
 

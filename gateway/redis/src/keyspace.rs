@@ -195,6 +195,11 @@ impl Keyspace {
         self.key(0, &format!("orders{name}"))
     }
 
+    /// The announcements of nodes.
+    pub(super) fn nodes(self) -> String {
+        self.key(0, "nodes")
+    }
+
     /// The incarnations and their processes.
     pub(super) fn incarnations(self) -> String {
         self.key(0, "incarnations")

@@ -22,6 +22,7 @@ mod lease;
 mod links;
 mod log;
 mod memory;
+mod nodes;
 mod ephemeral;
 mod commands;
 mod probe;
@@ -34,6 +35,9 @@ mod subscriber;
 pub mod topology;
 mod untrusted;
 mod append_queue;
+
+/// The newest schema of stored data that this version reads. Nodes announce it.
+pub const SCHEMA: u32 = 1;
 
 pub use bus::RedisBus;
 pub use options::{LEASE, RedisOptions, RedisStartError};

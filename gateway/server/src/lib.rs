@@ -1,10 +1,11 @@
 //! The Skein gateway: holds WebSocket connections and fans messages across servers.
 //!
 //! This package is the shell around `skein-core`: [`transport`] reads and writes sockets, [`http`]
-//! serves handshakes, event streams, the server API and pages, [`config`] checks the options, and
-//! [`server`] builds and ends all parts in order.
+//! serves handshakes, event streams, the server API and pages, [`cluster`] knows the other nodes,
+//! [`config`] checks the options, and [`server`] builds and ends all parts in order.
 
 pub mod transport;
 pub mod http;
+pub mod cluster;
 pub mod config;
 pub mod server;

@@ -5,6 +5,7 @@ use std::{io, net::SocketAddr, sync::Arc, time::Duration};
 use tokio::net::{TcpListener, TcpSocket};
 
 use crate::{
+    cluster::{ClusterNodes, OwnNode},
     config::Config,
     http::{
         self, Node,
@@ -13,8 +14,8 @@ use crate::{
 };
 use skein_core::{
     bus::{
-        Bus, Mailboxes, commands::ControlQueue, memory::MemoryBus, presence_store::PresenceStore,
-        room_store::RoomStore, sessions::SessionStore,
+        Bus, Mailboxes, commands::ControlQueue, memory::MemoryBus, nodes::NodeRegistry,
+        presence_store::PresenceStore, room_store::RoomStore, sessions::SessionStore,
     },
     control::Control,
     drain::{Tasks, supervision::TaskFailure},
@@ -91,7 +92,7 @@ impl Server {
             }
             None => None,
         };
-        let Stores { bus, presence, rooms, sessions, commands } = match &redis {
+        let Stores { bus, presence, rooms, sessions, commands, nodes } = match &redis {
             Some(redis) => Stores::of(redis.clone()),
             None => {
                 let (rooms, sessions) = (&config.room_store, &config.sessions);
@@ -167,7 +168,15 @@ impl Server {
             limits,
         };
         let services = Arc::new(services);
-        let node = Node::new(config.node, config.http, services, control, metrics, tasks.clone());
+        let own = OwnNode {
+            id: config.node.clone(),
+            connections_max: http_limits.connections_max,
+            intake_per_second: config.http.drain_rate.per_second,
+        };
+        let proxies = &config.http.trusted_proxies;
+        let cluster = Arc::new(ClusterNodes::new(nodes, own, listen, proxies));
+        let node =
+            Node::new(config.node, config.http, services, control, cluster, metrics, tasks.clone());
         let node = Arc::new(node);
         tasks.spawn_job("drain", drain_on_command(node.clone(), config.drain_delay));
         let (turning, stopped) = (node.timers.clone(), tasks.stopped().clone());
@@ -195,6 +204,11 @@ impl Server {
                 reached = redis.reached() => reached?,
             }
         }
+        let (announcing, stopped) = (node.clone(), tasks.stopped().clone());
+        tasks.spawn_service("announcements", async move {
+            let state = || announcing.announced_state();
+            announcing.cluster.announce_until(stopped, state).await;
+        });
         let router = http::public(node.clone());
         let public = listen_on("server.listen", listen, public)?;
         let public = listen::serve(public, router, node.clone(), tcp_limits);
@@ -223,26 +237,30 @@ impl Server {
         self.node.start_draining();
         tokio::time::sleep(self.drain_delay).await;
         self.node.drain_clients().await;
+        self.node.cluster.withdraw().await;
         self.tasks.finish(STOP_STEP_TIMEOUT).await
     }
 }
 
-/// Stores of logs, presence, rooms, sessions and control commands: one backend for all.
+/// Stores of logs, presence, rooms, sessions, control commands and announcements of nodes: one
+/// backend for all.
 struct Stores {
     bus: Arc<dyn Bus>,
     presence: Arc<dyn PresenceStore>,
     rooms: Arc<dyn RoomStore>,
     sessions: Arc<dyn SessionStore>,
     commands: Arc<dyn ControlQueue>,
+    nodes: Arc<dyn NodeRegistry>,
 }
 
 impl Stores {
     fn of<T>(store: Arc<T>) -> Self
     where
-        T: Bus + PresenceStore + RoomStore + SessionStore + ControlQueue + 'static,
+        T: Bus + PresenceStore + RoomStore + SessionStore + ControlQueue + NodeRegistry + 'static,
     {
         let (bus, presence, rooms) = (store.clone(), store.clone(), store.clone());
-        Self { bus, presence, rooms, sessions: store.clone(), commands: store }
+        let (sessions, commands) = (store.clone(), store.clone());
+        Self { bus, presence, rooms, sessions, commands, nodes: store }
     }
 }
 

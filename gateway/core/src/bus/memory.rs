@@ -16,6 +16,7 @@ use skein_protocol::{
 use tokio::{sync::Notify, time::Instant};
 
 mod commands;
+mod nodes;
 mod store;
 mod sessions;
 

@@ -45,6 +45,7 @@ pub mod placement;
 pub mod memory;
 pub mod ticket;
 pub mod commands;
+pub mod nodes;
 pub mod presence_entries;
 pub mod presence_store;
 pub mod room_store;

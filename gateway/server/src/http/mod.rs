@@ -16,9 +16,12 @@ use axum::{Router, middleware, routing::get};
 use skein_protocol::ids::{NodeId, UserId};
 use tokio::sync::Semaphore;
 
-use crate::transport::{Heartbeat, echo::EchoMode, timer::TimerWheel};
+use crate::{
+    cluster::ClusterNodes,
+    transport::{Heartbeat, echo::EchoMode, timer::TimerWheel},
+};
 use skein_core::{
-    bus::Bus,
+    bus::{Bus, nodes::NodeCondition},
     control::Control,
     drain::{
         Tasks,
@@ -109,6 +112,8 @@ pub struct Node {
     pub services: Arc<Services>,
     /// Control commands of the application.
     pub control: Control,
+    /// The nodes of the cluster.
+    pub cluster: Arc<ClusterNodes>,
     /// Metrics of this node.
     pub metrics: Arc<Metrics>,
     /// Running tasks.
@@ -170,6 +175,7 @@ impl Node {
         options: HttpOptions,
         services: Arc<Services>,
         control: Control,
+        cluster: Arc<ClusterNodes>,
         metrics: Arc<Metrics>,
         tasks: Tasks,
     ) -> Self {
@@ -180,6 +186,7 @@ impl Node {
             options,
             services,
             control,
+            cluster,
             metrics,
             tasks,
             drain_schedule,
@@ -191,6 +198,19 @@ impl Node {
     /// Rejects new clients from now on; `/ready` returns 503.
     pub fn start_draining(&self) {
         self.state.draining.store(true, Ordering::Release);
+        self.cluster.announce_now();
+    }
+
+    /// Whether this node takes clients, and the number of its connections, as it announces them.
+    pub fn announced_state(&self) -> (NodeCondition, usize) {
+        let connections = self.state.all.count(&());
+        let condition = match self.failed_checks().first() {
+            _ if self.is_draining() => NodeCondition::Draining,
+            Some(_) => NodeCondition::Unavailable,
+            None if connections >= self.options.limits.connections_max => NodeCondition::Full,
+            None => NodeCondition::Accepting,
+        };
+        (condition, connections)
     }
 
     /// Disconnects all clients, no faster than the other nodes accept them.

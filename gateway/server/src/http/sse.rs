@@ -200,7 +200,7 @@ async fn stream(
     let write_timeout = parts.extensions.get::<WriteTimeout>().cloned();
 
     let (reply, opened) = oneshot::channel();
-    let (route, connection) = (sticky_route(info), ConnectionId::random());
+    let (route, connection) = (sticky_route(&node, &parts.headers, info), ConnectionId::random());
     let serving_node = node.clone();
     // A separate task ends the session even if the client disconnects.
     let serve = async move {

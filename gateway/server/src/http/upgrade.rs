@@ -11,13 +11,12 @@ use std::{io, sync::Arc};
 use axum::{
     body::Body,
     extract::{Path, Query, State, rejection::PathRejection},
-    http::{HeaderValue, Method, StatusCode, Version, header, request::Parts},
+    http::{HeaderMap, HeaderValue, Method, StatusCode, Version, header, request::Parts},
     response::Response,
 };
 use base64::{Engine as _, engine::general_purpose::STANDARD};
 use hyper::upgrade::OnUpgrade;
-use md5::{Digest as _, Md5};
-use sha1::Sha1;
+use sha1::{Digest as _, Sha1};
 use skein_protocol::{
     SUBPROTOCOL,
     close::CloseCode,
@@ -45,9 +44,12 @@ use super::{
     headers::has_element,
     permits::ConnectionPermits,
 };
-use crate::transport::{
-    self, Handler, WebSocketConnection,
-    echo::{Echo, EchoMode},
+use crate::{
+    cluster::route_of,
+    transport::{
+        self, Handler, WebSocketConnection,
+        echo::{Echo, EchoMode},
+    },
 };
 use skein_core::{
     bus::sessions::OpenedSession,
@@ -154,7 +156,7 @@ fn upgrade(
     node.metrics.handshakes.of(HandshakeResult::Accepted).inc();
     node.metrics.deflate_handshakes.inc_by(handshake.deflate.iter().len() as u64);
 
-    let route = sticky_route(info);
+    let route = sticky_route(&node, &parts.headers, info);
     let connection = ConnectionId::random();
     let upgrade = Box::new(PendingUpgrade {
         connection,
@@ -234,10 +236,11 @@ fn switching_protocols(negotiated: &Negotiated, route: &str) -> Response {
     response
 }
 
-/// Returns the name of this node for nginx: `sticky route` computes it from the address it dials,
-/// as the MD5 of `ip:port` in hexadecimal.
-pub(super) fn sticky_route(info: ConnectInfo) -> String {
-    format!("{:x}", Md5::digest(info.local.to_string()))
+/// Returns the route by which a client came, and records it as that of this node.
+pub(super) fn sticky_route(node: &Node, headers: &HeaderMap, info: ConnectInfo) -> String {
+    let route = route_of(info.local);
+    node.cluster.record_route(&route, headers.contains_key("x-forwarded-for"));
+    route
 }
 
 /// Checks the handshake, negotiates its options, and takes the permits of the connection.

@@ -37,6 +37,7 @@ mod conditions;
 mod agreement;
 mod browser;
 mod stop;
+mod nodes;
 mod deploy;
 mod loadtest;
 #[cfg(debug_assertions)]

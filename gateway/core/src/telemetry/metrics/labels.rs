@@ -186,6 +186,8 @@ pub enum InvalidValue {
     KeyType,
     /// An unconfirmed publish that a node restored.
     Unconfirmed,
+    /// The announcement of a node.
+    Announcement,
 }
 
 macro_rules! labels {
@@ -230,7 +232,7 @@ labels!(RestoreResult: Unchanged "unchanged", Restored "restored", EpochChanged 
 labels!(InvalidValue: Barrier "barrier", Entry "entry", DedupId "dedup_id", Lease "lease",
     ReadMark "read_mark", PubsubMessage "pubsub_message", LogMeta "log_meta", Command "command",
     Presence "presence", RoomConfig "room_config", Session "session", KeyType "key_type",
-    Unconfirmed "unconfirmed");
+    Unconfirmed "unconfirmed", Announcement "announcement");
 
 impl Label for bool {
     const ALL: &'static [Self] = &[false, true];

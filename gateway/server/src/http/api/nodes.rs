@@ -12,11 +12,20 @@ use utoipa::ToSchema;
 
 use super::{ApiError, AppliedNodes, CommonResponses, await_bus, parse_name};
 use crate::http::Node;
-use skein_core::bus::commands::{ControlCommand, NodeQuery};
+use skein_core::{
+    bus::{
+        commands::{ControlCommand, NodeQuery},
+        nodes::AnnouncedNode,
+    },
+    hub::presence::wire_time,
+};
 
 /// State of a node.
 #[derive(Debug, Serialize, Deserialize, ToSchema)]
 pub(super) struct NodeInfo {
+    /// What it announces; absent if it has announced nothing yet, or is of a version that does not.
+    #[serde(flatten)]
+    announced: Option<AnnouncedInfo>,
     /// Id of the node.
     node: String,
     /// Number of its connections.
@@ -31,11 +40,70 @@ pub(super) struct NodeInfo {
     deliveries: u64,
 }
 
-/// Nodes that have answered.
+/// What a node announces of itself beside its lease.
+#[derive(Debug, Serialize, Deserialize, ToSchema)]
+struct AnnouncedInfo {
+    /// `accepting`, `draining`, `full`, `unavailable` (not ready), or `unknown` to the node that
+    /// answers.
+    condition: String,
+    /// Version of its program.
+    version: String,
+    /// Newest schema of stored data that it reads.
+    schema: u32,
+    /// When it started, RFC 3339.
+    started_at: String,
+    /// Most connections that it takes.
+    connections_max: u64,
+    /// Value of `?node=` that leads to it, once it is known.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    route: Option<String>,
+}
+
+/// A node that ended without withdrawing its announcement: it was killed, or is frozen or cut off.
+#[derive(Debug, Serialize, ToSchema)]
+struct MissingNode {
+    /// Id of the node.
+    node: String,
+    /// Seconds since its last announcement.
+    missing_for_seconds: u64,
+    /// Number of its connections then.
+    connections: u64,
+    /// Version of its program.
+    version: String,
+}
+
+/// Nodes that have answered, and those that are missing.
 #[derive(Debug, Serialize, ToSchema)]
 pub(super) struct NodeList {
-    /// Ordered by id.
+    /// Nodes that have answered, ordered by id.
     nodes: Vec<NodeInfo>,
+    /// Nodes that announced themselves within the last 15 minutes, and no longer do.
+    missing: Vec<MissingNode>,
+}
+
+impl From<&AnnouncedNode> for AnnouncedInfo {
+    fn from(node: &AnnouncedNode) -> Self {
+        let announcement = node.announcement.clone();
+        Self {
+            condition: announcement.condition.as_str().to_owned(),
+            version: announcement.version,
+            schema: announcement.schema,
+            started_at: wire_time(node.started),
+            connections_max: announcement.connections_max,
+            route: announcement.route,
+        }
+    }
+}
+
+impl From<&AnnouncedNode> for MissingNode {
+    fn from(node: &AnnouncedNode) -> Self {
+        Self {
+            node: node.announcement.node.to_string(),
+            missing_for_seconds: node.age.as_secs(),
+            connections: node.announcement.connections,
+            version: node.announcement.version.clone(),
+        }
+    }
 }
 
 /// Sums over the cluster.
@@ -66,10 +134,18 @@ pub(super) async fn query_nodes(node: &Node) -> Result<Vec<NodeInfo>, ApiError> 
 #[utoipa::path(
     get, path = "/api/v1/nodes", tag = "nodes",
     operation_id = "list_nodes",
-    responses((status = 200, description = "The nodes that have answered.", body = NodeList), CommonResponses)
+    responses((status = 200, description = "The nodes that have answered, and those that are missing.", body = NodeList), CommonResponses)
 )]
 pub(super) async fn list(State(node): State<Arc<Node>>) -> Result<Json<NodeList>, ApiError> {
-    Ok(Json(NodeList { nodes: query_nodes(&node).await? }))
+    let mut nodes = query_nodes(&node).await?;
+    let announced = node.cluster.nodes();
+    for info in &mut nodes {
+        let is_it =
+            |node: &&AnnouncedNode| node.is_alive && node.announcement.node.as_str() == info.node;
+        info.announced = announced.iter().find(is_it).map(Into::into);
+    }
+    let missing = announced.iter().filter(|node| !node.is_alive).map(Into::into).collect();
+    Ok(Json(NodeList { nodes, missing }))
 }
 
 /// Drain a node: its `/ready` returns 503, it rejects new clients, and moves its clients to other
