@@ -550,7 +550,7 @@ impl Agreement {
             let node_state = self.mailboxes.node_state();
             let held_lease = node_state.holds_lease(Instant::now());
             let lease = self.process.lease;
-            node_state.extend_lease(asked + lease.duration - lease.margin);
+            node_state.extend_lease(asked, asked + lease.duration - lease.margin);
             if !held_lease {
                 // Entries that arrived meanwhile were not delivered, and publishes wait.
                 self.mailboxes.mark_all_stale();

@@ -29,6 +29,7 @@ mod probe;
 mod store;
 mod router;
 mod server;
+mod server_report;
 mod sessions;
 mod status;
 mod subscriber;

@@ -5,6 +5,8 @@
 //! full counts as full until the next reply. Above the watermark, `append.lua` lets a log take no
 //! more memory than before and creates none; new rooms, managed rooms and session data are
 //! rejected; sessions of users that had none are kept for minutes.
+//!
+//! The same poll brings the other metrics of a server ([`ServerReports`]).
 
 use std::{
     collections::BTreeMap,
@@ -19,7 +21,10 @@ use parking_lot::Mutex;
 use redis::RedisResult;
 use tokio::time::Instant;
 
-use super::server::RedisServer;
+use super::{
+    server::RedisServer,
+    server_report::{ServerReport, ServerReports},
+};
 use skein_core::{bus::StorageLimits, drain::Tasks, telemetry::metrics::Metrics};
 
 /// How often a server is polled.
@@ -27,6 +32,8 @@ const POLL_INTERVAL: Duration = Duration::from_secs(1);
 /// How far below the watermark memory has to be, in percent of all, before the pressure ends.
 /// Without this it would change with every message.
 const HYSTERESIS_PERCENT: u64 = 3;
+/// One in this many polls reads settings.
+const SETTINGS_EVERY: u32 = 5;
 /// How often a warning is logged above the watermark.
 const LOG_EVERY: Duration = Duration::from_secs(60);
 /// Retention of the sessions of a user that had none, above the watermark.
@@ -120,6 +127,7 @@ pub(super) struct MemoryOfAllServers {
     servers: Mutex<BTreeMap<usize, (Pressure, MemoryUsage)>>,
     /// Whether a warning of a server without a limit was logged.
     unlimited: AtomicBool,
+    reports: ServerReports,
 }
 
 impl MemoryOfAllServers {
@@ -155,7 +163,9 @@ pub(super) fn start(
             () = stopped.cancelled() => {}
             () = poll(&server, &all_servers, &metrics) => {}
         }
-        all_servers.note(Arc::as_ptr(&server) as usize, None, &metrics);
+        let key = Arc::as_ptr(&server) as usize;
+        all_servers.note(key, None, &metrics);
+        all_servers.reports.note(key, None, &metrics);
     });
 }
 
@@ -163,11 +173,20 @@ pub(super) fn start(
 async fn poll(server: &Arc<RedisServer>, all_servers: &MemoryOfAllServers, metrics: &Metrics) {
     let key = Arc::as_ptr(server) as usize;
     let mut logged: Option<Instant> = None;
+    let (mut polls, mut snapshots) = (0_u32, None);
     let mut every = tokio::time::interval(POLL_INTERVAL);
     every.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     loop {
         every.tick().await;
-        let Some(mut usage) = query_usage(server).await else { continue };
+        let with_settings = polls % SETTINGS_EVERY == 0;
+        let Some(reply) = query(server, with_settings, metrics).await else { continue };
+        polls = polls.wrapping_add(1);
+        if with_settings {
+            snapshots = reply.snapshots;
+        }
+        let report = ServerReport::of(&reply.info, snapshots);
+        all_servers.reports.note(key, Some(report), metrics);
+        let Some(mut usage) = MemoryUsage::of(&reply.info) else { continue };
         let StorageLimits { memory_max, watermark_percent, .. } = server.retention.limits;
         if usage.max == 0 {
             usage.max = memory_max;
@@ -200,20 +219,40 @@ async fn poll(server: &Arc<RedisServer>, all_servers: &MemoryOfAllServers, metri
     }
 }
 
-/// The memory usage that a server reports, if it replies.
-async fn query_usage(server: &RedisServer) -> Option<MemoryUsage> {
+/// The reply to a poll.
+struct PollReply {
+    info: String,
+    /// Whether the server saves snapshots by itself; `None` if that was not asked, or if the server
+    /// denies `CONFIG GET`.
+    snapshots: Option<bool>,
+}
+
+/// Asks a server for its state, and measures the round trip. `None` if it does not reply.
+async fn query(server: &RedisServer, with_settings: bool, metrics: &Metrics) -> Option<PollReply> {
     let mut reader = server.dial.read_connection().await.ok()?;
-    let info: RedisResult<String> =
-        redis::cmd("INFO").arg("memory").query_async(&mut *reader).await;
-    match info {
-        Ok(info) => MemoryUsage::of(&info),
-        Err(error) => {
+    let queried: RedisResult<PollReply> = async {
+        let asked = Instant::now();
+        redis::cmd("PING").query_async::<()>(&mut *reader).await?;
+        metrics.redis_round_trip_seconds.observe(asked.elapsed().as_secs_f64());
+        let mut info = redis::cmd("INFO");
+        info.arg("server").arg("memory").arg("persistence").arg("replication");
+        let info = info.query_async(&mut *reader).await?;
+        let mut snapshots = None;
+        if with_settings {
+            let save: RedisResult<(String, String)> =
+                redis::cmd("CONFIG").arg("GET").arg("save").query_async(&mut *reader).await;
+            snapshots = save.ok().map(|(_, save)| !save.is_empty());
+        }
+        Ok(PollReply { info, snapshots })
+    }
+    .await;
+    queried
+        .inspect_err(|error| {
             if error.kind() == redis::ErrorKind::Io {
                 reader.discard();
             }
-            None
-        }
-    }
+        })
+        .ok()
 }
 
 #[cfg(test)]

@@ -29,7 +29,6 @@ pub(super) struct Probe {
     lost: Notify,
 }
 
-#[derive(Default)]
 struct ProbeState {
     /// A channel for probes and its placement group.
     channel: Option<(u16, String)>,
@@ -39,11 +38,20 @@ struct ProbeState {
     outstanding: Option<(u64, Instant)>,
     /// How many have arrived.
     received: u64,
+    /// When the last one arrived; at first the start of this process.
+    received_at: Instant,
 }
 
 impl Probe {
     pub(super) fn new() -> Self {
-        Self { process: random_epoch(), state: Mutex::default(), lost: Notify::new() }
+        let state = ProbeState {
+            channel: None,
+            sent: 0,
+            outstanding: None,
+            received: 0,
+            received_at: Instant::now(),
+        };
+        Self { process: random_epoch(), state: Mutex::new(state), lost: Notify::new() }
     }
 
     /// Chooses the channel for probes, in a group of this server.
@@ -73,15 +81,21 @@ impl Probe {
     }
 
     /// Records that a number has arrived.
-    pub(super) fn received(&self, number: u64) {
+    pub(super) fn received(&self, number: u64, now: Instant) {
         let state = &mut *self.state.lock();
         state.received += 1;
+        state.received_at = now;
         state.outstanding.take_if(|(oldest, _)| *oldest <= number);
     }
 
     /// How many have arrived so far.
     pub(super) fn received_count(&self) -> u64 {
         self.state.lock().received
+    }
+
+    /// How long ago the last one arrived.
+    pub(super) fn age(&self, now: Instant) -> Duration {
+        now.saturating_duration_since(self.state.lock().received_at)
     }
 
     /// Expects no earlier probe any more: the subscriber's connection is a new one.
@@ -116,11 +130,12 @@ mod tests {
         assert_eq!((probe.send(now), probe.send(now + PROBE_INTERVAL)), (1, 2));
         assert!(!probe.is_overdue(now + PROBE_TIMEOUT - PROBE_INTERVAL));
         assert!(probe.is_overdue(now + PROBE_TIMEOUT));
-        probe.received(2);
+        probe.received(2, now + PROBE_TIMEOUT);
+        assert_eq!(probe.age(now + 2 * PROBE_TIMEOUT), PROBE_TIMEOUT);
         assert!(!probe.is_overdue(now + PROBE_TIMEOUT));
         assert_eq!(probe.send(now), 3);
         // A late probe says nothing about those sent after it.
-        probe.received(1);
+        probe.received(1, now);
         assert!(probe.is_overdue(now + PROBE_TIMEOUT));
         probe.reset();
         assert!(!probe.is_overdue(now + PROBE_TIMEOUT));

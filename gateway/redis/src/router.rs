@@ -219,12 +219,19 @@ impl Router {
             && self.context.mailboxes.node_state().holds_lease(Instant::now())
     }
 
-    /// Sets the metric that shows whether the bus is up.
+    /// Sets the metrics of the bus, the lease and the probes.
     pub(super) fn update_metrics(&self) {
-        let up = self.is_up();
+        let (up, metrics, now) = (self.is_up(), &self.context.metrics, Instant::now());
         if self.was_up.swap(up, Ordering::AcqRel) != up {
-            self.context.metrics.bus_up.set(i64::from(up));
+            metrics.bus_up.set(i64::from(up));
         }
+        metrics.leases_lost.inc_by(self.node_state().take_leases_lost(now));
+        if let Some(renewed) = self.node_state().lease_renewed() {
+            metrics.lease_age_seconds.set((now - renewed).as_secs_f64());
+        }
+        let all_connections = self.connections_by_groups();
+        let ages = all_connections.iter().map(|(connections, _)| connections.links.probe.age(now));
+        metrics.bus_probe_age_seconds.set(ages.max().unwrap_or_default().as_secs_f64());
     }
 
     /// Whether a server may evict keys.

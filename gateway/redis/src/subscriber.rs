@@ -427,7 +427,7 @@ impl SubscribeWorker {
                                 mailboxes.send_ephemeral(room, event);
                             }
                         }
-                        Push::Probe(number) => links.probe.received(number),
+                        Push::Probe(number) => links.probe.received(number, Instant::now()),
                         Push::WakeUp => links.wake_up.notify_one(),
                         Push::Invalid(channel) => {
                             untrusted::report(&links.metrics, InvalidValue::PubsubMessage, channel);

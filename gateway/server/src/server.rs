@@ -39,6 +39,12 @@ const TCP_CONNECTIONS_SPARE: usize = 500;
 /// The same per address, so that an address with too many WebSockets still gets HTTP 429.
 const TCP_CONNECTIONS_PER_IP_SPARE: usize = 100;
 
+/// The commit that this binary was built from.
+const COMMIT: &str = match option_env!("SKEIN_COMMIT") {
+    Some(commit) => commit,
+    None => "unknown",
+};
+
 /// A running gateway.
 pub struct Server {
     /// Address that clients connect to, with the actual port for port 0.
@@ -81,6 +87,7 @@ impl Server {
     pub async fn start(config: Config) -> Result<Self, StartError> {
         let tasks = Tasks::default();
         let metrics = Arc::new(Metrics::new().with_legacy_names(config.legacy_metric_names));
+        metrics.set_info(config.node.as_str(), env!("CARGO_PKG_VERSION"), COMMIT);
         let (admin, admin_listen) = bind("admin.listen", config.admin_listen)?;
         let (public, listen) = bind("server.listen", config.listen)?;
 

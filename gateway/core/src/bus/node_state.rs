@@ -32,6 +32,9 @@ pub struct BusStatus {
 #[derive(Debug, Default)]
 struct Lease {
     expiry: LeaseExpiry,
+    renewed: Option<Instant>,
+    /// How often it was lost, and not counted yet.
+    lost: u64,
     /// The number of placement groups.
     groups: u16,
     /// The groups without an agreed server.
@@ -60,9 +63,24 @@ impl NodeState {
         lease.holds(now) && !lease.unagreed.contains(&partition_of(room, lease.groups))
     }
 
-    /// Extends the lease until `until`.
-    pub fn extend_lease(&self, until: Instant) {
-        self.lease.lock().expiry = LeaseExpiry::Instant(until);
+    /// Extends the lease, renewed at `renewed`, until `until`.
+    pub fn extend_lease(&self, renewed: Instant, until: Instant) {
+        let lease = &mut *self.lease.lock();
+        lease.note_expiry(renewed);
+        (lease.expiry, lease.renewed) = (LeaseExpiry::Instant(until), Some(renewed));
+    }
+
+    /// When the lease was last renewed; `None` if it never was.
+    pub fn lease_renewed(&self) -> Option<Instant> {
+        self.lease.lock().renewed
+    }
+
+    /// How often the lease was lost since the last call: it expired, or was dropped while it was
+    /// held.
+    pub fn take_leases_lost(&self, now: Instant) -> u64 {
+        let lease = &mut *self.lease.lock();
+        lease.note_expiry(now);
+        std::mem::take(&mut lease.lost)
     }
 
     /// Notifies the receivers of [`NodeState::lease_reacquired`].
@@ -77,7 +95,9 @@ impl NodeState {
 
     /// Gives up the lease until it is extended.
     pub fn drop_lease(&self) {
-        self.lease.lock().expiry = LeaseExpiry::Never;
+        let lease = &mut *self.lease.lock();
+        lease.lost += u64::from(matches!(lease.expiry, LeaseExpiry::Instant(_)));
+        lease.expiry = LeaseExpiry::Never;
     }
 
     /// Sets the number of placement groups, none of which has an agreed server yet.
@@ -127,11 +147,49 @@ impl NodeState {
 }
 
 impl Lease {
+    /// Notes that the lease has expired by `now`, once.
+    fn note_expiry(&mut self, now: Instant) {
+        if let LeaseExpiry::Instant(until) = self.expiry
+            && until <= now
+        {
+            (self.expiry, self.lost) = (LeaseExpiry::Never, self.lost + 1);
+        }
+    }
+
     fn holds(&self, now: Instant) -> bool {
         match self.expiry {
             LeaseExpiry::Always => true,
             LeaseExpiry::Instant(until) => now < until,
             LeaseExpiry::Never => false,
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use super::*;
+
+    #[test]
+    fn a_lost_lease_is_counted_once_however_it_is_lost() {
+        let (state, start) = (NodeState::default(), Instant::now());
+        let at = |seconds| start + Duration::from_secs(seconds);
+        state.drop_lease();
+        assert_eq!(state.take_leases_lost(at(0)), 0, "it never had one");
+        assert_eq!(state.lease_renewed(), None);
+        state.extend_lease(at(0), at(10));
+        state.extend_lease(at(3), at(13));
+        assert_eq!((state.take_leases_lost(at(12)), state.lease_renewed()), (0, Some(at(3))));
+        assert!(state.holds_lease(at(12)));
+        // It expires, which is noticed before or after the next renewal.
+        assert_eq!((state.take_leases_lost(at(13)), state.take_leases_lost(at(14))), (1, 0));
+        state.extend_lease(at(20), at(30));
+        state.extend_lease(at(31), at(41));
+        assert_eq!((state.take_leases_lost(at(31)), state.holds_lease(at(31))), (1, true));
+        // The node gives it up.
+        state.drop_lease();
+        state.drop_lease();
+        assert_eq!(state.take_leases_lost(at(32)), 1);
     }
 }

@@ -130,8 +130,10 @@ impl PublishRecord {
 
     /// Counts the result that the caller receives.
     fn finished(&self, result: &Result<Appended, BusError>) {
-        self.metrics.publish_seconds.observe(self.started.elapsed().as_secs_f64());
-        self.metrics.publishes.of(label_of(result)).inc();
+        let label = label_of(result);
+        let seconds = self.started.elapsed().as_secs_f64();
+        self.metrics.publish_seconds.of(label.into()).observe(seconds);
+        self.metrics.publishes.of(label).inc();
         if let Some(limit) = result.as_ref().err().and_then(|error| error.storage_limit()) {
             self.metrics.storage_rejections.of(limit).inc();
         }
@@ -174,7 +176,7 @@ mod tests {
         delivery::samples::{entry, position},
         drain::Tasks,
         limits::quotas::QuotaOptions,
-        telemetry::metrics::StorageLimit,
+        telemetry::metrics::{PublishOutcome, StorageLimit},
     };
 
     type Outcome = oneshot::Receiver<Result<Appended, BusError>>;
@@ -219,7 +221,10 @@ mod tests {
         assert_eq!(metrics.publishes.of(PublishResult::Appended).get(), 1);
         assert_eq!(metrics.publishes.of(PublishResult::LimitReached).get(), 1);
         assert_eq!(metrics.storage_rejections.of(StorageLimit::Memory).get(), 1);
-        assert_eq!(metrics.publish_seconds.get_sample_count(), 2);
+        let [acknowledged, rejected, failed] =
+            [PublishOutcome::Acknowledged, PublishOutcome::Rejected, PublishOutcome::Failed]
+                .map(|outcome| metrics.publish_seconds.of(outcome).get_sample_count());
+        assert_eq!((acknowledged, rejected, failed), (1, 1, 0));
     }
 
     #[test]

@@ -216,7 +216,7 @@ mod tests {
     fn the_table_maps_metrics_and_labels_that_exist() {
         let metrics = Metrics::new();
         let text = metrics.render();
-        let names: Vec<String> = metrics.describe().into_iter().map(|(name, ..)| name).collect();
+        let names: Vec<&str> = Metrics::describe().into_iter().map(|(name, ..)| name).collect();
         let mut seen = BTreeSet::new();
         for Renamed { old, new, label } in RENAMED {
             assert!(seen.insert(*old), "{old} is listed twice");

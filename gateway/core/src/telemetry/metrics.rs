@@ -5,21 +5,27 @@
 //! Labels are closed enums: the code bounds the cardinality, not the traffic. Children of labelled
 //! metrics are looked up once, since each look-up costs a hash and a lock.
 
-use std::{collections::HashMap, fmt};
+use std::{
+    collections::{BTreeSet, HashMap},
+    fmt,
+};
 
+use parking_lot::Mutex;
 use prometheus::{
-    Gauge, Histogram, HistogramOpts, IntCounter, IntCounterVec, IntGauge, Opts, Registry,
-    core::Collector,
+    Gauge, GaugeVec, Histogram, HistogramOpts, HistogramVec, IntCounter, IntCounterVec, IntGauge,
+    IntGaugeVec, Opts, Registry, core::Collector,
 };
 use skein_protocol::error::ErrorCode;
 
 use super::{legacy, log_limiter::LogLimiter};
 
 mod labels;
+mod process;
 
 pub use labels::{
     ApiRejection, DropReason, EntryResult, HandshakeResult, InvalidValue, Label, LogRepairResult,
-    PasswordResult, PublishResult, RestoreResult, ResumeSource, StorageLimit, ThrottleReason,
+    PasswordResult, Persistence, PublishOutcome, PublishResult, RestoreResult, ResumeSource,
+    StorageLimit, ThrottleReason, UnreadyReason,
 };
 
 /// One counter per label value.
@@ -35,6 +41,55 @@ impl<L: Label> Counters<L> {
     /// Returns the sum over all label values.
     pub fn sum(&self) -> u64 {
         self.0.values().map(IntCounter::get).sum()
+    }
+}
+
+/// One gauge per label value.
+#[derive(Debug)]
+pub struct Gauges<L>(HashMap<L, IntGauge>);
+
+impl<L: Label> Gauges<L> {
+    /// Returns the gauge of `label`.
+    pub fn of(&self, label: L) -> &IntGauge {
+        &self.0[&label]
+    }
+}
+
+/// One histogram per label value.
+#[derive(Debug)]
+pub struct Histograms<L>(HashMap<L, Histogram>);
+
+impl<L: Label> Histograms<L> {
+    /// Returns the histogram of `label`.
+    pub fn of(&self, label: L) -> &Histogram {
+        &self.0[&label]
+    }
+}
+
+/// Gauges whose labels are values of the cluster: names of nodes, versions. The caller bounds their
+/// number, and replaces all of them at once.
+#[derive(Debug)]
+pub struct NamedGauges {
+    vec: GaugeVec,
+    names: Mutex<BTreeSet<Vec<String>>>,
+}
+
+impl NamedGauges {
+    /// Exports `values`, each with its label values, and removes all others.
+    pub fn replace<'a>(&self, values: impl IntoIterator<Item = (Vec<&'a str>, f64)>) {
+        let names = &mut *self.names.lock();
+        let mut gone = std::mem::take(names);
+        for (labels, value) in values {
+            self.vec.with_label_values(&labels).set(value);
+            let labels: Vec<String> = labels.into_iter().map(str::to_owned).collect();
+            gone.remove(&labels);
+            names.insert(labels);
+        }
+        for labels in gone {
+            let labels: Vec<&str> = labels.iter().map(String::as_str).collect();
+            // It was exported a moment ago.
+            let _ = self.vec.remove_label_values(&labels);
+        }
     }
 }
 
@@ -61,8 +116,13 @@ impl Drop for GaugeGuard {
 macro_rules! metrics {
     ($(
         $(#[doc = $help:literal])+
-        $vis:vis $name:ident: $type:ty = $kind:ident($($argument:literal),+);
+        $vis:vis $name:ident: $type:ty = $kind:ident($exported:literal $(, $argument:expr)*);
     )+) => {
+        /// Exported name, constructor and help of every metric, as declared.
+        const DECLARED: &[(&str, &str, &str)] =
+            &[$(($exported, stringify!($kind), concat!($($help),+))),+];
+
+
         /// All metrics of one node.
         #[derive(Debug)]
         pub struct Metrics {
@@ -74,7 +134,9 @@ macro_rules! metrics {
         impl Metrics {
             fn register(registry: Registry) -> Self {
                 Self {
-                    $($name: $kind(&registry, concat!($($help),+).trim_start(), $($argument),+),)+
+                    $($name: $kind(
+                        &registry, concat!($($help),+).trim_start(), $exported, $($argument),*
+                    ),)+
                     registry,
                     legacy_names: false,
                 }
@@ -84,8 +146,21 @@ macro_rules! metrics {
 }
 
 metrics! {
+    /// 1, with the name of this node, its version, and the commit it was built from
+    info: NamedGauges = named_gauges("gateway_info", &["node", "version", "commit"]);
+    /// 1 while `/ready` answers 200, else 0
+    ready: IntGauge = gauge("gateway_ready");
+    /// 1 for each `reason` for which `/ready` answers 503, else 0
+    not_ready: Gauges<UnreadyReason> = gauges("gateway_not_ready", "reason");
+    /// Live nodes of the cluster, as this node knows them; 0 while it does not know
+    pub nodes: IntGauge = gauge("gateway_nodes");
+    /// 1 for each `node` that has ended or been cut off without an orderly stop within the last 15
+    /// minutes, and has not come back
+    pub node_missing: NamedGauges = named_gauges("gateway_node_missing", &["node"]);
     /// Open client connections: WebSockets and event streams
     pub connections: IntGauge = gauge("gateway_connections");
+    /// Client connections that this node accepts: `limits.connections_max`
+    pub connections_max: IntGauge = gauge("gateway_connections_max");
     /// Connections and requests ended by a panic in the gateway, which closes only that connection;
     /// each one is a bug, the log names the place
     pub connection_panics: IntCounter = counter("gateway_connection_panics_total");
@@ -137,9 +212,11 @@ metrics! {
     /// Messages published through the bus, by `result`; `unavailable` and `overloaded` mean that
     /// Redis is away or too slow
     pub publishes: Counters<PublishResult> = counters("gateway_publishes_total", "result");
-    /// Seconds from publishing a message to the acknowledgement by the bus; a rising 99th
-    /// percentile means that Redis is slow
-    pub publish_seconds: Histogram = histogram("gateway_publish_seconds");
+    /// Seconds from publishing a message to the result of the bus, by `outcome`: `failed` are
+    /// timeouts and errors of the bus, `rejected` are limits; a rising 99th percentile of
+    /// `acknowledged` means that Redis is slow
+    pub publish_seconds: Histograms<PublishOutcome> =
+        histograms("gateway_publish_seconds", "outcome", &LATENCY_BUCKETS);
     /// Log entries received from the bus, by `result`; each `gap` causes a read of the log,
     /// `no_lease` means that delivery is suspended
     pub bus_entries_received: Counters<EntryResult> =
@@ -187,10 +264,17 @@ metrics! {
     /// Messages that a log had lost in a failover and that this node appended again
     pub reappended_messages: IntCounter = counter("gateway_reappended_messages_total");
     /// Seconds of one batch of a shard: entries placed in outboxes and written to sockets
-    pub fan_out_seconds: Histogram = histogram("gateway_fan_out_seconds");
+    pub fan_out_seconds: Histogram = histogram("gateway_fan_out_seconds", &LATENCY_BUCKETS);
     /// 1 while this node can publish to the bus and receive from it, else 0; at 0 it rejects
     /// handshakes
     pub bus_up: IntGauge = gauge("gateway_bus_up");
+    /// Seconds since this node last received its own probe through Redis, sent every 0.5 s; for the
+    /// server of which that was longest ago
+    pub bus_probe_age_seconds: Gauge = float_gauge("gateway_bus_probe_age_seconds");
+    /// Seconds since this node last renewed its lease; the lease is lost after `cluster.lease`
+    pub lease_age_seconds: Gauge = float_gauge("gateway_lease_age_seconds");
+    /// Times this node lost its lease: it suspends delivery until the cluster agrees again
+    pub leases_lost: IntCounter = counter("gateway_leases_lost_total");
     /// Seconds that this node's clock is ahead of the clock of Redis, negative where it is behind;
     /// worry above 1
     pub clock_skew_seconds: Gauge = float_gauge("gateway_clock_skew_seconds");
@@ -227,6 +311,25 @@ metrics! {
     /// 0 below `cluster.memory_watermark`, 1 above it (new state is rejected), 2 without memory
     /// left (logs are cut short)
     pub redis_memory_pressure: IntGauge = gauge("gateway_redis_memory_pressure");
+    /// Seconds of a PING to a Redis server, measured every second
+    pub redis_round_trip_seconds: Histogram =
+        histogram("gateway_redis_round_trip_seconds", &LATENCY_BUCKETS);
+    /// 1 for each `version` of the Redis servers
+    pub redis_info: NamedGauges = named_gauges("gateway_redis_info", &["version"]);
+    /// 1 if the `maxmemory-policy` of a Redis server evicts keys, and acknowledged messages with
+    /// them, else 0
+    pub redis_evicts_keys: IntGauge = gauge("gateway_redis_evicts_keys");
+    /// 1 if every Redis server persists its data, by `kind`: `aof` for the append-only file, `rdb`
+    /// for snapshots; 0 if not, -1 if Redis does not say
+    pub redis_persistence: Gauges<Persistence> = gauges("gateway_redis_persistence", "kind");
+    /// Replicas of the Redis server that has the fewest
+    pub redis_replicas: IntGauge = gauge("gateway_redis_replicas");
+    /// Seconds since the last acknowledgement of the replica that is furthest behind; 0 without
+    /// replicas
+    pub redis_replica_lag_seconds: IntGauge = gauge("gateway_redis_replica_lag_seconds");
+    /// Bytes of the replication stream that the replica that is furthest behind has not
+    /// acknowledged; 0 without replicas
+    pub redis_replica_lag_bytes: IntGauge = gauge("gateway_redis_replica_lag_bytes");
 }
 
 impl Metrics {
@@ -236,6 +339,20 @@ impl Metrics {
         let process = prometheus::process_collector::ProcessCollector::for_self();
         registry.register(Box::new(process)).expect("nothing else is in a fresh registry");
         Self::register(registry)
+    }
+
+    /// Exports the name of this node, its version and commit.
+    pub fn set_info(&self, node: &str, version: &str, commit: &str) {
+        self.info.replace([(vec![node, version, commit], 1.0)]);
+    }
+
+    /// Exports whether this node is ready; `failing` are the checks that fail, as `/ready` lists
+    /// them.
+    pub fn set_failing(&self, failing: &[&str]) {
+        self.ready.set(i64::from(failing.is_empty()));
+        for reason in UnreadyReason::ALL {
+            self.not_ready.of(*reason).set(i64::from(failing.contains(&reason.text())));
+        }
     }
 
     /// Sets whether renamed metrics are exported under their former names as well.
@@ -272,6 +389,7 @@ impl Metrics {
             self.tasks.set(i64::try_from(tasks).unwrap_or(i64::MAX));
         }
         let mut families = self.registry.gather();
+        process::refine_cpu_time(&mut families);
         if self.legacy_names {
             legacy::add(&mut families);
         }
@@ -281,17 +399,37 @@ impl Metrics {
     }
 
     /// Returns name, kind and help of every `gateway_` metric, ordered by name.
-    pub fn describe(&self) -> Vec<(String, String, String)> {
-        self.disconnects.with_label_values(&["1000"]);
-        let families = self.registry.gather();
-        families
-            .iter()
-            .filter(|family| family.name().starts_with("gateway_"))
-            .map(|family| {
-                let kind = format!("{:?}", family.get_field_type()).to_lowercase();
-                (family.name().to_owned(), kind, family.help().to_owned())
-            })
-            .collect()
+    pub fn describe() -> Vec<(&'static str, &'static str, &'static str)> {
+        let kind = |constructor: &str| match constructor {
+            "counter" | "counters" | "counter_vec" => "counter",
+            "histogram" | "histograms" => "histogram",
+            _ => "gauge",
+        };
+        let described = |(name, constructor, help): &(&'static str, &str, &'static str)| {
+            (*name, kind(constructor), help.trim_start())
+        };
+        let mut described: Vec<_> = DECLARED.iter().map(described).collect();
+        described.sort_unstable();
+        described
+    }
+
+    /// Returns the table of all metrics in `docs/metrics.md`.
+    pub fn table() -> String {
+        let row = |(name, kind, help)| {
+            format!(
+                "| `{name}` | {kind} | {help} |
+"
+            )
+        };
+        let rows = Self::describe().into_iter().map(row);
+        std::iter::once(
+            "| metric | kind | what |
+| --- | --- | --- |
+"
+            .to_owned(),
+        )
+        .chain(rows)
+        .collect()
     }
 }
 
@@ -325,16 +463,45 @@ fn counter_vec(registry: &Registry, help: &str, name: &str, label: &str) -> IntC
     register(registry, vec.expect("name and label are constants of the right form"))
 }
 
-/// Registers a histogram with buckets from 50 µs (a delivery on one machine) to 5 s (the default of
-/// `publish.timeout`).
-fn histogram(registry: &Registry, help: &str, name: &str) -> Histogram {
-    let buckets = [5e-5, 1e-4, 2.5e-4, 5e-4, 1e-3, 2.5e-3, 5e-3, 1e-2, 2.5e-2, 0.1, 0.5, 1.0, 5.0];
+/// Buckets from 50 µs (a delivery on one machine) to 5 s (the default of `publish.timeout`), with one
+/// at 0.25 s, the threshold of the alert.
+const LATENCY_BUCKETS: [f64; 15] =
+    [5e-5, 1e-4, 2.5e-4, 5e-4, 1e-3, 2.5e-3, 5e-3, 1e-2, 2.5e-2, 0.05, 0.1, 0.25, 0.5, 1.0, 5.0];
+
+fn histogram(registry: &Registry, help: &str, name: &str, buckets: &[f64]) -> Histogram {
     let options = HistogramOpts::new(name, help).buckets(buckets.to_vec());
     register(registry, Histogram::with_opts(options).expect("the buckets rise"))
 }
 
+fn histograms<L: Label>(
+    registry: &Registry,
+    help: &str,
+    name: &str,
+    label: &str,
+    buckets: &[f64],
+) -> Histograms<L> {
+    let options = HistogramOpts::new(name, help).buckets(buckets.to_vec());
+    let vec = register(registry, HistogramVec::new(options, &[label]).expect("the buckets rise"));
+    Histograms(children(|value| vec.with_label_values(&[value])))
+}
+
+fn gauges<L: Label>(registry: &Registry, help: &str, name: &str, label: &str) -> Gauges<L> {
+    let vec = IntGaugeVec::new(Opts::new(name, help), &[label]);
+    let vec = register(registry, vec.expect("name and label are constants of the right form"));
+    Gauges(children(|value| vec.with_label_values(&[value])))
+}
+
+fn named_gauges(registry: &Registry, help: &str, name: &str, labels: &[&str]) -> NamedGauges {
+    let vec = GaugeVec::new(Opts::new(name, help), labels);
+    let vec = register(registry, vec.expect("name and labels are constants of the right form"));
+    NamedGauges { vec, names: Mutex::default() }
+}
+
+fn children<L: Label, C>(child: impl Fn(&str) -> C) -> HashMap<L, C> {
+    L::ALL.iter().map(|value| (*value, child(value.text()))).collect()
+}
+
 fn counters<L: Label>(registry: &Registry, help: &str, name: &str, label: &str) -> Counters<L> {
     let vec = counter_vec(registry, help, name, label);
-    let child = |value: &L| (*value, vec.with_label_values(&[value.text()]));
-    Counters(L::ALL.iter().map(child).collect())
+    Counters(children(|value| vec.with_label_values(&[value])))
 }

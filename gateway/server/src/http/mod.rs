@@ -4,6 +4,7 @@
 //! from the internet. [`listen`] accepts connections, `upgrade` turns a handshake into a WebSocket.
 
 use std::{
+    collections::BTreeSet,
     net::SocketAddr,
     sync::{
         Arc,
@@ -48,6 +49,9 @@ mod handshake;
 mod upgrade;
 mod sse;
 pub mod api;
+
+/// Missing nodes that the metrics name; more have no series.
+const MISSING_NODES_MAX: usize = 32;
 
 /// Name of the cookie by which nginx finds the node of a client.
 pub const ROUTE_COOKIE: &str = "gw_node";
@@ -221,6 +225,22 @@ impl Node {
     /// Whether the node drains and rejects new clients.
     pub fn is_draining(&self) -> bool {
         self.state.draining.load(Ordering::Acquire)
+    }
+
+    /// Sets the metrics that are read when they are exported.
+    fn update_metrics(&self) {
+        self.metrics.set_failing(&self.failed_checks());
+        let connections_max = self.options.limits.connections_max;
+        self.metrics.connections_max.set(i64::try_from(connections_max).unwrap_or(i64::MAX));
+        let nodes = self.cluster.nodes();
+        let names = |is_alive: bool| {
+            let of = nodes.iter().filter(move |node| node.is_alive == is_alive);
+            of.map(|node| node.announcement.node.as_str()).collect::<BTreeSet<_>>()
+        };
+        let (live, dead) = (names(true), names(false));
+        self.metrics.nodes.set(live.len() as i64);
+        let missing = dead.difference(&live).take(MISSING_NODES_MAX);
+        self.metrics.node_missing.replace(missing.map(|node| (vec![*node], 1.0)));
     }
 
     /// Names of the checks that fail, as `/ready` lists them.

@@ -670,7 +670,7 @@ async fn a_suspended_node_delivers_everything_once_it_has_a_lease() {
     member.drain(&fixture).await;
     assert_eq!(member.cursor.seq, 1);
     assert_eq!(fixture.metrics.bus_entries_received.of(EntryResult::NoLease).get(), 5);
-    node_state.extend_lease(Instant::now() + Duration::from_secs(3600));
+    node_state.extend_lease(Instant::now(), Instant::now() + Duration::from_secs(3600));
     let joined = joining.await;
     assert_eq!(joined.cursor.seq, 6);
     let regained = Instant::now();

@@ -15,6 +15,7 @@ mod rfc;
 mod chat;
 mod presence;
 mod managed;
+mod metrics;
 mod directs;
 mod api;
 mod api_clients;

@@ -58,6 +58,55 @@ pub enum PublishResult {
     LimitReached,
 }
 
+/// Outcome of a publish, as its sender sees it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum PublishOutcome {
+    /// Appended, now or before.
+    Acknowledged,
+    /// A limit was reached: the bus is healthy.
+    Rejected,
+    /// The bus was unavailable or overloaded, or answered with an error.
+    Failed,
+}
+
+impl From<PublishResult> for PublishOutcome {
+    fn from(result: PublishResult) -> Self {
+        match result {
+            PublishResult::Appended | PublishResult::Duplicate => Self::Acknowledged,
+            PublishResult::LimitReached => Self::Rejected,
+            PublishResult::Unavailable | PublishResult::Overloaded | PublishResult::Failed => {
+                Self::Failed
+            }
+        }
+    }
+}
+
+/// Reason for which `/ready` answers 503.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum UnreadyReason {
+    /// The node cannot publish or receive, or does not hold its lease.
+    Bus,
+    /// The node drains.
+    Drain,
+    /// A part of the node has failed.
+    Task,
+    /// Redis evicts keys when its memory is full.
+    MaxmemoryPolicy,
+    /// Redis denies a permission.
+    RedisPermission,
+    /// Redis is too old.
+    RedisVersion,
+}
+
+/// A way in which Redis persists its data.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Persistence {
+    /// The append-only file.
+    Aof,
+    /// Snapshots.
+    Rdb,
+}
+
 /// Decision of the hub on a log entry that it received from the bus.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum EntryResult {
@@ -216,6 +265,10 @@ labels!(DropReason: PerIpLimit "per_ip_limit", WriteTimeout "write_timeout",
 labels!(ThrottleReason: Overhead "overhead", PerIpOverhead "per_ip_overhead", Bytes "bytes");
 labels!(PublishResult: Appended "appended", Duplicate "duplicate", Unavailable "unavailable",
     Overloaded "overloaded", Failed "failed", LimitReached "limit_reached");
+labels!(PublishOutcome: Acknowledged "acknowledged", Rejected "rejected", Failed "failed");
+labels!(UnreadyReason: Bus "bus", Drain "drain", Task "task", MaxmemoryPolicy "maxmemory_policy",
+    RedisPermission "redis_permission", RedisVersion "redis_version");
+labels!(Persistence: Aof "aof", Rdb "rdb");
 labels!(EntryResult: Delivered "delivered", Duplicate "duplicate", Gap "gap",
     EpochChanged "epoch_changed", NotSubscribed "not_subscribed", NoLease "no_lease");
 labels!(StorageLimit: Bytes "bytes", NewRooms "new_rooms", ManagedRooms "managed_rooms",
