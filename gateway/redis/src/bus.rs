@@ -3,6 +3,7 @@
 use std::{sync::Arc, time::Duration};
 
 use redis::RedisError;
+use secrecy::ExposeSecret as _;
 use serde_json::{Map, Value};
 use skein_protocol::{
     ids::{ConnectionId, RoomId, SessionId, UserId},
@@ -61,7 +62,7 @@ impl RedisBus {
         metrics: Arc<Metrics>,
         tasks: &Tasks,
     ) -> Result<Self, RedisStartError> {
-        let topology = topology::open(&options.url, &options.tls)?;
+        let topology = topology::open(options.url.expose_secret(), &options.tls)?;
         Ok(Self::start_on(topology, options, mailboxes, metrics, tasks))
     }
 

@@ -2,7 +2,9 @@
 
 use std::time::Duration;
 
-use super::topology::{TlsFiles, TopologyError};
+use secrecy::{ExposeSecret as _, SecretString};
+
+use super::topology::{self, TlsFiles, TopologyError};
 use skein_core::bus::{Retention, room_store::RoomStoreOptions, sessions::SessionOptions};
 
 /// The duration of a lease unless configured.
@@ -11,8 +13,8 @@ pub const LEASE: Duration = Duration::from_secs(10);
 /// How to reach Redis, and how rooms are stored in it.
 #[derive(Clone, Debug)]
 pub struct RedisOptions {
-    /// The servers' URL, in the format of [`url`](crate::topology::url).
-    pub url: String,
+    /// The servers' URL, in the format of [`url`](crate::topology::url). It may have a password.
+    pub url: SecretString,
     /// Files for TLS connections.
     pub tls: TlsFiles,
     /// The number of partitions that rooms are spread over; the same on all nodes, for good.
@@ -28,6 +30,17 @@ pub struct RedisOptions {
     pub sessions: SessionOptions,
     /// The id of this node.
     pub node: String,
+}
+
+impl RedisOptions {
+    /// Checks the URL and reads the files for TLS, without a connection.
+    ///
+    /// # Errors
+    ///
+    /// [`TopologyError`].
+    pub fn check(&self) -> Result<(), TopologyError> {
+        topology::open(self.url.expose_secret(), &self.tls).map(drop)
+    }
 }
 
 /// Why the bus cannot start with these options.

@@ -33,7 +33,7 @@ mod sentinel;
 
 pub use cluster::RedisCluster;
 use sentinel::Sentinel;
-use url::{Address, Login, RedisUrl, ServerAddresses, UrlError};
+use url::{Address, Login, RedisUrl, ServerAddresses, SocketUrl, UrlError};
 
 /// How long Redis may take to answer before the connection counts as dead. A publish whose answer
 /// is late is repeated with its id, so that a false alarm costs no more than a reconnect.
@@ -110,7 +110,7 @@ pub enum Topology {
 /// [`TopologyError`]. A server that does not answer is not an error here.
 pub fn open(url: &str, tls: &TlsFiles) -> Result<Topology, TopologyError> {
     match url.parse()? {
-        RedisUrl::Socket(url) => {
+        RedisUrl::Socket(SocketUrl(url)) => {
             let info = url.into_connection_info()?;
             let redis = info.redis_settings().clone().set_protocol(ProtocolVersion::RESP3);
             Ok(Topology::Single(Arc::new(SingleServer::new(info.set_redis_settings(redis))?)))

@@ -9,7 +9,7 @@ use uuid::Uuid;
 use crate::ids::{RoomId, SessionId, UserId};
 
 /// The claims of a JWT that this protocol reads. Other claims are ignored.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Claims {
     /// The user id.
     pub sub: String,

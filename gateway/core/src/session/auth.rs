@@ -9,8 +9,11 @@ use std::{
     time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
-use jsonwebtoken::{Algorithm, DecodingKey, Validation};
+use jsonwebtoken::{
+    Algorithm, DecodingKey, EncodingKey, Header, TokenData, Validation, errors::ErrorKind,
+};
 use rand::{RngExt as _, distr::Alphanumeric};
+use secrecy::{ExposeSecret as _, SecretString};
 use skein_protocol::{
     error::ErrorCode,
     ids::{DisplayName, RoomId, UserId},
@@ -29,14 +32,26 @@ pub enum Auth {
     /// By the user id that the client states.
     Anonymous,
     /// By a JSON Web Token signed with HMAC-SHA256 (RFC 7519; RFC 7518, section 3.2).
-    Jwt(Arc<JwtKey>),
+    Jwt(Arc<JwtKeys>),
+}
+
+/// A key, shared with issuers of tokens.
+#[derive(Clone, Debug)]
+pub struct JwtSecret {
+    /// The name that people see.
+    pub name: String,
+    /// The `kid` of tokens that are signed with this key; if absent, it may be any.
+    pub kid: Option<String>,
+    /// The key.
+    pub secret: SecretString,
 }
 
 /// Options of token checks.
 #[derive(Clone, Debug, Default)]
 pub struct JwtOptions {
-    /// The key, shared with the issuers of tokens.
-    pub secret: String,
+    /// The keys in the order in which a token is checked with them. Tokens are signed with the
+    /// first.
+    pub secrets: Vec<JwtSecret>,
     /// The allowed difference between the clocks of this node and of a token's issuer: a token is
     /// valid for this time after its `exp` and before its `nbf`.
     pub leeway: Duration,
@@ -47,9 +62,10 @@ pub struct JwtOptions {
     pub issuer: Vec<String>,
 }
 
-/// The key and the options of token checks.
-pub struct JwtKey {
-    key: DecodingKey,
+/// The keys and the options of token checks.
+pub struct JwtKeys {
+    /// In the order of the options.
+    keys: Vec<DecodingKey>,
     /// Checks the algorithm and the signature; the claims are checked in this module.
     validation: Validation,
     options: JwtOptions,
@@ -104,8 +120,10 @@ impl Auth {
         validation.validate_exp = false;
         validation.validate_aud = false;
         validation.required_spec_claims.clear();
-        let key = DecodingKey::from_secret(options.secret.as_bytes());
-        Self::Jwt(Arc::new(JwtKey { key, validation, options }))
+        let key =
+            |secret: &JwtSecret| DecodingKey::from_secret(secret.secret.expose_secret().as_bytes());
+        let keys = options.secrets.iter().map(key).collect();
+        Self::Jwt(Arc::new(JwtKeys { keys, validation, options }))
     }
 
     /// Identifies a client by its credentials.
@@ -141,12 +159,82 @@ impl Auth {
     }
 }
 
-impl JwtKey {
+/// The reason why a token cannot be signed.
+#[derive(Debug, thiserror::Error)]
+pub enum SignError {
+    /// No key has this `kid`.
+    #[error("no secret has the kid `{0}`")]
+    UnknownKid(String),
+    /// There is no key.
+    #[error("no secret is configured")]
+    NoSecret,
+    /// The claims are too large, or cannot be written as JSON.
+    #[error("the token cannot be signed: {0}")]
+    Failed(#[from] jsonwebtoken::errors::Error),
+}
+
+impl JwtKeys {
+    /// The options.
+    pub fn options(&self) -> &JwtOptions {
+        &self.options
+    }
+
+    /// Signs a token with the key named by `kid`, or with the first.
+    ///
+    /// # Errors
+    ///
+    /// [`SignError`].
+    pub fn sign(&self, claims: &Claims, kid: Option<&str>) -> Result<String, SignError> {
+        let mut secrets = self.options.secrets.iter();
+        let JwtSecret { kid, secret, .. } = match kid {
+            None => secrets.next().ok_or(SignError::NoSecret)?,
+            Some(kid) => secrets
+                .find(|secret| secret.kid.as_deref() == Some(kid))
+                .ok_or_else(|| SignError::UnknownKid(kid.to_owned()))?,
+        };
+        let header = Header { kid: kid.clone(), ..Header::default() };
+        let key = EncodingKey::from_secret(secret.expose_secret().as_bytes());
+        Ok(jsonwebtoken::encode(&header, claims, &key)?)
+    }
+
+    /// Decodes a token whose signature matches a key.
+    ///
+    /// A token with the `kid` of a key is checked with that key alone. One with another `kid` is
+    /// checked with the keys that have none, one without a `kid` with all keys.
+    fn decode(&self, token: &str) -> Result<TokenData<Claims>, AuthError> {
+        let secrets = &self.options.secrets;
+        let has_kid = |secret: &JwtSecret, kid: &str| secret.kid.as_deref() == Some(kid);
+        let kid = match secrets.iter().any(|secret| secret.kid.is_some()) {
+            true => jsonwebtoken::decode_header(token).ok().and_then(|header| header.kid),
+            false => None,
+        };
+        let is_known =
+            kid.as_ref().is_some_and(|kid| secrets.iter().any(|secret| has_kid(secret, kid)));
+        let is_candidate = |secret: &JwtSecret| match &kid {
+            None => true,
+            Some(kid) if is_known => has_kid(secret, kid),
+            Some(_) => secret.kid.is_none(),
+        };
+        let candidates = secrets.iter().zip(&self.keys).filter(|(secret, _)| is_candidate(secret));
+        let mut fault = "invalid token: no key of auth.jwt_secrets has its `kid`";
+        for (_, key) in candidates {
+            match jsonwebtoken::decode::<Claims>(token, key, &self.validation) {
+                Ok(decoded) => return Ok(decoded),
+                Err(error) => {
+                    fault = why(&error);
+                    if !matches!(error.kind(), ErrorKind::InvalidSignature) {
+                        break;
+                    }
+                }
+            }
+        }
+        Err(AuthError::TokenInvalid(fault))
+    }
+
     fn identify(&self, token: Option<&str>, now: SystemTime) -> Result<Identity, AuthError> {
         use AuthError::{TokenExpired, TokenInvalid, TokenMissing};
         let token = token.ok_or(TokenMissing)?;
-        let decoded = jsonwebtoken::decode::<Claims>(token, &self.key, &self.validation);
-        let decoded = decoded.map_err(|error| TokenInvalid(why(&error)))?;
+        let decoded = self.decode(token)?;
         // RFC 7515, section 4.1.11: extensions that a receiver must understand. This one
         // understands none beyond the standard.
         if decoded.header.crit.is_some() {
@@ -203,7 +291,6 @@ impl JwtKey {
 
 /// The fault of a token that could not be decoded.
 fn why(error: &jsonwebtoken::errors::Error) -> &'static str {
-    use jsonwebtoken::errors::ErrorKind;
     match error.kind() {
         ErrorKind::InvalidSignature => "invalid token: its signature does not match the key",
         ErrorKind::InvalidAlgorithm => "invalid token: its `alg` is not HS256",
@@ -270,13 +357,21 @@ mod tests {
     }
 
     fn sign(claims: &serde_json::Value, secret: &str) -> Credentials {
-        let key = jsonwebtoken::EncodingKey::from_secret(secret.as_bytes());
-        let token = jsonwebtoken::encode(&jsonwebtoken::Header::default(), claims, &key).unwrap();
+        let key = EncodingKey::from_secret(secret.as_bytes());
+        let token = jsonwebtoken::encode(&Header::default(), claims, &key).unwrap();
         Credentials { token: Some(token), ..Credentials::default() }
     }
 
-    fn key(options: JwtOptions) -> Arc<JwtKey> {
-        match Auth::jwt(JwtOptions { secret: SECRET.to_owned(), ..options }) {
+    fn secret(kid: Option<&str>, secret: &str) -> JwtSecret {
+        JwtSecret { name: "test".to_owned(), kid: kid.map(str::to_owned), secret: secret.into() }
+    }
+
+    fn key(options: JwtOptions) -> Arc<JwtKeys> {
+        let secrets = match options.secrets.is_empty() {
+            true => vec![secret(None, SECRET)],
+            false => options.secrets,
+        };
+        match Auth::jwt(JwtOptions { secrets, ..options }) {
             Auth::Jwt(key) => key,
             Auth::Anonymous => unreachable!(),
         }
@@ -317,6 +412,71 @@ mod tests {
         ] {
             check(&strict, claims, Err("token_invalid"));
         }
+    }
+
+    #[test]
+    fn token_is_checked_with_the_key_of_its_kid_or_with_each() {
+        let [old, new, plain] = ["old key", "new key", "plain key"].map(|key| key.repeat(5));
+        let keys = key(JwtOptions {
+            secrets: vec![
+                secret(Some("old"), &old),
+                secret(Some("new"), &new),
+                secret(None, &plain),
+            ],
+            ..JwtOptions::default()
+        });
+        let identified = |kid: Option<&str>, key: &str| {
+            let header = Header { kid: kid.map(str::to_owned), ..Header::default() };
+            let claims = json!({"sub": "ann", "exp": NOW + 60});
+            let key = EncodingKey::from_secret(key.as_bytes());
+            let token = jsonwebtoken::encode(&header, &claims, &key).unwrap();
+            keys.identify(Some(&token), now()).map(|identity| identity.user.id.to_string())
+        };
+        let mismatch =
+            Err(AuthError::TokenInvalid("invalid token: its signature does not match the key"));
+        for key in [&old, &new, &plain] {
+            assert!(identified(None, key).is_ok(), "without a kid: {key}");
+        }
+        for (kid, key, expected) in [
+            ("old", &old, true),
+            ("new", &new, true),
+            ("old", &new, false),
+            ("new", &plain, false),
+            // Another issuer may name its key as it likes.
+            ("other", &plain, true),
+            ("other", &old, false),
+        ] {
+            match identified(Some(kid), key) {
+                Ok(_) => assert!(expected, "{kid} {key}"),
+                error => assert!(!expected && error == mismatch, "{kid} {key}: {error:?}"),
+            }
+        }
+        assert_eq!(identified(None, "another key"), mismatch);
+        let only_named =
+            key(JwtOptions { secrets: vec![secret(Some("a"), &old)], ..JwtOptions::default() });
+        let header = Header { kid: Some("b".to_owned()), ..Header::default() };
+        let claims = json!({"sub": "ann", "exp": NOW + 60});
+        let token = jsonwebtoken::encode(&header, &claims, &EncodingKey::from_secret(b"x"));
+        let error = only_named.identify(Some(&token.unwrap()), now()).unwrap_err();
+        assert!(matches!(error, AuthError::TokenInvalid(text) if text.contains("`kid`")));
+    }
+
+    #[test]
+    fn token_is_signed_with_the_first_key_or_a_named_one() {
+        let keys = key(JwtOptions {
+            secrets: vec![secret(None, SECRET), secret(Some("b"), "another secret of this test")],
+            ..JwtOptions::default()
+        });
+        let claims = Claims { sub: "ann".to_owned(), exp: NOW + 60, ..Claims::default() };
+        for (kid, expected) in [(None, None), (Some("b"), Some("b"))] {
+            let token = keys.sign(&claims, kid).unwrap();
+            let header = jsonwebtoken::decode_header(&token).unwrap();
+            assert_eq!(header.kid.as_deref(), expected);
+            assert!(keys.identify(Some(&token), now()).is_ok());
+        }
+        assert!(matches!(keys.sign(&claims, Some("c")), Err(SignError::UnknownKid(_))));
+        let shown = format!("{:?}", keys.options());
+        assert!(!shown.contains("secret of"), "{shown}");
     }
 
     #[test]
@@ -398,9 +558,9 @@ mod tests {
         let none = "eyJhbGciOiJub25lIn0.eyJzdWIiOiJhbm4iLCJleHAiOjk5OTk5OTk5OTk5fQ.";
         assert_eq!(refused(Some(none)), Err("token_invalid".to_owned()));
         // An extension that must be understood, and is not (RFC 7515, section 4.1.11).
-        let secret = jsonwebtoken::EncodingKey::from_secret(SECRET.as_bytes());
+        let secret = EncodingKey::from_secret(SECRET.as_bytes());
         for crit in [vec!["b64".to_owned()], vec![]] {
-            let header = jsonwebtoken::Header { crit: Some(crit), ..Default::default() };
+            let header = Header { crit: Some(crit), ..Default::default() };
             let token = jsonwebtoken::encode(&header, &claims, &secret).unwrap();
             assert_eq!(refused(Some(&token)), Err("token_invalid".to_owned()));
         }

@@ -21,8 +21,8 @@ const SENTINEL_PORT: u16 = 26_379;
 /// How to reach the servers.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum RedisUrl {
-    /// One server on a Unix socket; the whole URL.
-    Socket(String),
+    /// One server on a Unix socket.
+    Socket(SocketUrl),
     /// One server at one address.
     Single(ServerAddresses),
     /// A primary that Sentinels name.
@@ -59,6 +59,10 @@ pub struct Address {
     /// The port.
     pub port: u16,
 }
+
+/// The URL of a Unix socket, which may have a password.
+#[derive(Clone, PartialEq, Eq)]
+pub struct SocketUrl(pub String);
 
 /// User and password, if required.
 #[derive(Clone, Default, PartialEq, Eq)]
@@ -99,7 +103,7 @@ pub enum UrlError {
          redis+sentinel://s1,s2,s3/mymaster"
     )]
     Primary,
-    /// The database is not a number.
+    /// The database, which is repeated unless it may be part of the password, is not a number.
     #[error("`{0}` is not the number of a database")]
     Db(String),
     /// A database other than 0 in a Redis Cluster.
@@ -139,11 +143,11 @@ impl FromStr for RedisUrl {
         let tls = match family {
             "redis" | "valkey" => false,
             "rediss" | "valkeys" => true,
-            "unix" if kind.is_empty() => return Ok(Self::Socket(text.to_owned())),
+            "unix" if kind.is_empty() => return Ok(Self::Socket(SocketUrl(text.to_owned()))),
             _ => return Err(UrlError::Scheme),
         };
         match kind {
-            "unix" if !tls => Ok(Self::Socket(text.to_owned())),
+            "unix" if !tls => Ok(Self::Socket(SocketUrl(text.to_owned()))),
             "" => single(rest, tls),
             "sentinel" => sentinel(rest, tls),
             "cluster" => cluster(rest, tls),
@@ -211,6 +215,13 @@ impl UrlParts {
     fn of(rest: &str, port: u16) -> Result<Self, UrlError> {
         let (rest, fragment) = rest.split_once('#').unwrap_or((rest, ""));
         let (rest, query) = rest.split_once('?').unwrap_or((rest, ""));
+        // An option has no @ in its name: it is behind a password with a ? in it.
+        if query
+            .split('&')
+            .any(|option| option.split('=').next().is_some_and(|name| name.contains('@')))
+        {
+            return Err(UrlError::Port);
+        }
         let (authority, path) = rest.split_once('/').unwrap_or((rest, ""));
         // The last one: an @ in a password is common, in a host impossible.
         let (login, hosts) = authority.rsplit_once('@').unwrap_or(("", authority));
@@ -266,7 +277,10 @@ fn address(text: &str, default: u16) -> Result<Address, UrlError> {
 }
 
 fn database(text: &str) -> Result<i64, UrlError> {
-    text.parse().ok().filter(|db| *db >= 0).ok_or_else(|| UrlError::Db(text.to_owned()))
+    let db = text.parse().ok().filter(|db| *db >= 0);
+    // An @ is behind a password with a / in it.
+    let shown = || if text.contains('@') { "…" } else { text };
+    db.ok_or_else(|| UrlError::Db(shown().to_owned()))
 }
 
 /// Resolves the % escapes of a text.
@@ -288,6 +302,49 @@ impl fmt::Display for Address {
         } else {
             write!(f, "{}:{}", self.host, self.port)
         }
+    }
+}
+
+/// Without passwords.
+impl fmt::Display for RedisUrl {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let (kind, servers) = match self {
+            Self::Socket(SocketUrl(url)) => {
+                let (path, options) = url.split_once('?').unwrap_or((url, ""));
+                f.write_str(path)?;
+                let is_public = |option: &&str| !option.is_empty() && !option.starts_with("pass");
+                for (at, option) in options.split('&').filter(is_public).enumerate() {
+                    write!(f, "{}{option}", if at == 0 { '?' } else { '&' })?;
+                }
+                return Ok(());
+            }
+            Self::Single(servers) => ("", servers),
+            Self::Sentinel { servers, .. } => ("+sentinel", servers),
+            Self::Cluster(servers) => ("+cluster", servers),
+        };
+        write!(f, "redis{}{kind}://", if servers.tls { "s" } else { "" })?;
+        let Login { user, password } = &servers.login;
+        if user.is_some() || password.is_some() {
+            let password = if password.is_some() { ":…" } else { "" };
+            write!(f, "{}{password}@", user.as_deref().unwrap_or_default())?;
+        }
+        for (at, address) in servers.addresses.iter().enumerate() {
+            write!(f, "{}{address}", if at == 0 { "" } else { "," })?;
+        }
+        if let Self::Sentinel { primary, .. } = self {
+            write!(f, "/{primary}")?;
+        }
+        match kind {
+            "+cluster" => Ok(()),
+            _ => write!(f, "/{}", servers.db),
+        }
+    }
+}
+
+/// Keeps passwords out of logs.
+impl fmt::Debug for SocketUrl {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}", RedisUrl::Socket(self.clone()))
     }
 }
 
@@ -329,7 +386,7 @@ mod tests {
         let password = ServerAddresses { login: login("", "secret"), ..servers(&[("h", 6379)]) };
         check("redis://:secret@h", Ok(RedisUrl::Single(password)));
         for url in ["unix:///run/redis.sock?db=1", "redis+unix:///run/redis.sock"] {
-            check(url, Ok(RedisUrl::Socket(url.into())));
+            check(url, Ok(RedisUrl::Socket(SocketUrl(url.into()))));
         }
     }
 
@@ -393,7 +450,29 @@ mod tests {
             assert!(matches!(error, UrlError::Option { .. }), "{url}: {error}");
             assert!(!error.to_string().contains("secret"), "{error}");
         }
-        let topology = format!("{:?}", "redis://me:secret@h".parse::<RedisUrl>());
-        assert!(!topology.contains("secret"), "{topology}");
+        for url in ["redis://me:1234/secret@h", "redis://me:12/3?secret@h", "redis://me:1?secret@h"]
+        {
+            let error = url.parse::<RedisUrl>().unwrap_err();
+            assert!(!format!("{error} {error:?}").contains("secret"), "{url}: {error}");
+        }
+    }
+
+    #[test]
+    fn a_shown_url_has_no_passwords() {
+        for (url, shown) in [
+            ("redis://me:secret@h", "redis://me:…@h:6379/0"),
+            ("rediss://:secret@[::1]:1/3", "rediss://:…@[::1]:1/3"),
+            ("redis://h", "redis://h:6379/0"),
+            (
+                "redis+sentinel://u:secret@a,b/main/2?sentinel_password=secret",
+                "redis+sentinel://u:…@a:26379,b:26379/main/2",
+            ),
+            ("redis+cluster://u@a,b", "redis+cluster://u@a:6379,b:6379"),
+            ("unix:///s?db=1&pass=secret&user=me", "unix:///s?db=1&user=me"),
+        ] {
+            let parsed: RedisUrl = url.parse().unwrap();
+            assert_eq!(parsed.to_string(), shown);
+            assert!(!format!("{parsed:?}").contains("secret"), "{parsed:?}");
+        }
     }
 }

@@ -2,6 +2,8 @@
 
 use std::collections::BTreeMap;
 
+use super::reader::GivenValue;
+
 /// Former and present name.
 const RENAMED: &[(&str, &str)] = &[
     ("heartbeat.silence_max", "heartbeat.idle_timeout"),
@@ -29,7 +31,7 @@ pub(super) struct Resolved {
 ///
 /// Both names may be given with the same value. With different values neither is used, since the
 /// sources do not say which one is meant.
-pub(super) fn resolve(values: &mut BTreeMap<String, String>) -> Resolved {
+pub(super) fn resolve(values: &mut BTreeMap<String, GivenValue>) -> Resolved {
     let (mut warnings, mut contradictions) = (Vec::new(), Vec::new());
     let mut former = BTreeMap::new();
     for (old, new) in RENAMED {
@@ -38,7 +40,8 @@ pub(super) fn resolve(values: &mut BTreeMap<String, String>) -> Resolved {
             "the option {old} is now called {new}: use the new name, the next release accepts no other"
         ));
         match values.get(*new) {
-            Some(other) if *other != value => {
+            Some(other) if other.text != value.text => {
+                let (value, other) = (value.text, &other.text);
                 let text = format!(
                     "is the former name of {new}, and both are set, to `{value}` and `{other}`: \
                      remove {old}"

@@ -1,18 +1,21 @@
 //! Options of the identification of users and of the server API.
 
-use std::str::FromStr;
+use std::{collections::BTreeSet, str::FromStr};
 
 use humantime::Duration;
-use skein_core::session::auth::{Auth, JwtOptions};
+use skein_core::session::auth::{Auth, JwtOptions, JwtSecret};
 
 use super::{
     reader::{OptionReader, options},
+    secrets::SecretKind,
     values::{Bounds, CommaList},
 };
 use crate::http::{ROUTE_COOKIE, api::ApiKeys};
 
 /// Shortest key that HS256 allows (RFC 7518, section 3.2).
 const JWT_SECRET_BYTES_MIN: usize = 32;
+/// Most secrets that a token may be checked with: each may cost a signature.
+const JWT_SECRETS_MAX: usize = 16;
 
 /// How users are identified.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -33,8 +36,13 @@ options! {
         ];
         /// Whether a cluster may run in `anonymous` mode. No effect in `jwt` mode.
         allow_anonymous: bool = "false";
-        /// Key that signs tokens (HS256), at least 32 bytes. Required in `jwt` mode.
-        jwt_secret: String = "", secret;
+        /// Key that signs tokens (HS256), at least 32 bytes. `jwt` mode requires it or
+        /// `auth.jwt_secrets`.
+        jwt_secret: String = "", secret SecretKind::Text;
+        /// Further keys that sign tokens, at most 16, each as `<kid>:<key>` or `<key>`. A token with
+        /// a `kid` in its header is checked with the key of that name; others are checked with
+        /// `auth.jwt_secret` and then with each key in order. `gateway token` signs with the first.
+        jwt_secrets: CommaList<JwtSecretEntry> = "", secret SecretKind::JwtSecrets;
         /// Tolerated difference of clocks: a token is valid for this long after its `exp` and
         /// before its `nbf`. At most 1h.
         leeway: Duration = "5s", within Bounds::up_to_an_hour();
@@ -53,7 +61,7 @@ options! {
     ApiSection in "api" {
         /// Keys of the server API with the names that the log shows for them, as
         /// `web:<key>,ops:<key>`; at least 16 characters each. Empty: the server API is disabled.
-        keys: CommaList<NamedKey> = "", secret;
+        keys: CommaList<NamedKey> = "", secret SecretKind::ApiKeys;
         /// Whether `/api/docs` and `/api/openapi.json` are served, without a key.
         docs: bool = "true";
     }
@@ -67,23 +75,40 @@ impl AuthSection {
 
     /// Checks the options together.
     pub(super) fn check(&self, is_cluster: bool, reader: &mut OptionReader) {
-        let (is_jwt, bytes) = (self.mode == AuthMode::Jwt, self.jwt_secret.len());
-        if is_jwt && bytes < JWT_SECRET_BYTES_MIN {
-            reader.error(
-                "auth.jwt_secret",
-                format!(
-                    "is {bytes} bytes long; auth.mode = jwt requires at least \
-                     {JWT_SECRET_BYTES_MIN} (RFC 7518, section 3.2): create one with \
-                     `openssl rand -base64 48`"
-                ),
-            );
+        let is_jwt = self.mode == AuthMode::Jwt;
+        let (secret, list) = (&self.jwt_secret, &self.jwt_secrets.0);
+        let (key, list_key) = ("auth.jwt_secret", "auth.jwt_secrets");
+        let is_unreadable = reader.is_unreadable(key) || reader.is_unreadable(list_key);
+        let advice = format!(
+            "auth.mode = jwt requires at least {JWT_SECRET_BYTES_MIN} (RFC 7518, section 3.2): \
+             create one with `openssl rand -base64 48`"
+        );
+        let is_short = |secret: &str| secret.len() < JWT_SECRET_BYTES_MIN;
+        if is_jwt && is_short(secret) && !(secret.is_empty() && (is_unreadable || !list.is_empty()))
+        {
+            reader.error(key, format!("is {} bytes long; {advice}", secret.len()));
         }
-        if !is_jwt && bytes > 0 {
-            reader.error(
-                "auth.jwt_secret",
-                "has no effect with auth.mode = anonymous, which admits everyone: set auth.mode = \
-                 jwt, or remove the secret",
-            );
+        for (at, entry) in list.iter().enumerate().filter(|(_, entry)| is_short(&entry.secret)) {
+            let bytes = entry.secret.len();
+            reader.error(list_key, format!("entry {} is {bytes} bytes long; {advice}", at + 1));
+        }
+        if list.len() > JWT_SECRETS_MAX {
+            reader.error(list_key, format!("has {} entries; at most 16", list.len()));
+        }
+        let mut kids = BTreeSet::new();
+        for kid in list.iter().filter_map(|entry| entry.kid.as_ref()) {
+            if !kids.insert(kid) {
+                reader.error(list_key, format!("has two entries with the kid `{kid}`"));
+            }
+        }
+        for (key, is_given) in [(key, !secret.is_empty()), (list_key, !list.is_empty())] {
+            if !is_jwt && is_given {
+                reader.error(
+                    key,
+                    "has no effect with auth.mode = anonymous, which admits everyone: set \
+                     auth.mode = jwt, or remove the secret",
+                );
+            }
         }
         if self.is_open(is_cluster) {
             if !self.allow_anonymous {
@@ -106,7 +131,7 @@ impl AuthSection {
         match self.mode {
             AuthMode::Anonymous => Auth::Anonymous,
             AuthMode::Jwt => Auth::jwt(JwtOptions {
-                secret: self.jwt_secret,
+                secrets: secrets_of(self.jwt_secret, self.jwt_secrets.0),
                 leeway: *self.leeway,
                 audience: self.audience.0,
                 issuer: self.issuer.0,
@@ -118,7 +143,7 @@ impl AuthSection {
 impl ApiSection {
     /// Checks that every key has one name.
     pub(super) fn check(&self, reader: &mut OptionReader) {
-        let keys: Vec<&str> = self.keys.0.iter().map(|NamedKey(_, key)| key.as_str()).collect();
+        let keys: Vec<&str> = self.keys.0.iter().map(|NamedKey { key, .. }| key.as_str()).collect();
         if keys.iter().enumerate().any(|(at, key)| keys[..at].contains(key)) {
             reader.error(
                 "api.keys",
@@ -130,13 +155,59 @@ impl ApiSection {
 
     /// The keys of the server API.
     pub(super) fn keys(self) -> ApiKeys {
-        let keys = self.keys.0.into_iter().map(|NamedKey(name, key)| (name, key));
+        let keys = self.keys.0.into_iter().map(|NamedKey { name, key }| (name, key));
         ApiKeys::new(keys, self.docs)
     }
 }
 
+/// The secrets in the order in which a token is checked with them, each with the name that people
+/// see.
+fn secrets_of(secret: String, list: Vec<JwtSecretEntry>) -> Vec<JwtSecret> {
+    let first = (!secret.is_empty()).then(|| JwtSecret {
+        name: "auth.jwt_secret".to_owned(),
+        kid: None,
+        secret: secret.into(),
+    });
+    let rest = list.into_iter().enumerate().map(|(at, JwtSecretEntry { kid, secret })| JwtSecret {
+        name: kid.clone().unwrap_or_else(|| format!("entry {} of auth.jwt_secrets", at + 1)),
+        kid,
+        secret: secret.into(),
+    });
+    first.into_iter().chain(rest).collect()
+}
+
+/// Key that signs tokens, with or without a name: `<kid>:<key>` or `<key>`.
+///
+/// A text whose part before the first colon cannot be a `kid` is a key. `:<key>` is a key that
+/// contains a colon behind what could be a `kid`.
+pub(super) struct JwtSecretEntry {
+    pub(super) kid: Option<String>,
+    secret: String,
+}
+
+impl FromStr for JwtSecretEntry {
+    type Err = std::convert::Infallible;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        let is_kid = |kid: &str| {
+            let is_part = |byte: u8| byte.is_ascii_alphanumeric() || b"._-".contains(&byte);
+            kid.len() <= 64 && kid.bytes().all(is_part)
+        };
+        Ok(match text.split_once(':') {
+            Some(("", secret)) => Self { kid: None, secret: secret.to_owned() },
+            Some((kid, secret)) if is_kid(kid) => {
+                Self { kid: Some(kid.to_owned()), secret: secret.to_owned() }
+            }
+            Some(_) | None => Self { kid: None, secret: text.to_owned() },
+        })
+    }
+}
+
 /// API key with its name: `<name>:<key>`.
-pub(super) struct NamedKey(String, String);
+pub(super) struct NamedKey {
+    pub(super) name: String,
+    key: String,
+}
 
 impl FromStr for NamedKey {
     type Err = &'static str;
@@ -151,7 +222,7 @@ impl FromStr for NamedKey {
                 "a key must consist of printable ASCII characters, since clients send it in a header",
             );
         }
-        Ok(Self(name.to_owned(), key.to_owned()))
+        Ok(Self { name: name.to_owned(), key: key.to_owned() })
     }
 }
 

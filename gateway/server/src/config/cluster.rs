@@ -12,6 +12,7 @@ use skein_redis::{
 
 use super::{
     reader::{OptionReader, options},
+    secrets::SecretKind,
     values::{Bounds, ByteSize, Optional},
 };
 
@@ -22,7 +23,7 @@ options! {
         /// `redis+sentinel://user:password@s1,s2,s3/primary` or
         /// `redis+cluster://user:password@h1,h2,h3`; `rediss` for TLS. Empty: a single node that
         /// keeps logs in memory.
-        redis_url: Optional<String> = "";
+        redis_url: Optional<String> = "", secret SecretKind::Url;
         /// For TLS: file with the authorities that sign the certificate of Redis (PEM). Empty: the
         /// public authorities.
         redis_ca_file: Optional<PathBuf> = "";
@@ -97,7 +98,7 @@ impl ClusterSection {
     ) -> Option<RedisOptions> {
         let identity = self.redis_cert_file.0.zip(self.redis_key_file.0);
         Some(RedisOptions {
-            url: self.redis_url.0?,
+            url: self.redis_url.0?.into(),
             tls: TlsFiles { ca: self.redis_ca_file.0, identity },
             partitions: self.partitions,
             lease: *self.lease,

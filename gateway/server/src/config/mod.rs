@@ -24,7 +24,7 @@ use self::{
     connections::{DrainSection, HeartbeatSection, TransportSection},
     hub::HubSection,
     limits::LimitsSection,
-    reader::{OptionDoc, OptionReader},
+    reader::OptionReader,
     rooms::{PresenceSection, RoomsSection},
     server::{AdminSection, LogSection, MetricsSection, NodeSection, ServerSection},
     storage::{DedupSection, HistorySection, InboxSection, PublishSection, SessionsSection},
@@ -34,6 +34,8 @@ use crate::http::HttpOptions;
 mod reader;
 mod aliases;
 mod values;
+mod secrets;
+mod template;
 mod server;
 mod auth;
 mod cluster;
@@ -45,7 +47,8 @@ mod limits;
 #[cfg(test)]
 mod tests;
 
-pub use reader::{ConfigErrors, ConfigSources, DEFAULT_FILE};
+pub use reader::{ConfigErrors, ConfigSources, DEFAULT_FILE, OptionDoc, ValueSource};
+pub use template::FreshSecrets;
 
 /// Checked configuration of a gateway.
 #[derive(Clone)]
@@ -101,22 +104,40 @@ impl Config {
     ///
     /// [`ConfigErrors`] with every error of the sources.
     pub fn load(sources: ConfigSources) -> Result<Self, ConfigErrors> {
-        let mut reader = OptionReader::new(sources)?;
+        Self::explain(sources).1
+    }
+
+    /// Reads and checks all sources. Returns every option with its effective value and its source
+    /// as well, unless the file cannot be read.
+    pub fn explain(sources: ConfigSources) -> (Vec<OptionDoc>, Result<Self, ConfigErrors>) {
+        let mut reader = match OptionReader::new(sources) {
+            Ok(reader) => reader,
+            Err(errors) => return (Vec::new(), Err(errors)),
+        };
         let config = Self::read(&mut reader);
-        reader.finish()?;
-        Ok(config)
+        let (options, result) = reader.finish();
+        (options, result.map(|()| config))
     }
 
     /// Returns all options as a Markdown table, as in `docs/configuration.md`.
     pub fn describe() -> String {
-        let mut reader = OptionReader::of(Default::default());
-        Self::read(&mut reader);
         let mut table = String::from("| key | default | what |\n| --- | --- | --- |\n");
-        for OptionDoc { key, default, text, .. } in reader.described {
+        for OptionDoc { key, default, text, secret, .. } in Self::defaults() {
             let default = if default.is_empty() { String::new() } else { format!("`{default}`") };
-            let _ = writeln!(table, "| `{key}` | {default} | {text} |");
+            let file = match secret {
+                Some(_) => format!(" A secret: `{key}_file` may name a file that has it."),
+                None => String::new(),
+            };
+            let _ = writeln!(table, "| `{key}` | {default} | {text}{file} |");
         }
         table
+    }
+
+    /// All options with their defaults.
+    fn defaults() -> Vec<OptionDoc> {
+        let mut reader = OptionReader::of(Default::default());
+        Self::read(&mut reader);
+        reader.finish().0
     }
 
     fn read(r: &mut OptionReader) -> Self {

@@ -1,7 +1,7 @@
 //! Reads options by key and collects every mistake.
 //!
 //! Values stay text until an option parses them. `serde` is not in between, since it stops at the
-//! first mistake.
+//! first mistake. Each value keeps its source, and no error repeats the value of a secret.
 
 use std::{
     collections::BTreeMap,
@@ -10,9 +10,15 @@ use std::{
     str::FromStr,
 };
 
-use config::{Environment, File, FileFormat, Map, Value, ValueKind};
+use config::{
+    ConfigError as SourceError, Environment, File, FileFormat, Map, Source as _, Value, ValueKind,
+};
 
-use super::{aliases, values::Bounds};
+use super::{
+    aliases,
+    secrets::{SecretKind, SecretLines, read_secret_file},
+    values::Bounds,
+};
 
 /// File that is read if it exists and no other file is named.
 pub const DEFAULT_FILE: &str = "gateway.toml";
@@ -26,6 +32,34 @@ pub struct ConfigSources {
     pub environment: Option<Map<String, String>>,
     /// Keys and values of `--set`.
     pub flags: Vec<(String, String)>,
+}
+
+/// Source of the value of an option. A later one replaces an earlier one.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum ValueSource {
+    /// No source has the option.
+    Default,
+    /// The configuration file, by its path.
+    File(String),
+    /// The environment variable of the option.
+    Environment,
+    /// `--set`
+    Flag,
+}
+
+/// A value that a source has for an option.
+#[derive(Clone)]
+pub(super) struct GivenValue {
+    pub(super) text: String,
+    pub(super) source: ValueSource,
+    /// The file that the value was read from, for a secret in a file of its own.
+    secret_file: Option<String>,
+}
+
+impl GivenValue {
+    pub(super) fn new(text: impl Into<String>, source: ValueSource) -> Self {
+        Self { text: text.into(), source, secret_file: None }
+    }
 }
 
 /// Declares the options of a section: a struct with a field per option, and its `read`.
@@ -81,42 +115,101 @@ struct ConfigError {
 impl Display for ConfigErrors {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "invalid configuration, {} error(s):", self.0.len())?;
-        for ConfigError { key, message } in &self.0 {
-            let variable = key.to_uppercase().replace('.', "__");
-            write!(f, "\n  {key} (GATEWAY__{variable}): {message}")?;
+        for error in &self.0 {
+            write!(f, "\n  {error}")?;
         }
         Ok(())
     }
 }
 
+impl Display for ConfigError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { key, message } = self;
+        match key.contains(' ') {
+            true => write!(f, "{key}: {message}"),
+            false => write!(f, "{key} ({}): {message}", variable_of(key)),
+        }
+    }
+}
+
+/// The environment variable of an option.
+fn variable_of(key: &str) -> String {
+    format!("GATEWAY__{}", key.to_uppercase().replace('.', "__"))
+}
+
 impl std::error::Error for ConfigErrors {}
 
 /// Declaration of an option, and its value.
-#[derive(Clone, Debug)]
-pub(super) struct OptionDoc {
+#[derive(Clone)]
+pub struct OptionDoc {
     pub(super) key: &'static str,
     pub(super) default: String,
     pub(super) text: &'static str,
-    /// Effective value, for errors that name it.
-    value: String,
-    is_given: bool,
+    /// `None` if the value may be shown.
+    pub(super) secret: Option<SecretKind>,
+    value: GivenValue,
+}
+
+/// Keeps secrets out of logs.
+impl fmt::Debug for OptionDoc {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} = {} ({})", self.key, self.shown(), self.source())
+    }
 }
 
 impl OptionDoc {
     /// Declares an option.
     pub(super) fn new(key: &'static str, default: impl Into<String>, text: &'static str) -> Self {
         let default = default.into();
-        Self { key, value: default.clone(), default, text, is_given: false }
+        let value = GivenValue::new(default.clone(), ValueSource::Default);
+        Self { key, value, default, text, secret: None }
+    }
+
+    /// Key of the option.
+    pub fn key(&self) -> &'static str {
+        self.key
+    }
+
+    /// Whether a source has the option.
+    pub fn is_given(&self) -> bool {
+        self.value.source != ValueSource::Default
+    }
+
+    /// Effective value; of a secret only what is not secret.
+    pub fn shown(&self) -> String {
+        match self.secret {
+            Some(kind) => kind.shown(&self.value.text),
+            None => self.value.text.clone(),
+        }
+    }
+
+    /// Source of the value, for people.
+    pub fn source(&self) -> String {
+        let source = match &self.value.source {
+            ValueSource::Default => "default".to_owned(),
+            ValueSource::File(path) => format!("file {path}"),
+            ValueSource::Environment => {
+                let file = if self.value.secret_file.is_some() { "_FILE" } else { "" };
+                format!("environment variable {}{file}", variable_of(self.key))
+            }
+            ValueSource::Flag => "--set".to_owned(),
+        };
+        match &self.value.secret_file {
+            Some(path) => format!("secret file {path}, named by {source}"),
+            None => source,
+        }
     }
 }
 
 /// Reads values by key and collects errors.
 pub(super) struct OptionReader {
-    values: BTreeMap<String, String>,
+    values: BTreeMap<String, GivenValue>,
     /// Former names that the sources use, by their present names.
     former: BTreeMap<&'static str, &'static str>,
     pub(super) warnings: Vec<String>,
     errors: Vec<ConfigError>,
+    /// Keys of secrets whose files cannot be read.
+    unreadable: Vec<String>,
     pub(super) described: Vec<OptionDoc>,
 }
 
@@ -128,15 +221,16 @@ impl OptionReader {
             Some(path) => builder.add_source(File::from(path).format(FileFormat::Toml)),
             None => builder.add_source(File::new(DEFAULT_FILE, FileFormat::Toml).required(false)),
         };
+        let mut errors = Vec::new();
+        let environment = sources.environment.unwrap_or_else(|| variables(&mut errors));
         // Values stay text until an option reads them: guessing types would turn the id `1e5`
         // into 100000.
         let environment = Environment::with_prefix("GATEWAY")
             .prefix_separator("__")
             .separator("__")
             .ignore_empty(true)
-            .source(sources.environment);
+            .source(Some(environment));
         builder = builder.add_source(environment);
-        let mut errors = Vec::new();
         for (key, value) in sources.flags {
             builder = match builder.clone().set_override(&key, value) {
                 Ok(builder) => builder,
@@ -147,22 +241,23 @@ impl OptionReader {
             };
         }
         let mut values = BTreeMap::new();
-        match builder.build().and_then(config::Config::try_deserialize::<Map<String, Value>>) {
-            Ok(tables) => flatten("", tables, &mut values),
+        // Deserialization would lose the sources.
+        match builder.build().and_then(|config| config.collect()) {
+            Ok(tables) => flatten("", tables, &mut values, &mut errors),
             Err(error) => {
                 let key = "the configuration file".to_owned();
-                errors.push(ConfigError { key, message: error.to_string() });
+                errors.push(ConfigError { key, message: without_excerpt(&error) });
             }
         }
         if errors.is_empty() { Ok(Self::of(values)) } else { Err(ConfigErrors(errors)) }
     }
 
     /// Reads options from `values`, by key.
-    pub(super) fn of(mut values: BTreeMap<String, String>) -> Self {
+    pub(super) fn of(mut values: BTreeMap<String, GivenValue>) -> Self {
         let aliases::Resolved { warnings, contradictions, former } = aliases::resolve(&mut values);
         let error = |(key, message)| ConfigError { key, message };
         let errors = contradictions.into_iter().map(error).collect();
-        Self { values, former, warnings, errors, described: Vec::new() }
+        Self { values, former, warnings, errors, unreadable: Vec::new(), described: Vec::new() }
     }
 
     /// Reads an option.
@@ -170,9 +265,47 @@ impl OptionReader {
         self.parse(option, |value, error| format!("`{value}`: {error}"))
     }
 
-    /// Reads an option whose value does not appear in errors.
-    pub(super) fn secret<T: FromStr<Err: Display>>(&mut self, option: OptionDoc) -> T {
+    /// Reads an option whose value appears neither in errors nor anywhere else. A file may hold it,
+    /// which an option with the suffix `_file` names.
+    pub(super) fn secret<T: FromStr<Err: Display>>(
+        &mut self,
+        option: OptionDoc,
+        kind: SecretKind,
+    ) -> T {
+        self.take_secret_file(option.key, kind.lines());
+        let option = OptionDoc { secret: Some(kind), ..option };
         self.parse(option, |_, error: &T::Err| error.to_string())
+    }
+
+    /// Replaces the path in `<key>_file` by the value of `key`, unless a later source has a value.
+    fn take_secret_file(&mut self, key: &str, lines: SecretLines) {
+        let file_key = format!("{key}_file");
+        let Some(file) = self.values.remove(&file_key) else { return };
+        match self.values.get(key) {
+            Some(value) if value.source > file.source => return,
+            Some(value) if file.source == value.source => {
+                let text = format!("conflicts with {key}: set one of them");
+                self.error(&file_key, text);
+                return;
+            }
+            _ => {}
+        }
+        match read_secret_file(file.text.as_ref(), lines) {
+            Ok(text) => {
+                let value = GivenValue { text, secret_file: Some(file.text), ..file };
+                self.values.insert(key.to_owned(), value);
+            }
+            Err(error) => {
+                self.error(&file_key, format!("{}: {error}", file.text));
+                // The value is unknown, which is no further mistake.
+                self.unreadable.push(key.to_owned());
+            }
+        }
+    }
+
+    /// Whether a source names a file for the value of a secret, and it cannot be read.
+    pub(super) fn is_unreadable(&self, key: &str) -> bool {
+        self.unreadable.iter().any(|unreadable| unreadable == key)
     }
 
     /// Reads an option that has bounds.
@@ -209,7 +342,7 @@ impl OptionReader {
         let key = option.key;
         let given = self.values.remove(key);
         let mut value = None;
-        if let Some(text) = &given {
+        if let Some(GivenValue { text, .. }) = &given {
             match text.parse() {
                 Ok(parsed) => value = Some(parsed),
                 Err(error) => self.error(key, message(text, &error)),
@@ -219,8 +352,7 @@ impl OptionReader {
             Ok(value) => value,
             Err(error) => unreachable!("the default of {key} is {}: {error}", option.default),
         });
-        let is_given = given.is_some();
-        self.described.push(OptionDoc { value: given.unwrap_or(option.value), is_given, ..option });
+        self.described.push(OptionDoc { value: given.unwrap_or(option.value), ..option });
         value
     }
 
@@ -228,8 +360,8 @@ impl OptionReader {
     pub(super) fn contradiction(&mut self, key: &str, other: &str, reason: &str) {
         let of = |key: &str| self.described.iter().find(|option| option.key == key);
         let (Some(option), Some(other)) = (of(key), of(other)) else { return };
-        if option.is_given || key == "heartbeat.interval" {
-            let (value, other, limit) = (&option.value, other.key, &other.value);
+        if option.is_given() || key == "heartbeat.interval" {
+            let (value, other, limit) = (option.shown(), other.key, other.shown());
             let message = format!("`{value}` contradicts {other} = `{limit}`: {key} {reason}");
             self.error(key, message);
         }
@@ -250,8 +382,8 @@ impl OptionReader {
         self.errors.push(ConfigError { key: key.to_owned(), message });
     }
 
-    /// Returns all errors, if there are any.
-    pub(super) fn finish(mut self) -> Result<(), ConfigErrors> {
+    /// Returns all options, and all errors.
+    pub(super) fn finish(mut self) -> (Vec<OptionDoc>, Result<(), ConfigErrors>) {
         let known: Vec<&str> = self.described.iter().map(|option| option.key).collect();
         for key in self.values.into_keys() {
             let message = match nearest(&key, &known) {
@@ -260,25 +392,101 @@ impl OptionReader {
             };
             self.errors.push(ConfigError { key, message });
         }
-        if self.errors.is_empty() { Ok(()) } else { Err(ConfigErrors(self.errors)) }
+        let result = if self.errors.is_empty() { Ok(()) } else { Err(ConfigErrors(self.errors)) };
+        (self.described, result)
     }
 }
 
+/// The environment variables of this process that are options.
+fn variables(errors: &mut Vec<ConfigError>) -> Map<String, String> {
+    let mut variables = Map::new();
+    for (name, value) in std::env::vars_os() {
+        let Ok(name) = name.into_string() else { continue };
+        if !name.to_uppercase().starts_with("GATEWAY__") {
+            continue;
+        }
+        match value.into_string() {
+            Ok(value) => drop(variables.insert(name, value)),
+            // The value may be a secret.
+            Err(_) => errors.push(ConfigError {
+                key: format!("the environment variable {name}"),
+                message: "its value is not UTF-8".to_owned(),
+            }),
+        }
+    }
+    variables
+}
+
+/// The text of an error without the line of the file that it concerns, which may be a secret.
+fn without_excerpt(error: &SourceError) -> String {
+    let is_excerpt = |line: &str| {
+        let line = line.trim_start_matches(|c: char| c.is_ascii_digit() || c == ' ');
+        line.starts_with('|')
+    };
+    let text = error.to_string();
+    text.lines().filter(|line| !is_excerpt(line)).collect::<Vec<_>>().join(": ")
+}
+
 /// Flattens tables to dotted keys, and lists to text separated by commas.
-fn flatten(prefix: &str, table: Map<String, Value>, values: &mut BTreeMap<String, String>) {
+fn flatten(
+    prefix: &str,
+    table: Map<String, Value>,
+    values: &mut BTreeMap<String, GivenValue>,
+    errors: &mut Vec<ConfigError>,
+) {
     for (key, value) in table {
         let key = if prefix.is_empty() { key } else { format!("{prefix}.{key}") };
+        let source = match value.origin() {
+            None => ValueSource::Flag,
+            Some(ENVIRONMENT) => ValueSource::Environment,
+            Some(path) => ValueSource::File(path.to_owned()),
+        };
         match value.kind {
-            ValueKind::Table(table) => flatten(&key, table, values),
+            ValueKind::Table(table) => flatten(&key, table, values, errors),
             ValueKind::Array(items) => {
-                let items: Vec<String> = items.iter().map(ToString::to_string).collect();
-                values.insert(key, items.join(","));
+                let items: Result<Vec<String>, _> = items.into_iter().map(list_item).collect();
+                match items {
+                    Ok(items) => {
+                        values.insert(key, GivenValue::new(items.join(","), source));
+                    }
+                    Err(message) => errors.push(ConfigError { key, message: message.to_owned() }),
+                }
             }
             ValueKind::Nil => {}
             kind => {
-                values.insert(key, kind.to_string());
+                values.insert(key, GivenValue::new(kind.to_string(), source));
             }
         }
+    }
+}
+
+/// How [`Environment`] names itself as the origin of a value.
+const ENVIRONMENT: &str = "the environment";
+
+/// The text of an item of a list. A table `{ kid = "a", secret = "b" }` or `{ name = "a", key =
+/// "b" }` becomes `a:b`.
+fn list_item(item: Value) -> Result<String, &'static str> {
+    const SHAPE: &str =
+        "an entry that is a table consists of `kid` and `secret`, or `name` and `key`";
+    let text = match item.kind {
+        ValueKind::Table(mut table) => {
+            let mut take = |key: &str| table.remove(key).map(|value| value.to_string());
+            let entry = match (take("secret"), take("kid"), take("key"), take("name")) {
+                (Some(secret), kid, None, None) => (kid.unwrap_or_default(), secret),
+                (None, None, Some(key), Some(name)) => (name, key),
+                _ => return Err(SHAPE),
+            };
+            if !table.is_empty() {
+                return Err(SHAPE);
+            }
+            format!("{}:{}", entry.0, entry.1)
+        }
+        ValueKind::Array(_) => return Err("an entry of a list must not be a list"),
+        kind => kind.to_string(),
+    };
+    match text.contains(',') {
+        true => Err("an entry of a list must not contain a comma"),
+        false => Ok(text),
     }
 }
 

@@ -1,4 +1,5 @@
-use skein_core::limits::Rate;
+use secrecy::ExposeSecret as _;
+use skein_core::{limits::Rate, session::auth::JwtSecret};
 
 use super::*;
 use crate::transport::echo::EchoMode;
@@ -72,6 +73,7 @@ fn a_useless_setting_is_rejected_with_advice() {
     const REDIS: (&str, &str) = ("cluster.redis_url", "redis://127.0.0.1");
     const JWT: (&str, &str) = ("auth.mode", "jwt");
     const SECRET: (&str, &str) = ("auth.jwt_secret", "a secret of at least thirty-two bytes");
+    const LONG: &str = "one more secret of at least thirty-two bytes";
     let rejected: &[(&[(&str, &str)], &str)] = &[
         (&[("log.level", "inof")], "a level is error, warn, info, debug, trace or off"),
         (&[("log.level", "skein_redis=debug")], "one level for everything"),
@@ -83,6 +85,14 @@ fn a_useless_setting_is_rejected_with_advice() {
         (&[JWT, ("auth.jwt_secret", &"x".repeat(31))], "at least 32"),
         (&[JWT], "openssl rand -base64 48"),
         (&[SECRET], "set auth.mode = jwt"),
+        (&[JWT, ("auth.jwt_secrets", "a:short")], "entry 1 is 5 bytes long"),
+        (&[JWT, ("auth.jwt_secrets", &format!("{LONG},x"))], "entry 2 is 1 bytes long"),
+        (&[JWT, ("auth.jwt_secrets", &format!("a:{LONG},a:{LONG}"))], "the kid `a`"),
+        (&[JWT, ("auth.jwt_secrets", &vec![LONG; 17].join(","))], "at most 16"),
+        (&[JWT, SECRET, ("auth.jwt_secrets", "a:short")], "entry 1 is 5 bytes long"),
+        (&[("auth.jwt_secrets", LONG)], "set auth.mode = jwt"),
+        (&[JWT, ("auth.jwt_secret_file", "/nonexistent")], "No such file"),
+        (&[JWT, SECRET, ("auth.jwt_secret_file", "/nonexistent")], "set one of them"),
         (&[JWT, SECRET, ("auth.leeway", "2h")], "must be at most 1h"),
         (&[("auth.cookie", "a b")], "a cookie name consists of"),
         (&[("auth.cookie", "")], "a cookie name consists of"),
@@ -120,6 +130,8 @@ fn a_useless_setting_is_rejected_with_advice() {
         &[("log.level", "warn,skein_redis=trace,hyper=off")],
         &[("log.level", "off")],
         &[JWT, SECRET],
+        &[JWT, ("auth.jwt_secrets", LONG)],
+        &[JWT, SECRET, ("auth.jwt_secrets", &format!("2027:{LONG},:{LONG},{LONG}"))],
         &[("server.listen", "127.0.0.1:80"), ("admin.listen", "127.0.0.2:80")],
         &[("server.trusted_proxies", "10.0.0.1,fd00::/8")],
         &[("rooms.ephemeral", "live:*,cursors,*")],
@@ -142,6 +154,60 @@ fn an_error_in_a_secret_does_not_show_it() {
         let Err(text) = load(&[], &[(key, value)]) else { panic!("accepted") };
         assert!(!text.contains("hush"), "{text}");
     }
+}
+
+/// The names of the secrets of a configuration file, with their kids.
+fn secrets_of(file: &str, environment: &[(&str, &str)]) -> Vec<(String, Option<String>, String)> {
+    let path = tempfile::NamedTempFile::new().unwrap();
+    std::fs::write(path.path(), file).unwrap();
+    let own = |(k, v): &(&str, &str)| ((*k).to_owned(), (*v).to_owned());
+    let config = Config::load(ConfigSources {
+        file: Some(path.path().to_owned()),
+        environment: Some(environment.iter().map(own).collect()),
+        flags: Vec::new(),
+    })
+    .unwrap_or_else(|errors| panic!("{errors}"));
+    let Auth::Jwt(keys) = config.auth else { panic!("anonymous") };
+    let secret = |secret: &JwtSecret| {
+        let JwtSecret { name, kid, secret } = secret.clone();
+        (name, kid, secret.expose_secret().to_owned())
+    };
+    keys.options().secrets.iter().map(secret).collect()
+}
+
+#[test]
+fn secrets_of_tokens_come_from_tables_texts_and_files() {
+    let [a, b, c] = ["a", "b", "c"].map(|letter| letter.repeat(32));
+    let list = format!(
+        "[auth]\nmode = \"jwt\"\njwt_secrets = [\"{a}\", {{ kid = \"k\", secret = \"{b}\" }}, \
+         {{ secret = \"x:{c}\" }}]\n"
+    );
+    let entry = |name: &str, kid: Option<&str>, secret: &str| {
+        (name.to_owned(), kid.map(str::to_owned), secret.to_owned())
+    };
+    let colon = format!("x:{c}");
+    let expected = [
+        entry("entry 1 of auth.jwt_secrets", None, &a),
+        entry("k", Some("k"), &b),
+        entry("entry 3 of auth.jwt_secrets", None, &colon),
+    ];
+    assert_eq!(secrets_of(&list, &[]), expected);
+    let text = format!("{a}, k:{b},:{colon}");
+    let jwt = "[auth]\nmode = \"jwt\"\n";
+    assert_eq!(secrets_of(jwt, &[("GATEWAY__AUTH__JWT_SECRETS", &text)]), expected);
+    let file = tempfile::NamedTempFile::new().unwrap();
+    std::fs::write(file.path(), text.replace(',', "\n")).unwrap();
+    let path = file.path().to_str().unwrap();
+    assert_eq!(secrets_of(jwt, &[("GATEWAY__AUTH__JWT_SECRETS_FILE", path)]), expected);
+
+    // The environment replaces the file, whichever of them names a file.
+    std::fs::write(file.path(), format!("{c}\n")).unwrap();
+    let (variable, of_file) = ("GATEWAY__AUTH__JWT_SECRET", "GATEWAY__AUTH__JWT_SECRET_FILE");
+    let own = [entry("auth.jwt_secret", None, &c)];
+    assert_eq!(secrets_of(&format!("{jwt}jwt_secret = \"{a}\""), &[(of_file, path)]), own);
+    let named = format!("{jwt}jwt_secret_file = \"{path}\"");
+    assert_eq!(secrets_of(&named, &[]), own);
+    assert_eq!(secrets_of(&named, &[(variable, &a)])[0].2, a);
 }
 
 #[test]

@@ -181,7 +181,7 @@ pub fn hub_options() -> HubOptions {
 /// Options of a Redis bus without a gateway.
 pub fn redis_options(url: String, partitions: u16, node: &str) -> RedisOptions {
     RedisOptions {
-        url,
+        url: url.into(),
         tls: TlsFiles::default(),
         partitions,
         lease: LEASE,
@@ -648,7 +648,8 @@ impl Node {
         Self::run(command, extra).await
     }
 
-    async fn run(mut command: Command, extra: &[(&str, &str)]) -> Self {
+    /// A node that `command` starts, with its environment and arguments.
+    pub async fn run(mut command: Command, extra: &[(&str, &str)]) -> Self {
         let folder = TempDir::new().unwrap();
         for (key, value) in options(&[&[("log.format", "json")], extra].concat()) {
             command.arg("--set").arg(format!("{key}={value}"));

@@ -99,7 +99,7 @@ impl SimNode {
         let dial = SimDial { node, process, gate: gate.clone(), events: events.clone() };
         let (mailboxes, receivers) = Mailboxes::new(1, MAILBOX_LEN, metrics.clone());
         let options = RedisOptions {
-            url: String::new(),
+            url: String::new().into(),
             tls: TlsFiles::default(),
             node: format!("n{node}"),
             partitions: shape.partitions,
