@@ -9,3 +9,4 @@ pub mod http;
 pub mod cluster;
 pub mod config;
 pub mod server;
+pub mod version;

@@ -1,58 +1,86 @@
 //! Command line of the gateway: arguments, log, runtime, signals.
 
-use std::{
-    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
-    path::PathBuf,
-    pin::pin,
-    process::ExitCode,
-    time::Duration,
-};
+use std::{path::PathBuf, pin::pin, process::ExitCode, time::Duration};
 
-use clap::Parser;
+use clap::{CommandFactory as _, Parser, Subcommand};
 use gateway::{
     config::{Config, ConfigSources},
     server::{Server, StartError},
+    version,
 };
 use skein_core::{drain::supervision::log_panics, telemetry};
-use tokio::{
-    io::{AsyncReadExt as _, AsyncWriteExt as _},
-    net::TcpStream,
-    signal::unix::{Signal, SignalKind, signal},
+use tokio::signal::unix::{Signal, SignalKind, signal};
+
+use self::commands::{
+    EXIT_USAGE, check_config, dial_address, healthcheck, init, load, print_config, token,
 };
+
+mod commands;
 
 // Reasons and costs: docs/adr/0011.
 #[global_allocator]
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
-/// The Skein gateway. Without arguments it runs a single node on 127.0.0.1:8080 that keeps its logs
-/// in memory.
+/// The Skein gateway. Without a command it serves: with no configuration as a single node on
+/// 127.0.0.1:8080 that keeps its logs in memory.
 ///
 /// Options come from the defaults, then the file, then the environment (GATEWAY__SECTION__KEY),
-/// then --set; later sources replace earlier ones. `--options` lists all options.
+/// then --set; later sources replace earlier ones.
 #[derive(Parser)]
-#[command(version)]
+#[command(name = "gateway", version = version::TEXT)]
 struct Arguments {
     /// Configuration file. Without this argument `gateway.toml` is read if it exists.
-    #[arg(long, value_name = "FILE")]
+    #[arg(long, value_name = "FILE", global = true)]
     config: Option<PathBuf>,
-    /// Sets an option, such as `--set server.listen=0.0.0.0:8080`. May be repeated.
-    #[arg(long, value_name = "KEY=VALUE", value_parser = parse_setting)]
-    set: Vec<(String, String)>,
-    /// Prints all options with their defaults, and exits.
-    #[arg(long)]
+    /// Sets an option, such as `--set server.listen=0.0.0.0:8080`. May be repeated. Other users of
+    /// this machine can see arguments: set secrets in the file, or in a file of their own.
+    #[arg(long, value_name = "KEY=VALUE", global = true)]
+    set: Vec<String>,
+    /// As the command `options`.
+    #[arg(long, hide = true)]
     options: bool,
-    /// Asks the gateway at `admin.listen` whether it is ready, and exits with 0 or 1.
-    #[arg(long)]
+    /// As the command `healthcheck`.
+    #[arg(long, hide = true)]
     health_check: bool,
+    #[command(subcommand)]
+    command: Option<Command>,
 }
 
-fn parse_setting(text: &str) -> Result<(String, String), String> {
-    let (key, value) = text.split_once('=').ok_or("an option must be KEY=VALUE")?;
-    Ok((key.to_owned(), value.to_owned()))
+#[derive(Subcommand)]
+enum Command {
+    /// Serves clients until a signal ends it. The default.
+    Serve,
+    /// Checks the configuration: exits with 0, or with 64 after listing every mistake.
+    CheckConfig,
+    /// Prints the effective configuration and where each value comes from, without secrets.
+    PrintConfig,
+    /// Writes a commented configuration file with fresh secrets.
+    Init(init::InitArguments),
+    /// Prints a token for a user, signed with the configured secret.
+    Token(token::TokenArguments),
+    /// Asks the gateway at `admin.listen` whether it is ready, and exits with 0 or 1.
+    Healthcheck,
+    /// Prints all options with their defaults.
+    Options,
+    /// Prints a completion script for a shell.
+    Completions {
+        /// The shell.
+        shell: clap_complete::Shell,
+    },
 }
 
-/// Exit code for an invalid configuration (sysexits.h: EX_USAGE).
-const EXIT_USAGE: u8 = 64;
+/// Splits the arguments of `--set`. An error does not repeat the text, which may be a secret.
+fn settings(set: Vec<String>) -> Result<Vec<(String, String)>, ExitCode> {
+    let pair = |text: String| {
+        let (key, value) = text.split_once('=')?;
+        Some((key.to_owned(), value.to_owned()))
+    };
+    set.into_iter().map(pair).collect::<Option<_>>().ok_or_else(|| {
+        eprintln!("gateway: the argument of --set must be KEY=VALUE");
+        ExitCode::from(EXIT_USAGE)
+    })
+}
+
 /// Exit code after a part of the gateway has failed (sysexits.h: EX_SOFTWARE).
 const EXIT_FAILED: u8 = 70;
 /// Time for blocked threads to end at the shutdown of the runtime.
@@ -62,33 +90,60 @@ const SHUTDOWN_TIMEOUT: Duration = Duration::from_secs(1);
 const EVENT_INTERVAL: u32 = 1024;
 
 fn main() -> ExitCode {
-    let arguments = Arguments::parse();
-    if arguments.options {
-        print!("{}", Config::describe());
-        return ExitCode::SUCCESS;
-    }
-    let sources = ConfigSources { file: arguments.config, environment: None, flags: arguments.set };
-    let config = match Config::load(sources) {
-        Ok(config) => config,
-        Err(errors) => {
-            eprintln!("gateway: {errors}");
-            return ExitCode::from(EXIT_USAGE);
+    let Arguments { config, set, options, health_check, command } = Arguments::parse();
+    let sources = match settings(set) {
+        Ok(flags) => ConfigSources { file: config, environment: None, flags },
+        Err(code) => return code,
+    };
+    let command = match command {
+        None if options => Command::Options,
+        None if health_check => Command::Healthcheck,
+        command => command.unwrap_or(Command::Serve),
+    };
+    match command {
+        Command::CheckConfig => check_config::run(sources),
+        Command::PrintConfig => print_config::run(sources),
+        Command::Init(arguments) => init::run(&arguments),
+        Command::Token(arguments) => token::run(sources, arguments),
+        Command::Options => {
+            print!("{}", Config::describe());
+            ExitCode::SUCCESS
         }
+        Command::Completions { shell } => {
+            let mut command = Arguments::command();
+            clap_complete::generate(shell, &mut command, "gateway", &mut std::io::stdout());
+            ExitCode::SUCCESS
+        }
+        Command::Healthcheck => with_runtime(sources, |runtime, config| {
+            runtime.block_on(healthcheck::run(dial_address(config.admin_listen)))
+        }),
+        Command::Serve => with_runtime(sources, serve),
+    }
+}
+
+/// Reads the configuration and starts the runtime.
+fn with_runtime(
+    sources: ConfigSources,
+    run: impl FnOnce(tokio::runtime::Runtime, Config) -> ExitCode,
+) -> ExitCode {
+    let config = match load(sources) {
+        Ok(config) => config,
+        Err(code) => return code,
     };
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .event_interval(EVENT_INTERVAL)
         .enable_all()
         .build();
-    let runtime = match runtime {
-        Ok(runtime) => runtime,
+    match runtime {
+        Ok(runtime) => run(runtime, config),
         Err(error) => {
             eprintln!("gateway: cannot start the runtime: {error}");
-            return ExitCode::FAILURE;
+            ExitCode::FAILURE
         }
-    };
-    if arguments.health_check {
-        return runtime.block_on(health_check(dial_address(config.admin_listen)));
     }
+}
+
+fn serve(runtime: tokio::runtime::Runtime, config: Config) -> ExitCode {
     telemetry::start_log(config.log_format, &config.log_level);
     log_panics();
     let code = runtime.block_on(run(config));
@@ -162,15 +217,6 @@ async fn run(config: Config) -> ExitCode {
     ExitCode::SUCCESS
 }
 
-/// Returns the address that a client on this machine dials.
-fn dial_address(listen: SocketAddr) -> SocketAddr {
-    match listen.ip() {
-        ip if !ip.is_unspecified() => listen,
-        IpAddr::V4(_) => (Ipv4Addr::LOCALHOST, listen.port()).into(),
-        IpAddr::V6(_) => (Ipv6Addr::LOCALHOST, listen.port()).into(),
-    }
-}
-
 /// Signals whose default action would end the process without closing its connections.
 struct Signals {
     /// Signals that stop the gateway in order.
@@ -219,31 +265,4 @@ fn is_ignored(kind: SignalKind) -> bool {
     let mask = status.lines().find_map(|line| line.strip_prefix("SigIgn:"));
     let mask = mask.and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok()).unwrap_or_default();
     mask >> (kind.as_raw_value() - 1) & 1 == 1
-}
-
-/// Requests `/ready` on this machine, for images without curl.
-async fn health_check(admin: SocketAddr) -> ExitCode {
-    let ask = async {
-        let mut socket = TcpStream::connect(admin).await?;
-        let request = "GET /ready HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n";
-        socket.write_all(request.as_bytes()).await?;
-        let mut response = String::new();
-        socket.read_to_string(&mut response).await?;
-        std::io::Result::Ok(response)
-    };
-    match tokio::time::timeout(Duration::from_secs(2), ask).await {
-        Ok(Ok(response)) if response.starts_with("HTTP/1.1 200") => ExitCode::SUCCESS,
-        Ok(Ok(response)) => {
-            eprintln!("not ready: {}", response.lines().last().unwrap_or_default());
-            ExitCode::FAILURE
-        }
-        Ok(Err(error)) => {
-            eprintln!("not ready: {admin}: {error}");
-            ExitCode::FAILURE
-        }
-        Err(_) => {
-            eprintln!("not ready: {admin}: no response within 2 s");
-            ExitCode::FAILURE
-        }
-    }
 }

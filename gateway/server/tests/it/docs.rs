@@ -15,7 +15,7 @@ fn document(name: &str) -> String {
 fn documented_options_match_the_code() {
     assert!(
         document("configuration.md").contains(&Config::describe()),
-        "docs/configuration.md has another table than `gateway --options` prints"
+        "docs/configuration.md has another table than `gateway options` prints"
     );
 }
 

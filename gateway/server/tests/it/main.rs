@@ -21,6 +21,7 @@ mod api;
 mod api_clients;
 mod sse;
 mod auth;
+mod command_line;
 mod limits;
 mod durable;
 mod flood;

@@ -51,6 +51,11 @@ impl ApiKeys {
         Self { keys: keys.collect(), docs }
     }
 
+    /// The names of the keys.
+    pub fn names(&self) -> impl Iterator<Item = &str> {
+        self.keys.iter().map(|(name, _)| name.as_str())
+    }
+
     /// Returns the name of the key that a request carries.
     ///
     /// # Errors
