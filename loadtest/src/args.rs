@@ -85,6 +85,21 @@ pub(crate) struct OpenArgs {
     /// Source addresses, such as 127.0.0.1-127.0.0.4; each has its own ports.
     #[arg(long)]
     pub(crate) sources: Option<SourceAddresses>,
+    #[command(flatten)]
+    pub(crate) tls: TlsArgs,
+}
+
+/// How `wss://` connections verify the server. By default the certificate must be signed by an
+/// authority that Mozilla trusts.
+#[derive(Clone, Debug, Default, Args)]
+#[command(next_help_heading = "TLS")]
+pub(crate) struct TlsArgs {
+    /// PEM file with certificates to trust instead, such as a self-signed one.
+    #[arg(long)]
+    pub(crate) ca: Option<PathBuf>,
+    /// Accept any certificate, for a test.
+    #[arg(long, conflicts_with = "ca")]
+    pub(crate) insecure: bool,
 }
 
 /// Server processes and metrics pages to observe during the run.
@@ -303,7 +318,7 @@ pub(crate) struct SweepArgs {
 #[derive(Clone, Debug, Args)]
 pub(crate) struct ChatArgs {
     /// URLs to connect to; users are spread over all of them.
-    #[arg(long, default_value = "ws://127.0.0.1:8080/ws")]
+    #[arg(long, default_value = "ws://127.0.0.1:8080/ws", value_parser = client_url)]
     pub(crate) url: Vec<String>,
     /// Number of users.
     #[arg(long, alias = "people", default_value_t = 100, value_parser = count)]
@@ -320,6 +335,8 @@ pub(crate) struct ChatArgs {
     /// Seed of the pauses and actions of all users.
     #[arg(long, default_value_t = 1)]
     pub(crate) seed: u64,
+    #[command(flatten)]
+    pub(crate) tls: TlsArgs,
     #[command(flatten)]
     pub(crate) monitor: MonitorArgs,
     #[command(flatten)]
@@ -351,6 +368,8 @@ pub(crate) struct LoadArgs {
     #[arg(long, alias = "patience", default_value = "4s", value_parser = timeout)]
     pub(crate) idle_timeout: Duration,
     #[command(flatten)]
+    pub(crate) tls: TlsArgs,
+    #[command(flatten)]
     pub(crate) thresholds: Thresholds,
     #[command(flatten)]
     pub(crate) output: OutputArgs,
@@ -360,7 +379,7 @@ pub(crate) struct LoadArgs {
 #[derive(Clone, Debug, Args)]
 pub(crate) struct LedgerArgs {
     /// URLs to connect to; members are spread over all of them and reconnect to the next one.
-    #[arg(long, default_value = "ws://127.0.0.1:8080/ws")]
+    #[arg(long, default_value = "ws://127.0.0.1:8080/ws", value_parser = client_url)]
     pub(crate) url: Vec<String>,
     #[command(flatten)]
     pub(crate) monitor: MonitorArgs,
@@ -395,7 +414,8 @@ pub(crate) struct ChaosArgs {
 #[command(next_help_heading = "A cluster that is there")]
 pub(crate) struct ExternalArgs {
     /// URL that members connect to through a fault-injecting proxy, instead of a cluster of its
-    /// own; may be repeated.
+    /// own; may be repeated. The certificate of a wss:// URL must be valid for 127.0.0.1, or
+    /// --insecure is needed.
     #[arg(long)]
     pub(crate) url: Vec<ServerUrl>,
     /// Process ids of its gateways on this machine, which are stopped and continued.
@@ -615,6 +635,8 @@ impl FromStr for SourceAddresses {
 /// The parts of a server's URL.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct ServerUrl {
+    /// Whether the scheme is `wss`.
+    pub(crate) is_tls: bool,
     /// Host and port, for the `Host` header and for the lookup.
     pub(crate) authority: String,
     /// Path and query.
@@ -623,12 +645,21 @@ pub(crate) struct ServerUrl {
 
 /// The text is not a URL that this tool can connect to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-#[error(
-    "a URL has the form ws://host[:port]/path (TLS is not supported: connect behind the proxy)"
-)]
+#[error("a URL has the form ws://host[:port]/path or wss://host[:port]/path")]
 pub(crate) struct InvalidServerUrl;
 
 impl ServerUrl {
+    /// The scheme.
+    pub(crate) fn scheme(&self) -> &'static str {
+        if self.is_tls { "wss" } else { "ws" }
+    }
+
+    /// The host, without brackets around an IPv6 address.
+    pub(crate) fn host(&self) -> &str {
+        let host = self.authority.rsplit_once(':').map_or(&*self.authority, |(host, _)| host);
+        host.trim_matches(['[', ']'])
+    }
+
     /// The path with one more query parameter, percent-encoded.
     pub(crate) fn path_with(&self, name: &str, value: &str) -> String {
         /// All but the unreserved characters of RFC 3986.
@@ -644,7 +675,12 @@ impl FromStr for ServerUrl {
     type Err = InvalidServerUrl;
 
     fn from_str(text: &str) -> Result<Self, Self::Err> {
-        let rest = text.strip_prefix("ws://").ok_or(InvalidServerUrl)?;
+        let (scheme, rest) = text.split_once("://").ok_or(InvalidServerUrl)?;
+        let (is_tls, default_port) = match scheme {
+            "ws" => (false, ":80"),
+            "wss" => (true, ":443"),
+            _ => return Err(InvalidServerUrl),
+        };
         let end = rest.find(['/', '?']).unwrap_or(rest.len());
         let (authority, path) = rest.split_at(end);
         let plain = |b: u8| b.is_ascii_graphic() && b != b'#';
@@ -652,10 +688,16 @@ impl FromStr for ServerUrl {
             return Err(InvalidServerUrl);
         }
         let has_port = authority.rsplit_once(':').is_some_and(|(_, port)| !port.ends_with(']'));
-        let port = if has_port { "" } else { ":80" };
+        let port = if has_port { "" } else { default_port };
         let slash = if path.starts_with('/') { "" } else { "/" };
-        Ok(Self { authority: format!("{authority}{port}"), path: format!("{slash}{path}") })
+        let (authority, path) = (format!("{authority}{port}"), format!("{slash}{path}"));
+        Ok(Self { is_tls, authority, path })
     }
+}
+
+/// Checks a URL that `skein_client` connects to.
+fn client_url(text: &str) -> Result<String, InvalidServerUrl> {
+    text.parse::<ServerUrl>().map(|_| text.to_owned())
 }
 
 fn count(text: &str) -> Result<usize, String> {
@@ -732,7 +774,11 @@ mod tests {
         check("ws://h?a=b", "h:80", "/?a=b");
         check("ws://[::1]/ws", "[::1]:80", "/ws");
         check("ws://[::1]:8080/ws", "[::1]:8080", "/ws");
-        for bad in ["", "h:1", "wss://h/", "http://h/", "ws:///", "ws://u@h/", "ws://h/a b"] {
+        check("wss://h/ws", "h:443", "/ws");
+        check("wss://[::1]:8443/ws", "[::1]:8443", "/ws");
+        let host = |text: &str| text.parse::<ServerUrl>().unwrap().host().to_owned();
+        assert_eq!((host("wss://h/"), host("wss://[::1]:1/")), ("h".into(), "::1".into()));
+        for bad in ["", "h:1", "wss:///", "http://h/", "ws:///", "ws://u@h/", "ws://h/a b"] {
             assert_eq!(bad.parse::<ServerUrl>(), Err(InvalidServerUrl), "{bad:?}");
         }
     }
@@ -766,6 +812,8 @@ mod tests {
             "loadtest connect -n 1 --room a --rooms 2",
             "loadtest connect -n 1 --room a/b",
             "loadtest connect -n 1 --hold 2days",
+            "loadtest connect -n 1 --ca a.pem --insecure",
+            "loadtest ledger --url http://h/",
         ] {
             assert_eq!(parse(bad).unwrap_err().exit_code(), 2, "{bad}");
         }

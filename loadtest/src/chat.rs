@@ -8,6 +8,7 @@ use std::{sync::Arc, time::Duration};
 
 use parking_lot::Mutex;
 use rand::{RngExt as _, SeedableRng as _, rngs::StdRng};
+use rustls::ClientConfig;
 use skein_client::{
     Client,
     api::{ClientEvent, ClientOptions, HistoryRange, StartFrom},
@@ -34,6 +35,7 @@ use crate::{
         GeneratorReport, Report, StepResult, connections::LatencySummary, messages::MessageReport,
     },
     timestamp::SendTimestamp,
+    tls::TlsError,
     virtual_users::metrics::lag_histogram,
     virtual_users::workers::GeneratorUsage,
 };
@@ -101,8 +103,20 @@ impl ChatMetrics {
     }
 }
 
+/// Why a run has no result.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum ChatError {
+    /// The certificates to trust cannot be used.
+    #[error(transparent)]
+    Tls(#[from] TlsError),
+    /// The resource usage of a server process is unknown.
+    #[error(transparent)]
+    Process(#[from] ProcfsError),
+}
+
 /// Runs `loadtest chat`.
-pub(crate) async fn run(args: ChatArgs) -> Result<Report, ProcfsError> {
+pub(crate) async fn run(args: ChatArgs) -> Result<Report, ChatError> {
+    let tls = args.tls.client_config()?;
     let mut monitor = ServerMonitor::begin(&args.monitor)?;
     let mut usage = GeneratorUsage::new();
     usage.start();
@@ -114,7 +128,7 @@ pub(crate) async fn run(args: ChatArgs) -> Result<Report, ProcfsError> {
     let end = began + args.duration;
     let mut users = JoinSet::new();
     for number in 0..args.users {
-        users.spawn(ChatUser::new(number, &args, metrics.clone(), began).run(end));
+        users.spawn(ChatUser::new(number, &args, tls.clone(), metrics.clone(), began).run(end));
     }
     let over = sleep_until(end);
     let is_interrupted =
@@ -174,6 +188,7 @@ pub(crate) async fn run(args: ChatArgs) -> Result<Report, ProcfsError> {
 struct ChatUser {
     number: usize,
     args: ChatArgs,
+    tls: Arc<ClientConfig>,
     metrics: Arc<Mutex<ChatMetrics>>,
     rng: StdRng,
     rooms: Vec<RoomId>,
@@ -185,6 +200,7 @@ impl ChatUser {
     fn new(
         number: usize,
         args: &ChatArgs,
+        tls: Arc<ClientConfig>,
         metrics: Arc<Mutex<ChatMetrics>>,
         began: Instant,
     ) -> Self {
@@ -194,6 +210,7 @@ impl ChatUser {
         Self {
             number,
             args: args.clone(),
+            tls,
             metrics,
             rng,
             rooms: Vec::new(),
@@ -208,7 +225,8 @@ impl ChatUser {
         while Instant::now() < end {
             let urls = &self.args.url;
             let url = urls[self.number % urls.len()].clone();
-            let options = ConnectOptions::new(url).user(format!("chat-{}", self.number));
+            let mut options = ConnectOptions::new(url).user(format!("chat-{}", self.number));
+            options.tls = Some(self.tls.clone());
             let settings = ClientOptions { urls: urls.clone(), ..ClientOptions::default() };
             let (client, events) = Client::start(options, settings);
             let listener = handle_events(events, self.metrics.clone());

@@ -25,6 +25,7 @@ use crate::{
     procfs::{CpuTime, ProcfsError},
     progress::Progress,
     report::{GeneratorReport, Report, messages::MessageReport},
+    tls::TlsError,
 };
 
 /// Time limit for all members to join.
@@ -44,6 +45,9 @@ pub(crate) enum LedgerRunError {
         /// All members.
         members: usize,
     },
+    /// The certificates to trust cannot be used.
+    #[error(transparent)]
+    Tls(#[from] TlsError),
     /// The resource usage of this program is unknown.
     #[error(transparent)]
     Cost(#[from] ProcfsError),
@@ -81,6 +85,7 @@ impl LedgerRun {
     /// Starts the clients, spread over the URLs, and lets them send when all have joined.
     pub(crate) async fn start(urls: Vec<String>, load: &LoadArgs) -> Result<Self, LedgerRunError> {
         let timeline: Arc<Mutex<Timeline>> = Arc::default();
+        let tls = load.tls.client_config()?;
         let members = load.rooms * load.members;
         // Members send in turn, so that together they keep the rate.
         let due = |index: usize| load.rate.due(index as u64);
@@ -88,6 +93,7 @@ impl LedgerRun {
             let index = member * load.rooms + room;
             ClientProfile {
                 urls: (0..urls.len()).map(|j| urls[(index + j) % urls.len()].clone()).collect(),
+                tls: Some(tls.clone()),
                 user: format!("ledger-{index}"),
                 room: format!("ledger-{room}").parse().expect("a name"),
                 schedule: SendSchedule::Interval { first: due(index), interval: due(members) },

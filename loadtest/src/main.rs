@@ -18,6 +18,7 @@ mod timestamp;
 mod phase;
 mod procfs;
 mod signals;
+mod tls;
 mod report;
 mod progress;
 mod monitor;

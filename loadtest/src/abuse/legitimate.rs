@@ -22,7 +22,7 @@ use super::verdict::LegitimateMetrics;
 use crate::{
     args::{
         ArrivalRate, CommonArgs, MonitorArgs, OpenArgs, OutputArgs, ServerUrl, SourceAddresses,
-        Thresholds,
+        Thresholds, TlsArgs,
     },
     report::connections::{ConnectionCounters, ConnectionReport, LatencySummary},
     scenario::{ScenarioError, ScenarioRun, connect_plan, traffic::Traffic},
@@ -145,7 +145,7 @@ fn run_real_time() {
 }
 
 fn common_args(address: SocketAddr, sources: &str, user_prefix: &str) -> CommonArgs {
-    let target = |authority: String| ServerUrl { authority, path: "/ws".to_owned() };
+    let target = |authority: String| ServerUrl { is_tls: false, authority, path: "/ws".to_owned() };
     CommonArgs {
         open: OpenArgs {
             url: target(address.to_string()),
@@ -154,6 +154,7 @@ fn common_args(address: SocketAddr, sources: &str, user_prefix: &str) -> CommonA
             user_prefix: user_prefix.to_owned(),
             token: None,
             sources: sources.parse::<SourceAddresses>().ok(),
+            tls: TlsArgs::default(),
         },
         monitor: MonitorArgs::default(),
         thresholds: Thresholds::default(),

@@ -16,7 +16,8 @@ use crate::args::{ExternalArgs, ServerUrl};
 pub(crate) struct ExternalCluster {
     /// One for each URL.
     proxies: Vec<Proxy>,
-    paths: Vec<String>,
+    /// Scheme and path of each URL.
+    paths: Vec<(&'static str, String)>,
     gateways: Vec<u32>,
     redis: Option<SocketAddr>,
 }
@@ -25,11 +26,11 @@ impl ExternalCluster {
     /// Starts a proxy in front of each URL.
     pub(crate) async fn new(args: &ExternalArgs) -> Result<Self, ServerError> {
         let (mut proxies, mut paths) = (Vec::new(), Vec::new());
-        for ServerUrl { authority, path } in &args.url {
+        for url @ ServerUrl { authority, path, .. } in &args.url {
             let mut addresses = lookup_host(authority).await?;
             let address = addresses.next().ok_or(io::Error::from(io::ErrorKind::NotFound))?;
             proxies.push(Proxy::to(address).await?);
-            paths.push(path.clone());
+            paths.push((url.scheme(), path.clone()));
         }
         Ok(Self { proxies, paths, gateways: args.gateway_pid.clone(), redis: args.redis })
     }
@@ -37,7 +38,7 @@ impl ExternalCluster {
     /// URLs for clients.
     pub(crate) fn urls(&self) -> Vec<String> {
         let both = self.proxies.iter().zip(&self.paths);
-        both.map(|(proxy, path)| format!("ws://{}{path}", proxy.address)).collect()
+        both.map(|(proxy, (scheme, path))| format!("{scheme}://{}{path}", proxy.address)).collect()
     }
 
     /// Number of gateways to choose from.

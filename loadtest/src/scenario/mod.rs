@@ -22,6 +22,7 @@ use crate::{
         GeneratorReport, Report, StepResult, connections::ConnectionReport, messages::MessageReport,
     },
     signals,
+    tls::{TlsConnector, TlsError},
     virtual_users::{
         ConnectPlan, RoomAssignment, VirtualUsers,
         share::WorkerShare,
@@ -82,6 +83,9 @@ pub(crate) enum ScenarioError {
         /// The cause.
         source: io::Error,
     },
+    /// The `wss://` URL or the certificates to trust cannot be used.
+    #[error(transparent)]
+    Tls(#[from] TlsError),
     /// The usage of a server process cannot be read.
     #[error("{0} (does the process exist, and does it belong to this user?)")]
     Process(#[from] ProcfsError),
@@ -274,7 +278,8 @@ pub(crate) fn connect_plan(
 ) -> Result<ConnectPlan, ScenarioError> {
     check_limits(args, connections, share)?;
     let address = lookup(args)?;
-    Ok(ConnectPlan { open: args.clone(), address, rooms, connections, share })
+    let tls = TlsConnector::for_url(&args.url, &args.tls)?;
+    Ok(ConnectPlan { open: args.clone(), address, tls, rooms, connections, share })
 }
 
 fn check_limits(

@@ -27,9 +27,11 @@ use crate::{
     progress::Progress,
     report::connections::{ConnectOutcome, ConnectionCounters},
     timestamp::SendTimestamp,
+    tls::TlsConnector,
     websocket::{self, FrameReader, HandshakeResponse, WsFrame},
 };
 
+mod stream;
 mod user;
 pub(crate) mod share;
 pub(crate) mod workers;
@@ -37,6 +39,7 @@ pub(crate) mod metrics;
 
 use metrics::{FrameKind, TrafficMetrics};
 use share::WorkerShare;
+use stream::UserStream;
 use user::{UserState, VirtualUser, dial};
 
 /// Token of the timer among the sockets.
@@ -53,6 +56,8 @@ pub(crate) struct ConnectPlan {
     pub(crate) open: OpenArgs,
     /// Resolved address of the URL's host.
     pub(crate) address: SocketAddr,
+    /// TLS; `None` for a `ws://` URL.
+    pub(crate) tls: Option<TlsConnector>,
     /// Rooms over which the connections are spread.
     pub(crate) rooms: RoomAssignment,
     /// Number of connections, those of other workers included.
@@ -296,6 +301,13 @@ impl VirtualUsers {
             self.connections.add(ConnectOutcome::Failed { reason: error.to_string() });
             return;
         }
+        let stream = match UserStream::new(stream, self.plan.tls.as_ref()) {
+            Ok(stream) => stream,
+            Err(error) => {
+                self.connections.add(ConnectOutcome::Failed { reason: error.to_string() });
+                return;
+            }
+        };
         let user = &mut self.users[index];
         let attempt = user.attempt + 1;
         *user = VirtualUser { stream: Some(stream), attempt, due, ..VirtualUser::new(due) };
@@ -340,11 +352,12 @@ impl VirtualUsers {
         let user = &mut self.users[index];
         if user.state == UserState::Connecting {
             let Some(stream) = &user.stream else { return Ok(()) };
-            if let Some(error) = stream.take_error().ok().flatten() {
+            let tcp = stream.tcp();
+            if let Some(error) = tcp.take_error().ok().flatten() {
                 return Err(format!("connect: {}", error.kind()));
             }
             // Both calls report this while TCP is still connecting.
-            if stream.peer_addr().is_err() {
+            if tcp.peer_addr().is_err() {
                 return Ok(());
             }
             user.state = UserState::Upgrading;
@@ -365,9 +378,10 @@ impl VirtualUsers {
             };
             let done = match read {
                 Ok(0) => Err(io_reason(&io::ErrorKind::UnexpectedEof.into())),
-                // A short read has emptied the socket.
+                // A short read has emptied a socket, but not what TLS has decrypted.
                 Ok(count) => {
-                    self.handle_bytes(index, &buffer[..count]).map(|()| count == buffer.len())
+                    let may_have_more = count == buffer.len() || self.plan.tls.is_some();
+                    self.handle_bytes(index, &buffer[..count]).map(|()| may_have_more)
                 }
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(false),
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => Ok(true),
@@ -375,9 +389,14 @@ impl VirtualUsers {
             };
             self.buffer = buffer;
             if !done? {
-                return Ok(());
+                break;
             }
         }
+        if self.plan.tls.is_some() {
+            // Reading completes the TLS handshake, before which nothing could be sent.
+            self.users[index].flush().map_err(|error| io_reason(&error))?;
+        }
+        Ok(())
     }
 
     /// Handles bytes that a connection received.
@@ -600,6 +619,10 @@ impl VirtualUsers {
 }
 
 fn io_reason(error: &io::Error) -> String {
+    // An error of TLS, such as an unknown issuer of the certificate.
+    if error.kind() == io::ErrorKind::InvalidData {
+        return format!("TLS: {error}");
+    }
     format!("no close frame: {}", error.kind())
 }
 

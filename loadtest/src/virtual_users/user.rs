@@ -9,6 +9,7 @@ use mio::net::TcpStream;
 use socket2::{Domain, Protocol, Socket, Type};
 use tokio::time::{Duration, Instant};
 
+use super::stream::UserStream;
 use crate::websocket::FrameReader;
 
 /// State of a connection.
@@ -31,7 +32,7 @@ pub(super) enum UserState {
 /// One virtual user. The struct is small, because a process may have a hundred thousand.
 #[derive(Debug)]
 pub(super) struct VirtualUser {
-    pub(super) stream: Option<TcpStream>,
+    pub(super) stream: Option<UserStream>,
     pub(super) state: UserState,
     /// Number of times it was opened, which identifies outdated deadlines.
     pub(super) attempt: u32,
@@ -108,7 +109,11 @@ impl VirtualUser {
             }
         }
         self.unsent = Vec::new();
-        Ok(())
+        // TLS has its own buffer, which the socket may not have accepted in full.
+        match stream.flush() {
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(()),
+            flushed => flushed,
+        }
     }
 }
 

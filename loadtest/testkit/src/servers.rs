@@ -256,11 +256,28 @@ pub async fn start_nginx(
     workers: u8,
     scratch: &Path,
 ) -> Result<ServerProcess, ServerError> {
+    start_nginx_with(render, address, gateways, workers, &[], scratch).await
+}
+
+/// As [`start_nginx`], with further options for `render`.
+///
+/// # Errors
+///
+/// As [`start_nginx`].
+pub async fn start_nginx_with(
+    render: &Path,
+    address: SocketAddr,
+    gateways: impl Iterator<Item = SocketAddr>,
+    workers: u8,
+    options: &[&str],
+    scratch: &Path,
+) -> Result<ServerProcess, ServerError> {
     let mut rendering = Command::new(render);
     rendering.args(["map", "--workers", &workers.to_string(), "--listen", &address.to_string()]);
     for gateway in gateways {
         rendering.args(["--node", &gateway.to_string()]);
     }
+    rendering.args(options);
     let program = render.display().to_string();
     let rendered = rendering.output().await;
     let rendered =

@@ -715,14 +715,49 @@ impl Nginx {
         self.process.stop().await;
     }
 
-    async fn start_with(nodes: &[SocketAddr], workers: u8) -> Self {
+    /// A single process that also listens with TLS, at the returned address, with the self-signed
+    /// certificate in the returned file.
+    pub async fn start_tls(nodes: &[SocketAddr]) -> (Self, SocketAddr, PathBuf) {
         let folder = TempDir::new().unwrap();
+        let (cert, key) = self_signed(folder.path());
+        let tls = SocketAddr::from(([127, 0, 0, 1], free_port()));
+        let options = ["--tls-listen", &tls.to_string(), "--cert", &cert, "--key", &key];
+        (Self::start_in(folder, nodes, 0, &options).await, tls, cert.into())
+    }
+
+    async fn start_with(nodes: &[SocketAddr], workers: u8) -> Self {
+        Self::start_in(TempDir::new().unwrap(), nodes, workers, &[]).await
+    }
+
+    async fn start_in(
+        folder: TempDir,
+        nodes: &[SocketAddr],
+        workers: u8,
+        options: &[&str],
+    ) -> Self {
         let address = SocketAddr::from(([127, 0, 0, 1], free_port()));
         let render = Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/../../nginx/render.sh"));
         let nodes = nodes.iter().copied();
-        let process = servers::start_nginx(render, address, nodes, workers, folder.path()).await;
+        let process =
+            servers::start_nginx_with(render, address, nodes, workers, options, folder.path())
+                .await;
         let process =
             process.unwrap_or_else(|error| panic!("`make setup` installs nginx: {error}"));
         Self { process, _folder: folder, address }
     }
+}
+
+/// Makes a self-signed certificate for 127.0.0.1 in `folder`. Returns the certificate's file and
+/// the key's.
+pub fn self_signed(folder: &Path) -> (String, String) {
+    let file = |name: &str| folder.join(name).display().to_string();
+    let (cert, key) = (file("tls.crt"), file("tls.key"));
+    let output = std::process::Command::new("openssl")
+        .args("req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -days 2".split(' '))
+        .args(["-subj", "/CN=localhost", "-addext", "subjectAltName=IP:127.0.0.1"])
+        .args(["-addext", "basicConstraints=critical,CA:FALSE", "-keyout", &key, "-out", &cert])
+        .output()
+        .expect("`make setup` installs openssl");
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    (cert, key)
 }

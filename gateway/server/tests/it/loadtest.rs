@@ -7,7 +7,7 @@ use tokio::{process::Command, time::timeout};
 
 use crate::{
     faults::is_full,
-    harness::{Gateway, Node, PATIENCE, Redis, gateway_binary, within},
+    harness::{Gateway, Nginx, Node, PATIENCE, Redis, gateway_binary, within},
 };
 
 /// The binary beside this test's own; `make test` builds it.
@@ -172,6 +172,36 @@ async fn ledger_accounts_for_every_message() {
     let acknowledged = report["acknowledged"].as_u64().unwrap();
     assert!(acknowledged > 150, "{report}");
     assert_eq!(report["delivered"], acknowledged * 4, "{report}");
+}
+
+#[tokio::test]
+async fn wss_through_nginx_is_checked_like_ws() {
+    let gateway = Gateway::start(&[]).await;
+    let (_nginx, tls, cert) = Nginx::start_tls(&[gateway.address]).await;
+    let (url, cert) = (format!("wss://{tls}/ws"), cert.to_str().unwrap());
+    let load = ["--rooms", "3", "--members", "4", "--rate", "100/s", "--duration", "2s"];
+    let report =
+        passing_report(&[&["ledger", "--url", &url, "--ca", cert], &load[..]].concat()).await;
+    let acknowledged = report["acknowledged"].as_u64().unwrap();
+    assert!(acknowledged > 0, "{report}");
+    assert_eq!(report["delivered"], acknowledged * 4, "{report}");
+
+    // The connections of the other commands are of another kind.
+    let small = ["--rooms", "5", "--members", "4", "--ramp", "500/s"];
+    let talk = ["--rate", "100/s", "--duration", "1s", "--bytes", "20000", "--insecure"];
+    let report = passing_report(&[&["rooms", "--url", &url], &small[..], &talk].concat()).await;
+    let acknowledged = report["acknowledged"].as_u64().unwrap();
+    assert!(acknowledged > 0, "{report}");
+    assert_eq!(report["delivered"], acknowledged * 4, "{report}");
+    let short = ["--users", "5", "--think", "100ms", "--duration", "1s", "--insecure"];
+    let report = passing_report(&[&["chat", "--url", &url], &short[..]].concat()).await;
+    assert!(report["acknowledged"].as_u64() > Some(0), "{report}");
+
+    // A certificate that no known authority has signed.
+    let report = reported(&["connect", "--url", &url, "-n", "1", "--hold", "0s"]).await;
+    assert_eq!(report["opened"], 0, "{report}");
+    let failed = report["failed"].as_object().unwrap().keys().next().unwrap();
+    assert!(failed.contains("UnknownIssuer"), "{report}");
 }
 
 #[tokio::test]

@@ -31,6 +31,8 @@ use crate::clock::PreciseTimer;
 pub struct ClientProfile {
     /// URLs to connect to; each connection takes the next one.
     pub urls: Vec<String>,
+    /// How `wss://` connections verify the server ([`ConnectOptions::tls`]).
+    pub tls: Option<Arc<rustls::ClientConfig>>,
     /// User name.
     pub user: String,
     /// The room it joins.
@@ -127,6 +129,7 @@ impl TestClient {
             let url = self.profile.urls[at % self.profile.urls.len()].clone();
             let mut options = ConnectOptions::new(url).user(self.profile.user.clone());
             options.connect_timeout = Duration::from_secs(1);
+            options.tls.clone_from(&self.profile.tls);
             if let Ok(mut connection) = ClientConnection::open(&options).await {
                 let mut is_connected = false;
                 self.run_connection(&mut connection, &mut is_connected).await;

@@ -47,6 +47,7 @@ pub fn default_profiles(addresses: &[SocketAddr]) -> Vec<ClientProfile> {
         let nth = |j: usize| format!("ws://{}/ws", addresses[(i + j) % addresses.len()]);
         ClientProfile {
             urls: (0..addresses.len()).map(nth).collect(),
+            tls: None,
             user: format!("u{i}"),
             room: "lobby".parse().expect("a name"),
             schedule: SendSchedule::AfterAck(Duration::from_millis(20)),

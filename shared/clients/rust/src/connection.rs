@@ -24,7 +24,7 @@ use tokio::{
     time::timeout,
 };
 use tokio_tungstenite::{
-    WebSocketStream, client_async_with_config,
+    Connector, MaybeTlsStream, WebSocketStream, client_async_tls_with_config,
     tungstenite::{
         self, Message,
         http::{HeaderMap, Uri, header},
@@ -105,7 +105,7 @@ pub enum RequestError {
 /// An open connection. Dropping it closes the TCP connection without a close frame.
 #[derive(Debug)]
 pub struct ClientConnection {
-    socket: WebSocketStream<TcpStream>,
+    socket: WebSocketStream<MaybeTlsStream<TcpStream>>,
     headers: HeaderMap,
     local: SocketAddr,
     /// Messages that the helpers received before their reply.
@@ -115,7 +115,7 @@ pub struct ClientConnection {
 }
 
 impl ClientConnection {
-    /// Connects and performs the handshake.
+    /// Connects and performs the handshake, with `wss://` that of TLS first.
     ///
     /// # Errors
     ///
@@ -133,7 +133,8 @@ impl ClientConnection {
             let stream = connect(&uri, options.local_address).await?;
             stream.set_nodelay(true)?;
             let local = stream.local_addr()?;
-            let handshake = client_async_with_config(request, stream, Some(config));
+            let tls = options.tls.clone().map(Connector::Rustls);
+            let handshake = client_async_tls_with_config(request, stream, Some(config), tls);
             let (socket, response) = handshake.await.map_err(ConnectError::from_handshake)?;
             let headers = response.headers().clone();
             let passed_over = VecDeque::new();
@@ -431,7 +432,8 @@ impl ClientConnection {
 async fn connect(uri: &Uri, local: Option<IpAddr>) -> io::Result<TcpStream> {
     let host = uri.host().unwrap_or_default().trim_matches(['[', ']']);
     let mut last = io::Error::new(io::ErrorKind::NotFound, "the host name has no address");
-    for address in lookup_host((host, uri.port_u16().unwrap_or(80))).await? {
+    let default_port = if uri.scheme_str() == Some("wss") { 443 } else { 80 };
+    for address in lookup_host((host, uri.port_u16().unwrap_or(default_port))).await? {
         let socket = if address.is_ipv4() { TcpSocket::new_v4()? } else { TcpSocket::new_v6()? };
         if let Some(local) = local {
             socket.bind(SocketAddr::new(local, 0))?;

@@ -2,7 +2,7 @@
 //!
 //! Pure. `client::connection` uses it.
 
-use std::{fmt, io, net::IpAddr, time::Duration};
+use std::{fmt, io, net::IpAddr, sync::Arc, time::Duration};
 
 use percent_encoding::{AsciiSet, NON_ALPHANUMERIC, utf8_percent_encode};
 use tokio_tungstenite::tungstenite::{
@@ -22,7 +22,8 @@ pub const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
 /// Where the client connects and as which user.
 #[derive(Clone, Debug)]
 pub struct ConnectOptions {
-    /// `ws://host:port/ws`, `…/ws/rooms/{room}` or `…/ws/echo`; its query is kept.
+    /// `ws://host:port/ws`, `…/ws/rooms/{room}` or `…/ws/echo`, or the same with `wss://`; its
+    /// query is kept.
     pub url: String,
     /// `?user=`
     pub user: Option<String>,
@@ -44,6 +45,9 @@ pub struct ConnectOptions {
     pub origin: Option<String>,
     /// Further headers. They replace those of the handshake.
     pub headers: Vec<(String, String)>,
+    /// How a `wss://` connection verifies the server; `None`: by the certificate authorities that
+    /// Mozilla trusts (`webpki-roots`).
+    pub tls: Option<Arc<rustls::ClientConfig>>,
     /// The local address to connect from.
     pub local_address: Option<IpAddr>,
     /// Maximum size in bytes of a message from the server.
@@ -84,8 +88,8 @@ impl fmt::Debug for AuthToken {
 /// Why connecting failed.
 #[derive(Debug, thiserror::Error)]
 pub enum ConnectError {
-    /// The URL is not a `ws://` URL. TLS is left to a proxy.
-    #[error("`{url}` is not a URL of the form ws://host[:port]/path")]
+    /// The URL is neither a `ws://` nor a `wss://` URL.
+    #[error("`{url}` is not a URL of the form ws://host[:port]/path or wss://host[:port]/path")]
     InvalidUrl {
         /// The URL.
         url: String,
@@ -135,6 +139,7 @@ impl ConnectOptions {
             subprotocols: vec![SUBPROTOCOL.to_owned()],
             origin: None,
             headers: Vec::new(),
+            tls: None,
             local_address: None,
             message_bytes_max: 64 * 1024 * 1024,
             connect_timeout: CONNECT_TIMEOUT,
@@ -181,7 +186,7 @@ impl ConnectOptions {
             add(name, value);
         }
         let uri: Uri = url.parse().map_err(|_| bad())?;
-        if uri.scheme_str() != Some("ws") || uri.host().is_none() {
+        if !matches!(uri.scheme_str(), Some("ws" | "wss")) || uri.host().is_none() {
             return Err(bad());
         }
         Ok(uri)
@@ -312,7 +317,7 @@ mod tests {
 
     #[test]
     fn a_url_that_is_not_ws_is_rejected() {
-        for bad in ["", "h:1", "http://h/ws", "wss://h/ws", "ws:///ws", "ws://h/a b"] {
+        for bad in ["", "h:1", "http://h/ws", "wss:///ws", "ws:///ws", "ws://h/a b"] {
             let opened = ConnectOptions::new(bad).uri();
             assert!(matches!(opened, Err(ConnectError::InvalidUrl { .. })), "{bad:?}: {opened:?}");
         }
