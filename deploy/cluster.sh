@@ -2,8 +2,11 @@
 # Runs a cluster as processes of this machine: Redis, gateways, nginx. `make cluster` calls it.
 #
 # Ctrl-C or SIGTERM stops everything and leaves nothing behind. If a process ends by itself, the cluster ends, and the
-# last lines of the log of that process are printed. Clients may use any name; all listeners are on loopback.
+# last lines of the log of that process are printed. With KEEP=1 the cluster goes on without a gateway that ended, as
+# long as one is left: the list at the start has the process ids (`kill -9 PID`). Clients may use any name; all
+# listeners are on loopback.
 #
+#   KEEP=0               1: a gateway that ends does not end the cluster
 #   NODES=3              number of gateways
 #   PORT=8080            nginx: the page, WebSockets, API
 #   NODE_PORT=9001       first gateway; the others have the following ports
@@ -21,6 +24,7 @@ node_port=${NODE_PORT:-9001}
 admin_port=${ADMIN_PORT:-9101}
 redis_port=${REDIS_PORT:-6390}
 gateway=${GATEWAY_BIN:-target/release/gateway}
+keep=${KEEP:-0}
 
 fail() {
     echo "cluster.sh: $1" >&2
@@ -35,6 +39,7 @@ for tool in redis-server redis-cli nginx; do
 done
 [ -x "$gateway" ] || fail "$gateway does not exist: run cargo build --release -p gateway, or set GATEWAY_BIN"
 [[ $nodes =~ ^[1-9][0-9]?$ ]] || fail "NODES is '$nodes'; it must be 1 to 99"
+[[ $keep =~ ^[01]$ ]] || fail "KEEP is '$keep'; it must be 0 or 1"
 
 # Each client needs two file descriptors of nginx and one of a gateway.
 ulimit -n "$(ulimit -Hn)"
@@ -84,7 +89,9 @@ start() { # name command...
     name_of[$!]=$name
 }
 
-# Ends the cluster if a process has ended, and prints which one.
+# Ends the cluster if a process has ended, and prints which one. A gateway may be missing once all have started and KEEP
+# is 1, but not the last one.
+is_started=0
 check_alive() {
     local pid
     for pid in "${!name_of[@]}"; do
@@ -98,7 +105,9 @@ check_alive() {
             [ "$name" != nginx ] || tail -n 20 "$scratch/error.log" 2> /dev/null || true
         } >&2
         unset "name_of[$pid]"
-        exit 1
+        [[ $keep = 1 && $is_started = 1 && $name == gateway-* ]] || exit 1
+        echo "cluster.sh: the cluster goes on without $name" >&2
+        [[ " ${name_of[*]}" == *" gateway-"* ]] || fail "no gateway is left"
     done
 }
 
@@ -154,15 +163,25 @@ nginx/render.sh map --listen "127.0.0.1:$port" "${node_arguments[@]}" > "$scratc
 start nginx nginx -p "$scratch" -c nginx.conf -e error.log
 wait_for nginx ready "$port"
 
+pid_of() { # name
+    local pid
+    for pid in "${!name_of[@]}"; do
+        [ "${name_of[$pid]}" != "$1" ] || echo "$pid"
+    done
+}
+
+is_started=1
 echo "page       http://127.0.0.1:$port/"
 echo "websocket  ws://127.0.0.1:$port/ws"
 for ((i = 0; i < nodes; i++)); do
-    echo "node-$((i + 1))     ws://127.0.0.1:$((node_port + i))/ws   metrics http://127.0.0.1:$((admin_port + i))/metrics"
+    echo "node-$((i + 1))     ws://127.0.0.1:$((node_port + i))/ws   metrics http://127.0.0.1:$((admin_port + i))/metrics   pid $(pid_of "gateway-$((i + 1))")"
 done
-echo "redis      redis://127.0.0.1:$redis_port/"
+echo "redis      redis://127.0.0.1:$redis_port/   pid $redis_pid"
 echo "logs       $scratch"
 echo "Ctrl-C stops it."
 
-# Returns when a process ends or a signal arrives.
-wait -n || true
-check_alive
+# Waits until a process ends or a signal arrives.
+while :; do
+    wait -n || true
+    check_alive
+done
