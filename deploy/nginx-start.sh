@@ -23,6 +23,7 @@ make_certificate() {
         umask 077
         openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 3650 \
             -subj "/CN=${names%% *}" -addext "subjectAltName=$alternatives" \
+            -addext basicConstraints=critical,CA:FALSE \
             -keyout "$tls/new.key" -out "$tls/new.crt" 2> /tmp/openssl.log
     ) || fail "openssl failed to make a certificate: $(cat /tmp/openssl.log)"
     mv "$tls/new.key" "$tls/tls.key"

@@ -24,6 +24,7 @@ map:    nginx >= 1.22; gateways are the --node addresses. All paths are relative
   --connections-per-ip N             open WebSockets and event streams per client address, 0 = no limit
                                      (sticky: 200, map: 0)
   --handshakes-per-second-per-ip N   sustained; twice as many in a burst; 0 = no limit (sticky: 20, map: 0)
+  --status-listen ADDRESS            nginx' own counts, GET /stub_status; publish it to nobody (sticky: 8081; map: none)
   --real-ip-from CIDR   a proxy in front whose X-Forwarded-For is trusted; may be repeated
   --workers N           worker processes; 0 = a single process without workers that outlive it, for tests
                         (one per core)
@@ -82,11 +83,11 @@ route() { # node
 [ $# -gt 0 ] || { usage >&2; exit 2; }
 rendering=$1
 shift
-listen='' tls_listen='' cert='' key='' https_port='' nodes='' real_ip_from=''
+listen='' tls_listen='' status_listen='' cert='' key='' https_port='' nodes='' real_ip_from=''
 gateway=gateway:8080 resolver=127.0.0.11 workers=auto
 case $rendering in
 sticky)
-    listen=80 tls_listen=443 https_port=443
+    listen=80 tls_listen=443 status_listen=8081 https_port=443
     connections_per_ip=200 handshakes_per_ip=20 worker_connections=131072
     ;;
 map) connections_per_ip=0 handshakes_per_ip=0 worker_connections=16384 ;;
@@ -113,6 +114,7 @@ while [ $# -gt 0 ]; do
     case $rendering:$option in
     *:--listen) check_listen "$option" "$value" && listen=$value ;;
     *:--tls-listen) check_listen "$option" "$value" && tls_listen=$value ;;
+    *:--status-listen) check_listen "$option" "$value" && status_listen=$value ;;
     *:--cert) check "$option" "$value" 'A-Za-z0-9_./+-' 'a plain path (letters, digits, _ . / + -)' && cert=$value ;;
     *:--key) check "$option" "$value" 'A-Za-z0-9_./+-' 'a plain path (letters, digits, _ . / + -)' && key=$value ;;
     *:--https-port) check_port "$option" "$value" && https_port=$value ;;
@@ -145,6 +147,7 @@ fi
 # Conditions that hold, for `#@if`.
 holds=" $rendering "
 [ -z "$tls_listen" ] || holds="$holds tls "
+[ -z "$status_listen" ] || holds="$holds status "
 if [ -n "$https_port" ] && [ -n "$listen" ]; then
     holds="$holds redirect "
 elif [ -n "$listen" ]; then
@@ -186,7 +189,7 @@ pool=gateways
 https_port_suffix=":$https_port"
 [ "$https_port" != 443 ] || https_port_suffix=''
 
-export RENDERING="$rendering" LISTEN="$listen" TLS_LISTEN="$tls_listen" CERT="$cert" KEY="$key" HTTPS_PORT_SUFFIX="$https_port_suffix"
+export RENDERING="$rendering" LISTEN="$listen" TLS_LISTEN="$tls_listen" STATUS_LISTEN="$status_listen" CERT="$cert" KEY="$key" HTTPS_PORT_SUFFIX="$https_port_suffix"
 export GATEWAY="$gateway" RESOLVER="$resolver" WORKERS="$workers" POOL="$pool" WORKER_CONNECTIONS="$worker_connections"
 export SLOT_MEMORY="$(((worker_connections * 43 / 100 + 1023) / 1024)) MiB"
 export CONNECTIONS_PER_IP="$connections_per_ip" HANDSHAKES_PER_IP="$handshakes_per_ip"
