@@ -10,6 +10,7 @@ setup: ## install what the tests need (Debian packages, as root or with sudo)
 	@deploy/setup.sh
 	@deploy/schemathesis.sh
 	@deploy/openapi-clients.sh
+	@deploy/stack-tools.sh
 
 run: ## one node on http://127.0.0.1:8080/ that needs nothing else
 	cargo run --release -p gateway

@@ -4,7 +4,7 @@
 # Usage: setup.sh [package...]; without arguments all packages. Needs root or sudo only if a package is missing.
 set -eu
 
-[ $# -gt 0 ] || set -- gcc libc6-dev redis-server nginx chromium chromium-driver openssl python3 valkey-server iproute2 git prometheus
+[ $# -gt 0 ] || set -- gcc libc6-dev redis-server nginx chromium chromium-driver openssl python3 valkey-server iproute2 git prometheus haproxy caddy
 
 missing=
 backports=

@@ -8,7 +8,7 @@ use crate::{
 };
 
 /// The folder of a tool that `make setup` has installed.
-fn tool(name: &str) -> String {
+pub fn tool(name: &str) -> String {
     let home = std::env::var("HOME").unwrap();
     let cache = std::env::var("XDG_CACHE_HOME").unwrap_or(format!("{home}/.cache"));
     format!("{cache}/skein/{name}")

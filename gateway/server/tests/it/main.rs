@@ -33,6 +33,7 @@ mod faults;
 mod steady_traffic;
 mod topology;
 mod nginx;
+mod proxies;
 mod repair;
 mod untrusted;
 mod conditions;
@@ -41,6 +42,7 @@ mod browser;
 mod stop;
 mod nodes;
 mod deploy;
+mod stacks;
 mod loadtest;
 #[cfg(debug_assertions)]
 mod injected;
