@@ -90,7 +90,9 @@ add() {
 }
 
 docker compose build gateway
-image=$(docker image inspect --format '{{.Id}}' "$(docker compose config --images gateway | sed -n 1p)")
+# Not `config --images gateway`, which lists the images of dependencies too, in any order.
+image=$(docker compose config | awk '/^  [^ ]/ { name = $1 } name == "gateway:" && $1 == "image:" { print $2 }')
+image=$(docker image inspect --format '{{.Id}}' "$image")
 look
 remove_stopped
 [ -n "$running" ] || fail 'no gateway is running: docker compose up -d'

@@ -48,8 +48,15 @@ count() { count=$#; }
 echo "$*" >> calls
 case "$1 ${2:-}" in
 "compose build") ! fails build || exit 1 ;;
-"compose config") echo skein-gateway ;;
-"image inspect") what image; echo "$text" ;;
+"compose config")
+    for service in gateway nginx; do echo "  $service:"; echo "    image: skein-$service"; done
+    ;;
+"image inspect")
+    for name in "$@"; do :; done
+    [ "$name" = skein-gateway ] || { echo "fake docker: no image $name" >&2; exit 1; }
+    what image
+    echo "$text"
+    ;;
 "compose ps") ! fails ps || exit 1; cd containers; echo * ;;
 "inspect --format")
     ! fails inspect || exit 1
