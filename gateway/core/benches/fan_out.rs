@@ -83,6 +83,7 @@ impl FanOutBench {
             watched_users_max: 1 << 20,
         };
         let services = HubServices {
+            tracer: Default::default(),
             bus: bus.clone(),
             presence,
             rules: Arc::default(),

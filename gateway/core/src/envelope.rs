@@ -17,6 +17,10 @@
 //! fields        JSON fields without braces: "room":"…","id":"…",…
 //! payload       the content of a binary message
 //! ```
+//!
+//! The envelope of a traced message has one more field, the last: `"traceparent":"…"`, the span of
+//! its publish. It is part of no frame. Gateways that do not know it pass it to their clients, which
+//! ignore it like every field that they do not know (docs/adr/0021).
 
 use base64::{Engine as _, engine::general_purpose::STANDARD};
 use bytes::{BufMut, Bytes, BytesMut};
@@ -28,6 +32,8 @@ use skein_protocol::{
     position::Position,
 };
 use skein_websocket::Opcode;
+
+use crate::telemetry::traces::TraceContext;
 
 mod fields;
 
@@ -44,6 +50,11 @@ pub const ENVELOPE_BYTES_MAX: usize = (16 << 20) + (64 << 10);
 /// Maximum size in bytes of the fields beside a binary payload: the header length of a binary frame
 /// has two bytes, and the prefix before the fields is under 160 bytes.
 const BINARY_FIELDS_BYTES_MAX: usize = u16::MAX as usize - 160;
+
+/// The text before the `traceparent` of a traced message.
+const TRACE_FIELD: &[u8] = br#","traceparent":""#;
+/// Length of a `traceparent` of version 00.
+const TRACEPARENT_BYTES: usize = 55;
 
 /// An entry without its position. Cheap to clone.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -124,8 +135,16 @@ pub struct EnvelopeParts<'a> {
 impl Envelope {
     /// Packs `parts`.
     pub fn pack(parts: EnvelopeParts<'_>) -> Self {
+        Self::pack_traced(parts, None)
+    }
+
+    /// Packs `parts` with the span that published them, if the message is traced.
+    pub fn pack_traced(parts: EnvelopeParts<'_>, trace: Option<TraceContext>) -> Self {
         let payload = parts.binary_payload.unwrap_or_default();
-        let mut bytes = BytesMut::with_capacity(HEADER_BYTES + parts.fields.len() + payload.len());
+        let traced = trace.map(|trace| [TRACE_FIELD, trace.to_string().as_bytes(), b"\""].concat());
+        let traced = traced.as_deref().unwrap_or_default();
+        let fields_len = parts.fields.len() + traced.len();
+        let mut bytes = BytesMut::with_capacity(HEADER_BYTES + fields_len + payload.len());
         bytes.put_u8(VERSION);
         let binary = if parts.binary_payload.is_some() { BINARY } else { 0 };
         let echo = if parts.echo { 0 } else { NO_ECHO };
@@ -133,8 +152,9 @@ impl Envelope {
         bytes.put_slice(&parts.author.0);
         bytes.put_slice(parts.id.0.as_bytes());
         bytes.put_slice(parts.sender.0.as_bytes());
-        bytes.put_u32(parts.fields.len() as u32);
+        bytes.put_u32(fields_len as u32);
         bytes.put_slice(parts.fields.as_bytes());
+        bytes.put_slice(traced);
         bytes.put_slice(payload);
         Self(bytes.freeze())
     }
@@ -156,7 +176,7 @@ impl Envelope {
             (RoomKind::Inbox, FrameType::Direct | FrameType::Notification) => None,
             _ => return Err(InvalidEnvelope),
         };
-        let (fields, payload) = envelope.fields_and_payload();
+        let (fields, payload) = envelope.0[HEADER_BYTES..].split_at(envelope.fields_len());
         let fits =
             if binary { fields.len() <= BINARY_FIELDS_BYTES_MAX } else { payload.is_empty() };
         let expected = ExpectedFields { frame, id: envelope.id().0, room, binary };
@@ -206,6 +226,12 @@ impl Envelope {
         let sender = fields::id_in(fields::value_of(from, "id")?)?;
         let recipient = fields::id_in(fields::value_of(self.fields(), "to")?)?;
         Some((sender, recipient))
+    }
+
+    /// The span that published the message, if the message is traced.
+    pub fn trace(&self) -> Option<TraceContext> {
+        let traceparent = self.split_fields().1?;
+        std::str::from_utf8(traceparent).ok()?.parse().ok()
     }
 
     /// The packed bytes.
@@ -288,7 +314,21 @@ impl Envelope {
     }
 
     fn fields_and_payload(&self) -> (&[u8], &[u8]) {
-        self.0[HEADER_BYTES..].split_at(self.fields_len())
+        (self.split_fields().0, &self.0[HEADER_BYTES + self.fields_len()..])
+    }
+
+    /// The fields of the frame, and the `traceparent` behind them.
+    fn split_fields(&self) -> (&[u8], Option<&[u8]>) {
+        let fields = &self.0[HEADER_BYTES..HEADER_BYTES + self.fields_len()];
+        let traced = fields.split_last_chunk::<{ TRACE_FIELD.len() + TRACEPARENT_BYTES + 1 }>();
+        let Some((frame_fields, traced)) = traced else { return (fields, None) };
+        let Some(value) = traced.strip_prefix(TRACE_FIELD) else { return (fields, None) };
+        let (value, quote) = value.split_at(TRACEPARENT_BYTES);
+        let is_traceparent = |byte: &u8| byte.is_ascii_hexdigit() || *byte == b'-';
+        if quote != b"\"" || !value.iter().all(is_traceparent) {
+            return (fields, None);
+        }
+        (frame_fields, Some(value))
     }
 
     fn fields_len(&self) -> usize {
@@ -390,6 +430,55 @@ mod tests {
         for cut in 0..envelope.as_bytes().len() {
             assert!(Envelope::from_packed(envelope.as_bytes().slice(..cut)).is_err());
         }
+    }
+
+    #[test]
+    fn a_traced_entry_has_its_trace_beside_the_frame() {
+        let trace: TraceContext =
+            "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01".parse().unwrap();
+        let fields = format!(
+            r#""room":"r","id":"{}","from":{{"id":"ann","name":"A"}},"content":1,"timestamp":"t""#,
+            Uuid::from_u128(1)
+        );
+        let room: RoomId = "r".parse().unwrap();
+        for binary_payload in [None, Some(&b"\"}"[..])] {
+            let binary_fields = fields.replace(r#""content":1,"#, "");
+            let parts = EnvelopeParts {
+                frame: FrameType::Message,
+                author: AuthorHash::of(&"ann".parse().unwrap()),
+                id: MessageId(Uuid::from_u128(1)),
+                sender: ConnectionId(Uuid::nil()),
+                echo: true,
+                fields: if binary_payload.is_some() { &binary_fields } else { &fields },
+                binary_payload,
+            };
+            let (untraced, traced) =
+                (Envelope::pack(parts), Envelope::pack_traced(parts, Some(trace)));
+            // Checked as a node does that does not know the field, which is JSON like all others.
+            let bytes = traced.as_bytes().clone();
+            let received = Envelope::parse_for_room(bytes, &room).unwrap();
+            assert_eq!((received.trace(), untraced.trace()), (Some(trace), None));
+            // No frame has it, and the bytes of an untraced entry are those that they were.
+            assert_eq!(received.fields(), untraced.fields());
+            assert_eq!(received.live_frame(&position()), untraced.live_frame(&position()));
+            assert_eq!(received.replay_frame(&position()), untraced.replay_frame(&position()));
+            assert_eq!(received.to_json(&position()), untraced.to_json(&position()));
+            assert_eq!(received.dedup_key(), untraced.dedup_key());
+            assert_eq!(traced.as_bytes().len(), untraced.as_bytes().len() + 72);
+        }
+        // A field that only looks like it stays in the frame.
+        let other = format!(r#"{fields},"traceparent":"{}""#, "\\n".repeat(27) + "x");
+        let parts = EnvelopeParts {
+            frame: FrameType::Message,
+            author: AuthorHash::of(&"ann".parse().unwrap()),
+            id: MessageId(Uuid::from_u128(1)),
+            sender: ConnectionId(Uuid::nil()),
+            echo: true,
+            fields: &other,
+            binary_payload: None,
+        };
+        let envelope = Envelope::pack(parts);
+        assert_eq!((envelope.fields(), envelope.trace()), (other.as_bytes(), None));
     }
 
     #[test]

@@ -24,13 +24,16 @@ use crate::{
     bus::{
         Append, Appended, Bus, BusError, UnseenPolicy,
         presence_store::{EphemeralEvent, PresenceStore},
-        ticket::{NewInboxCharge, NextAppend, PublishRecord, PublishTicket, TrailRecord},
+        ticket::{
+            NewInboxCharge, NextAppend, PublishRecord, PublishSpan, PublishTicket, TrailRecord,
+        },
     },
     envelope::{AuthorHash, Envelope, EnvelopeParts, FrameType, binary_payload_bytes_max},
     limits::quotas::{ENTRY_BYTES, Quotas, Writer},
     rooms::RoomRules,
     telemetry::{
         metrics::{Metrics, StorageLimit},
+        traces::{OpenSpan, SpanKind, TraceContext, Tracer},
         trail::MessageTrails,
     },
 };
@@ -49,6 +52,8 @@ pub struct Publisher {
     pub metrics: Arc<Metrics>,
     /// Records the positions of messages.
     pub trails: Arc<MessageTrails>,
+    /// Traces some of the publishes.
+    pub tracer: Tracer,
     /// The most time that a publish may wait for the bus.
     pub timeout: Duration,
     /// The largest message of a client, in bytes.
@@ -66,6 +71,9 @@ pub struct MessageSender<'a> {
     pub user: &'a UserInfo,
     /// The client whose quotas are charged; `None` if the application sends.
     pub writer: Option<&'a Writer>,
+    /// The span of the sender, which decides whether the publish is traced. `None`: the sampling
+    /// ratio decides.
+    pub parent: Option<TraceContext>,
 }
 
 /// The id and the time of a message, as its `ack` reports them.
@@ -196,7 +204,16 @@ impl Publisher {
         if binary.is_some_and(|payload| payload.len() > binary_max) {
             return Err(PublishError::BinaryTooLarge(binary_max));
         }
-        let envelope = Envelope::pack(EnvelopeParts {
+        let mut span = self.begin_span(frame, receipt.id, sender.parent);
+        if let Some(span) = &mut span {
+            match &message.to {
+                Recipient::Room(room) => span.set("messaging.destination.name", room.to_string()),
+                Recipient::User(user) => span.set("skein.inbox_of", user.to_string()),
+            }
+            span.set("skein.user", sender.user.id.to_string());
+            span.set("skein.connection", sender.connection.to_string());
+        }
+        let parts = EnvelopeParts {
             frame,
             author: sender.author,
             id: receipt.id,
@@ -204,12 +221,18 @@ impl Publisher {
             echo: message.echo,
             fields,
             binary_payload: binary,
-        });
+        };
+        let envelope = Envelope::pack_traced(parts, span.as_ref().map(OpenSpan::context));
 
-        if let Some(writer) = sender.writer {
-            self.charge_quota(writer, &message.to, &envelope)?;
+        if let Some(writer) = sender.writer
+            && let Err(error) = self.charge_quota(writer, &message.to, &envelope)
+        {
+            if let Some(span) = span {
+                span.end(Some(error.to_string()));
+            }
+            return Err(error);
         }
-        let record = self.record();
+        let record = self.record(span);
         match &message.to {
             Recipient::Room(room) if self.rules.is_durable(room) => {
                 self.append(room.clone(), envelope, UnseenPolicy::Unlimited, record, done);
@@ -242,9 +265,23 @@ impl Publisher {
     }
 
     /// The record of a publish that begins now.
-    fn record(&self) -> PublishRecord {
+    fn record(&self, span: Option<OpenSpan>) -> PublishRecord {
         let (started, metrics) = (Instant::now(), self.metrics.clone());
-        PublishRecord { started, metrics, trail: None, new_inbox: None, next: None }
+        let span = span.map(|span| Box::new(PublishSpan::new(span)));
+        PublishRecord { started, metrics, trail: None, new_inbox: None, next: None, span }
+    }
+
+    /// Begins the span of a publish, if it is traced.
+    fn begin_span(
+        &self,
+        frame: FrameType,
+        id: MessageId,
+        parent: Option<TraceContext>,
+    ) -> Option<OpenSpan> {
+        let mut span = self.tracer.begin("publish", SpanKind::Producer, parent)?;
+        span.set("messaging.message.id", id.to_string());
+        span.set("skein.frame", frame.as_str());
+        Some(span)
     }
 
     /// Appends a message, which then has a message trail.
@@ -263,19 +300,24 @@ impl Publisher {
         self.bus.append(Append { room, envelope, urgent: false, unseen, deadline, ticket });
     }
 
-    /// Appends a notification to a user's inbox.
+    /// Appends a notification to a user's inbox. `parent` as in [`MessageSender`].
     pub fn notify(
         &self,
         user: &UserId,
         id: MessageId,
         payload: &RawValue,
         require_ack: bool,
+        parent: Option<TraceContext>,
         done: impl FnOnce(Result<Appended, BusError>) + Send + 'static,
     ) {
         let timestamp = skein_protocol::timestamp(SystemTime::now());
         let notification = NotificationFields { id, payload, require_ack, timestamp: &timestamp };
         let fields = serde_json::to_string(&notification).expect("the fields are JSON");
-        let envelope = Envelope::pack(EnvelopeParts {
+        let mut span = self.begin_span(FrameType::Notification, id, parent);
+        if let Some(span) = &mut span {
+            span.set("skein.inbox_of", user.to_string());
+        }
+        let parts = EnvelopeParts {
             frame: FrameType::Notification,
             author: AuthorHash::of(&API_USER.parse().expect("an id")),
             id,
@@ -283,9 +325,10 @@ impl Publisher {
             echo: true,
             fields: &fields[1..fields.len() - 1],
             binary_payload: None,
-        });
+        };
+        let envelope = Envelope::pack_traced(parts, span.as_ref().map(OpenSpan::context));
         let room = RoomId::inbox_of(user);
-        self.append(room, envelope, UnseenPolicy::Unlimited, self.record(), done);
+        self.append(room, envelope, UnseenPolicy::Unlimited, self.record(span), done);
     }
 }
 

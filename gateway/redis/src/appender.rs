@@ -395,7 +395,8 @@ impl AppendWorker {
         let mut pipeline = redis::Pipeline::with_capacity(batch.len());
         pipeline.ignore_errors();
         for queued in &mut batch {
-            let Append { room, envelope, .. } = &queued.append;
+            let Append { room, envelope, ticket, .. } = &mut queued.append;
+            ticket.mark_sent("redis");
             queued.number =
                 Some(self.links.node_state.unconfirmed().track(room, envelope, queued.number));
             pipeline.add_command(self.command(queued, server_id));

@@ -2,6 +2,7 @@
 
 use std::{io, net::SocketAddr, sync::Arc, time::Duration};
 
+use opentelemetry_otlp::ExporterBuildError;
 use tokio::net::{TcpListener, TcpSocket};
 
 use crate::{
@@ -11,6 +12,7 @@ use crate::{
         self, Node,
         listen::{self, TcpLimits},
     },
+    otlp,
 };
 use skein_core::{
     bus::{
@@ -25,7 +27,7 @@ use skein_core::{
     publisher::Publisher,
     rooms::passwords::Passwords,
     session::{Services, peer_index::PeerIndex},
-    telemetry::{metrics::Metrics, trail::MessageTrails},
+    telemetry::{metrics::Metrics, traces::Tracer, trail::MessageTrails},
 };
 use skein_redis::{RedisBus, RedisStartError};
 
@@ -72,6 +74,9 @@ pub enum StartError {
     /// Redis cannot be used as configured.
     #[error(transparent)]
     Redis(#[from] RedisStartError),
+    /// The collector of traces cannot be used as configured.
+    #[error("telemetry.otlp_endpoint: {0}")]
+    Traces(#[from] ExporterBuildError),
     /// A part of the gateway failed during the start.
     #[error("{0}")]
     Failed(TaskFailure),
@@ -88,6 +93,10 @@ impl Server {
         let tasks = Tasks::default();
         let metrics = Arc::new(Metrics::new().with_legacy_names(config.legacy_metric_names));
         metrics.set_info(config.node.as_str(), env!("CARGO_PKG_VERSION"), COMMIT);
+        let tracer = match &config.otlp {
+            Some(options) => otlp::start(options, &config.node, &metrics, &tasks)?,
+            None => Tracer::default(),
+        };
         let (admin, admin_listen) = bind("admin.listen", config.admin_listen)?;
         let (public, listen) = bind("server.listen", config.listen)?;
 
@@ -121,6 +130,7 @@ impl Server {
             rules: rules.clone(),
             metrics: metrics.clone(),
             trails: trails.clone(),
+            tracer: tracer.clone(),
         };
         let hub = Hub::start(&services, mailboxes, receivers, config.hub, &tasks);
         let control = Control {
@@ -144,6 +154,7 @@ impl Server {
             quotas: quotas.clone(),
             metrics: metrics.clone(),
             trails,
+            tracer,
             timeout: config.session.wait_max,
             message_bytes_max: http_limits.message_bytes_max,
         };

@@ -1,6 +1,6 @@
 //! The answer to a publish: the result reaches the sender once, whatever becomes of the publish.
 
-use std::sync::Arc;
+use std::{sync::Arc, time::SystemTime};
 
 use skein_protocol::ids::{MessageId, RoomId};
 use tokio::time::Instant;
@@ -11,6 +11,7 @@ use crate::{
     limits::quotas::{Quotas, Writer},
     telemetry::{
         metrics::{Metrics, PublishResult},
+        traces::{OpenSpan, SpanKind},
         trail::MessageTrails,
     },
 };
@@ -41,6 +42,27 @@ pub struct PublishRecord {
     pub new_inbox: Option<NewInboxCharge>,
     /// The second append of a direct, after which its sender has the result.
     pub next: Option<NextAppend>,
+    /// The span of a traced publish.
+    pub span: Option<Box<PublishSpan>>,
+}
+
+/// The span of a publish, which ends with its result, and the append under way.
+#[derive(Debug)]
+pub struct PublishSpan {
+    span: OpenSpan,
+    /// The append that was sent and has no result.
+    append: Option<SentAppend>,
+}
+
+/// An append that was sent to a database.
+#[derive(Debug)]
+struct SentAppend {
+    /// The database, as OpenTelemetry names it.
+    system: &'static str,
+    /// When it was sent first.
+    at: SystemTime,
+    /// How often it was sent.
+    sends: i64,
 }
 
 /// The message trail of a publish in one log.
@@ -94,6 +116,16 @@ impl PublishTicket {
         self.answer(result);
     }
 
+    /// Records that the append is sent to the database `system`, for its span. An append whose
+    /// answer was lost is sent again.
+    pub fn mark_sent(&mut self, system: &'static str) {
+        let record = self.record.as_mut();
+        if let Some(publish) = record.and_then(|record| record.span.as_mut()) {
+            let new = || SentAppend { system, at: SystemTime::now(), sends: 0 };
+            publish.append.get_or_insert_with(new).sends += 1;
+        }
+    }
+
     fn answer(&mut self, result: Result<Appended, BusError>) {
         let Some(ack) = self.ack.take() else { return };
         if let Some(mut record) = self.record.take() {
@@ -117,7 +149,10 @@ impl Drop for PublishTicket {
 
 impl PublishRecord {
     /// Records that a log has the message.
-    fn appended(&self, appended: &Appended) {
+    fn appended(&mut self, appended: &Appended) {
+        if let Some(publish) = &mut self.span {
+            publish.end_append(Ok(appended));
+        }
         if let Some(TrailRecord { trails, log, id }) = &self.trail {
             trails.appended(log, *id, &appended.position);
         }
@@ -129,7 +164,7 @@ impl PublishRecord {
     }
 
     /// Counts the result that the caller receives.
-    fn finished(&self, result: &Result<Appended, BusError>) {
+    fn finished(self, result: &Result<Appended, BusError>) {
         let label = label_of(result);
         let seconds = self.started.elapsed().as_secs_f64();
         self.metrics.publish_seconds.of(label.into()).observe(seconds);
@@ -137,6 +172,42 @@ impl PublishRecord {
         if let Some(limit) = result.as_ref().err().and_then(|error| error.storage_limit()) {
             self.metrics.storage_rejections.of(limit).inc();
         }
+        if let Some(publish) = self.span {
+            publish.end(result.as_ref());
+        }
+    }
+}
+
+impl PublishSpan {
+    /// Wraps the span of a publish.
+    pub fn new(span: OpenSpan) -> Self {
+        Self { span, append: None }
+    }
+
+    /// Ends the span of the append, if it was sent to a database.
+    fn end_append(&mut self, result: Result<&Appended, &BusError>) {
+        let Some(SentAppend { system, at, sends }) = self.append.take() else { return };
+        let mut span = self.span.child("append", SpanKind::Client, at);
+        span.set("db.system.name", system);
+        span.set("skein.sends", sends);
+        set_position(&mut span, result);
+        span.end(result.err().map(ToString::to_string));
+    }
+
+    fn end(mut self, result: Result<&Appended, &BusError>) {
+        self.end_append(result);
+        set_position(&mut self.span, result);
+        self.span.end(result.err().map(ToString::to_string));
+    }
+}
+
+fn set_position(span: &mut OpenSpan, result: Result<&Appended, &BusError>) {
+    if let Ok(Appended { position, duplicate, .. }) = result
+        && !position.epoch.is_none()
+    {
+        span.set("skein.epoch", position.epoch.to_string());
+        span.set("skein.seq", i64::try_from(position.seq).unwrap_or(i64::MAX));
+        span.set("skein.duplicate", *duplicate);
     }
 }
 
@@ -183,7 +254,7 @@ mod tests {
 
     fn record(metrics: &Arc<Metrics>) -> PublishRecord {
         let (started, metrics) = (Instant::now(), metrics.clone());
-        PublishRecord { started, metrics, trail: None, new_inbox: None, next: None }
+        PublishRecord { started, metrics, trail: None, new_inbox: None, next: None, span: None }
     }
 
     fn ticket(record: PublishRecord) -> (PublishTicket, Outcome) {

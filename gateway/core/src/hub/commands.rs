@@ -26,7 +26,7 @@ use crate::{
     drain::Tasks,
     presence::PresenceTracker,
     rooms::RoomRules,
-    telemetry::{metrics::Metrics, trail::MessageTrails},
+    telemetry::{metrics::Metrics, traces::Tracer, trail::MessageTrails},
 };
 
 /// The pause before a failed read is repeated.
@@ -45,6 +45,8 @@ pub struct HubServices {
     pub metrics: Arc<Metrics>,
     /// The message trails of this node.
     pub trails: Arc<MessageTrails>,
+    /// Traces the fan-out of traced messages.
+    pub tracer: Tracer,
 }
 
 /// The bounds of the hub, for a whole node.

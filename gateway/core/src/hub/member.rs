@@ -15,7 +15,11 @@ use crate::{
     },
     delivery::{Entry, is_fault_injected, replica::RetentionContext},
     envelope::Envelope,
-    telemetry::{metrics::Metrics, trail::MessageTrails},
+    telemetry::{
+        metrics::Metrics,
+        traces::{OpenSpan, SpanKind, Tracer},
+        trail::{FanOutCounts, MessageTrails},
+    },
 };
 
 /// The shared state of one batch of a shard, and the work that is done at its end.
@@ -25,6 +29,9 @@ pub(super) struct ShardBatch {
     pub(super) metrics: Arc<Metrics>,
     pub(super) trails: Arc<MessageTrails>,
     pub(super) node_state: Arc<NodeState>,
+    tracer: Tracer,
+    /// The spans of traced entries that were placed in outboxes.
+    pub(super) fan_out_spans: Vec<OpenSpan>,
     /// Messages that a log has lost, oldest first.
     pub(super) lost: Vec<(RoomId, Envelope)>,
     /// Connections with frames to write.
@@ -40,14 +47,17 @@ impl ShardBatch {
         retention: RetentionContext,
         metrics: Arc<Metrics>,
         trails: Arc<MessageTrails>,
+        tracer: Tracer,
         node_state: Arc<NodeState>,
     ) -> Self {
-        let (lost, touched) = (Vec::new(), Vec::new());
+        let (lost, touched, fan_out_spans) = (Vec::new(), Vec::new(), Vec::new());
         Self {
             retention,
             metrics,
             trails,
             node_state,
+            tracer,
+            fan_out_spans,
             lost,
             touched,
             deliveries: 0,
@@ -74,10 +84,50 @@ impl ShardBatch {
         }
     }
 
+    /// Begins the span of a fan-out, if the message is traced. It ends with the batch, when the
+    /// sockets have been written to.
+    pub(super) fn begin_fan_out(&self, room: &RoomId, entry: &Entry) -> Option<OpenSpan> {
+        if !self.tracer.is_on() {
+            return None;
+        }
+        let publish = entry.envelope.trace()?;
+        let mut span = self.tracer.begin_linked("deliver", SpanKind::Consumer, publish)?;
+        span.set("messaging.message.id", entry.envelope.id().to_string());
+        let room_key = match room.kind() {
+            RoomKind::Inbox => "skein.inbox_of",
+            RoomKind::Room | RoomKind::Status => "messaging.destination.name",
+        };
+        span.set(room_key, room.without_prefix().to_owned());
+        Some(span)
+    }
+
+    /// Records the fan-out of an entry with a position, and its span.
+    pub(super) fn end_fan_out(
+        &mut self,
+        room: &RoomId,
+        entry: &Entry,
+        counts: FanOutCounts,
+        span: Option<OpenSpan>,
+    ) {
+        if let Some(mut span) = span {
+            span.set("skein.epoch", entry.position.epoch.to_string());
+            span.set("skein.seq", i64::try_from(entry.position.seq).unwrap_or(i64::MAX));
+            span.set("skein.queued", i64::from(counts.queued));
+            span.set("skein.lagged", i64::from(counts.lagged));
+            span.set("skein.behind", i64::from(counts.behind));
+            span.set("skein.without_echo", i64::from(counts.without_echo));
+            self.fan_out_spans.push(span);
+        }
+        self.trails.fanned_out(room, entry.envelope.id(), &entry.position, counts);
+    }
+
     /// Writes to every affected socket, once.
     pub(super) fn finish(&mut self) {
         for handle in self.touched.drain(..) {
             handle.outbox.flush();
+        }
+        for span in self.fan_out_spans.drain(..) {
+            span.end(None);
         }
         self.metrics.deliveries.inc_by(std::mem::take(&mut self.deliveries));
         self.metrics.slow_consumers.inc_by(std::mem::take(&mut self.new_slow_consumers));

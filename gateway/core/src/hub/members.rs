@@ -127,7 +127,8 @@ pub(super) mod samples {
 
     /// A batch of a node that holds its lease.
     pub(in super::super) fn batch() -> ShardBatch {
-        ShardBatch::new(retention(), Arc::default(), Arc::default(), Arc::default())
+        let tracer = crate::telemetry::traces::Tracer::default();
+        ShardBatch::new(retention(), Arc::default(), Arc::default(), tracer, Arc::default())
     }
 }
 

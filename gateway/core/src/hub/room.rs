@@ -83,6 +83,11 @@ impl DeliverySink for RoomFanOut<'_> {
                 member.handle.outbox.signal(Signal::Watch(peer.clone()));
             }
         }
+        // An entry without members is read when a room opens, long after its publish perhaps.
+        let span = match self.members.is_empty() {
+            true => None,
+            false => self.batch.begin_fan_out(self.name, entry),
+        };
         let mut counts = FanOutCounts::default();
         let silent = entry.envelope.sender_without_echo();
         for member in self.members.iter_mut() {
@@ -96,7 +101,7 @@ impl DeliverySink for RoomFanOut<'_> {
                 counts.queued += 1;
             }
         }
-        self.batch.trails.fanned_out(self.name, entry.envelope.id(), &entry.position, counts);
+        self.batch.end_fan_out(self.name, entry, counts, span);
     }
 
     fn epoch_changed(&mut self, to: &Position) {
@@ -352,6 +357,7 @@ impl Room {
             EphemeralEvent::Message(envelope) => {
                 let position = Position::new(Epoch::none(), 0);
                 let entry = Entry { position, origin: ServerId::default(), envelope };
+                let span = batch.begin_fan_out(name, &entry);
                 let mut frame = SharedFrame::live(name, &entry);
                 let silent = entry.envelope.sender_without_echo();
                 for member in members.iter() {
@@ -359,6 +365,7 @@ impl Room {
                         member.send_ephemeral(&mut frame, batch);
                     }
                 }
+                batch.fan_out_spans.extend(span);
             }
             EphemeralEvent::Replaced { session, by } => self.close_replaced(session, by),
             // The shard handles these.

@@ -84,7 +84,7 @@ impl Shard {
         options: &HubOptions,
         tasks: ShardTasks,
     ) -> Self {
-        let HubServices { bus, presence, rules, metrics, trails } = services;
+        let HubServices { bus, presence, rules, metrics, trails, tracer } = services;
         let budget = MemoryBudget::new(options, metrics.clone());
         let now = Instant::now();
         let retention = RetentionContext {
@@ -101,7 +101,7 @@ impl Shard {
             rosters: Rosters::new(presence.clone(), tasks.clone()),
             statuses: Statuses::new(watched_max, bus.clone(), presence.clone(), tasks.clone()),
             incomplete: IncompleteReads::default(),
-            batch: ShardBatch::new(retention, metrics, trails, messages.node_state.clone()),
+            batch: ShardBatch::new(retention, metrics, trails, tracer, messages.node_state.clone()),
             suspended: false,
             bus,
             presence,

@@ -55,7 +55,10 @@ use crate::{
     presence::{PresenceGuard, PresenceTracker},
     publisher::{MessageSender, PublishError, Publisher, Receipt},
     rooms::{RoomRules, passwords::Passwords},
-    telemetry::metrics::{Metrics, StorageLimit},
+    telemetry::{
+        metrics::{Metrics, StorageLimit},
+        traces::{TraceCaller, TraceContext},
+    },
 };
 
 pub mod auth;
@@ -749,6 +752,7 @@ impl Session {
             author: self.author,
             user: &self.identity.user,
             writer: Some(&self.writer),
+            parent: self.parent_span(message),
         };
         let mut reply = PublishReply {
             handle: self.handle.clone(),
@@ -780,6 +784,15 @@ impl Session {
             return false;
         }
         true
+    }
+
+    /// The span of the sender, if the frame names one and traces are exported.
+    fn parent_span(&self, message: &SendFrame<'_>) -> Option<TraceContext> {
+        let tracer = &self.services.publisher.tracer;
+        if !tracer.is_on() {
+            return None;
+        }
+        tracer.accept(&message.traceparent()?, TraceCaller::Client)
     }
 
     fn send(&self, frame: &ServerFrame<Box<RawValue>>) {

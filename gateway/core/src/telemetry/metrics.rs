@@ -25,7 +25,7 @@ mod process;
 pub use labels::{
     ApiRejection, DropReason, EntryResult, HandshakeResult, InvalidValue, Label, LogRepairResult,
     PasswordResult, Persistence, PublishOutcome, PublishResult, RestoreResult, ResumeSource,
-    StorageLimit, ThrottleReason, UnreadyReason,
+    SpanResult, StorageLimit, ThrottleReason, UnreadyReason,
 };
 
 /// One counter per label value.
@@ -330,6 +330,12 @@ metrics! {
     /// Bytes of the replication stream that the replica that is furthest behind has not
     /// acknowledged; 0 without replicas
     pub redis_replica_lag_bytes: IntGauge = gauge("gateway_redis_replica_lag_bytes");
+    /// Spans of traces, by `result`: `exported` to the collector, `dropped` because the queue to it
+    /// was full, `failed` because it refused or did not answer
+    pub trace_spans: Counters<SpanResult> = counters("gateway_trace_spans_total", "result");
+    /// Traces requested by a `traceparent` beyond the rate of such requests, so that the sampling
+    /// ratio decided; a steady rate means that a caller marks all its calls as sampled
+    pub trace_requests_ignored: IntCounter = counter("gateway_trace_requests_ignored_total");
 }
 
 impl Metrics {

@@ -1,4 +1,4 @@
-//! Log lines, metrics and message trails.
+//! Log lines, metrics, message trails and traces.
 
 use std::io::IsTerminal as _;
 
@@ -8,6 +8,7 @@ mod legacy;
 pub mod metrics;
 pub mod log_limiter;
 pub mod trail;
+pub mod traces;
 
 /// Format of log lines.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

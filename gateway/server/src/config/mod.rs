@@ -28,8 +28,9 @@ use self::{
     rooms::{PresenceSection, RoomsSection},
     server::{AdminSection, LogSection, MetricsSection, NodeSection, ServerSection},
     storage::{DedupSection, HistorySection, InboxSection, PublishSection, SessionsSection},
+    telemetry::TelemetrySection,
 };
-use crate::http::HttpOptions;
+use crate::{http::HttpOptions, otlp::OtlpOptions};
 
 mod reader;
 mod aliases;
@@ -44,6 +45,7 @@ mod storage;
 mod hub;
 mod connections;
 mod limits;
+mod telemetry;
 #[cfg(test)]
 mod tests;
 
@@ -65,6 +67,8 @@ pub struct Config {
     pub log_format: LogFormat,
     /// Level or filter directives of log lines.
     pub log_level: String,
+    /// Collector of traces; `None` if nothing is traced.
+    pub otlp: Option<OtlpOptions>,
     /// Redis of the cluster; `None` for a single node in memory.
     pub redis: Option<RedisOptions>,
     /// Retention of logs and inboxes.
@@ -147,6 +151,7 @@ impl Config {
         let metrics = MetricsSection::read(r);
         let node = NodeSection::read(r);
         let log = LogSection::read(r);
+        let telemetry = TelemetrySection::read(r);
         let auth = AuthSection::read(r);
         let api = ApiSection::read(r);
         let cluster = ClusterSection::read(r);
@@ -245,6 +250,7 @@ impl Config {
             legacy_metric_names: metrics.legacy_names,
             log_format: log.format,
             log_level: log.level.0,
+            otlp: telemetry.otlp(),
             redis: cluster.redis(&node, &retention, room_store.clone(), &sessions),
             node,
             room_store,

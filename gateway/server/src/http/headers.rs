@@ -9,6 +9,9 @@ use std::borrow::Cow;
 
 use axum::http::{HeaderMap, HeaderName, HeaderValue, header};
 
+/// Name of the header with the id of a request.
+pub(super) const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
+
 /// Yields the elements of a list header (RFC 9110, section 5.6.1) from all of its lines.
 pub(super) fn elements(headers: &HeaderMap, name: HeaderName) -> impl Iterator<Item = &[u8]> {
     let lines = headers.get_all(name).into_iter();
@@ -45,6 +48,16 @@ pub(super) fn cookie<'a>(headers: &'a HeaderMap, name: &str) -> Option<Cow<'a, s
         let is_wanted = found == name.as_bytes();
         is_wanted.then(|| String::from_utf8_lossy(bare.unwrap_or(value)))
     })
+}
+
+/// Returns the id that a proxy or the client gave this request, if it is short and printable.
+pub(super) fn request_id(headers: &HeaderMap) -> Option<&HeaderValue> {
+    const BYTES_MAX: usize = 128;
+    let id = headers.get(REQUEST_ID)?;
+    let bytes = id.as_bytes();
+    let is_usable =
+        (1..=BYTES_MAX).contains(&bytes.len()) && bytes.iter().all(u8::is_ascii_graphic);
+    is_usable.then_some(id)
 }
 
 /// Returns a value as text if it is UTF-8.
@@ -87,6 +100,21 @@ mod tests {
         assert_eq!(bearer(&headers(&bad)).as_deref(), Some("g\u{FFFD}t"));
         for none in [&b"Bearer"[..], b"Basic x", b""] {
             assert_eq!(bearer(&headers(&[("authorization", none)])), None);
+        }
+    }
+
+    #[test]
+    fn a_request_id_is_short_and_printable() {
+        let long = "x".repeat(129);
+        for (id, is_usable) in [
+            (&b"0af7651916cd43dd"[..], true),
+            (b"a-b_c.d/9", true),
+            (b"", false),
+            (b"a b", false),
+            (b"\xFC", false),
+            (long.as_bytes(), false),
+        ] {
+            assert_eq!(request_id(&headers(&[("x-request-id", id)])).is_some(), is_usable);
         }
     }
 

@@ -201,6 +201,7 @@ pub fn start_hub(
     tasks: &Tasks,
 ) -> Hub {
     let services = HubServices {
+        tracer: Default::default(),
         bus: bus.clone(),
         presence: nobody(tasks),
         rules: Arc::default(),

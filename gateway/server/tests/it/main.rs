@@ -41,6 +41,7 @@ mod agreement;
 mod browser;
 mod stop;
 mod nodes;
+mod traces;
 mod deploy;
 mod stacks;
 mod loadtest;

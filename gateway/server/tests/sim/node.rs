@@ -129,6 +129,7 @@ impl SimNode {
         let presence = PresenceTracker::start(redis.clone(), PresenceOptions::default(), &tasks);
         let rules = Arc::new(RoomRules::default());
         let services = HubServices {
+            tracer: Default::default(),
             bus: bus.clone(),
             presence: presence.clone(),
             rules: rules.clone(),
@@ -137,6 +138,7 @@ impl SimNode {
         };
         let hub = Hub::start(&services, mailboxes, receivers, hub_options, &tasks);
         let publisher = Publisher {
+            tracer: Default::default(),
             bus: bus.clone(),
             store: redis.clone(),
             rules: rules.clone(),

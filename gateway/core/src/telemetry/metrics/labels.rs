@@ -239,6 +239,17 @@ pub enum InvalidValue {
     Announcement,
 }
 
+/// Fate of a completed span.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum SpanResult {
+    /// The collector has accepted it.
+    Exported,
+    /// The queue to the collector was full.
+    Dropped,
+    /// The collector refused it, or did not answer in time.
+    Failed,
+}
+
 macro_rules! labels {
     ($enum:ident: $($variant:ident $label:literal),+) => {
         impl Label for $enum {
@@ -286,6 +297,7 @@ labels!(InvalidValue: Barrier "barrier", Entry "entry", DedupId "dedup_id", Leas
     ReadMark "read_mark", PubsubMessage "pubsub_message", LogMeta "log_meta", Command "command",
     Presence "presence", RoomConfig "room_config", Session "session", KeyType "key_type",
     Unconfirmed "unconfirmed", Announcement "announcement");
+labels!(SpanResult: Exported "exported", Dropped "dropped", Failed "failed");
 
 impl Label for bool {
     const ALL: &'static [Self] = &[false, true];

@@ -23,7 +23,10 @@ use tokio::sync::oneshot;
 use utoipa::ToSchema;
 use uuid::Uuid;
 
-use super::{ApiError, CommonResponses, JsonBody, Problem, await_bus, parse_name, parse_query};
+use super::{
+    ApiError, CommonResponses, JsonBody, Problem, await_bus, parse_name, parse_query,
+    spans::RequestSpan,
+};
 use crate::http::Node;
 use skein_core::{
     bus::{Appended, BusError, commands::NodeQuery},
@@ -185,7 +188,12 @@ pub(super) fn append_callback()
 
 impl NewMessage {
     /// Publishes the message. Does not wait for the result.
-    fn publish(&self, node: &Node, room: RoomId) -> Result<(MessageId, PendingAppend), ApiError> {
+    fn publish(
+        &self,
+        node: &Node,
+        room: RoomId,
+        span: RequestSpan,
+    ) -> Result<(MessageId, PendingAppend), ApiError> {
         let from: UserId = parse_name(self.from.as_deref().unwrap_or(API_USER))?;
         check_raw_json("content", &self.content)?;
         if let Some(meta) = &self.meta {
@@ -211,6 +219,7 @@ impl NewMessage {
             reply_to: None,
             meta: self.meta.as_deref(),
             echo: true,
+            traceparent: None,
         };
         let receipt = Receipt::of(&message);
         let user = UserInfo { name: DisplayName::from(&from), id: from };
@@ -219,6 +228,7 @@ impl NewMessage {
             author: AuthorHash::of(&user.id),
             user: &user,
             writer: None,
+            parent: span.0,
         };
         let (done, appending) = append_callback();
         let published = node.services.publisher.publish(sender, &message, &receipt, done);
@@ -252,9 +262,10 @@ pub(super) async fn append_result(
 pub(super) async fn send(
     State(node): State<Arc<Node>>,
     Path(room): Path<String>,
+    span: RequestSpan,
     JsonBody(message): JsonBody<NewMessage>,
 ) -> Result<(StatusCode, Json<SendResult>), ApiError> {
-    let (id, appending) = message.publish(&node, parse_name(&room)?)?;
+    let (id, appending) = message.publish(&node, parse_name(&room)?, span)?;
     let sent = append_result(&node, id, appending).await?;
     Ok((SendResult::status([&sent]), Json(sent)))
 }
@@ -273,6 +284,7 @@ pub(super) async fn send(
 )]
 pub(super) async fn publish(
     State(node): State<Arc<Node>>,
+    span: RequestSpan,
     JsonBody(batch): JsonBody<MessageBatch>,
 ) -> Result<(StatusCode, Json<MessageResults>), ApiError> {
     if batch.messages.len() > BATCH_MAX {
@@ -280,7 +292,7 @@ pub(super) async fn publish(
     }
     let publish = |addressed: BatchMessage| {
         let (room, message) = addressed.split();
-        message.publish(&node, parse_name(&room)?)
+        message.publish(&node, parse_name(&room)?, span)
     };
     // All are published before the first result is awaited.
     let published: Vec<_> = batch.messages.into_iter().map(publish).collect();

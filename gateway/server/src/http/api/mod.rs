@@ -21,7 +21,10 @@ use skein_protocol::error::ErrorCode;
 use utoipa::{OpenApi, ToSchema};
 use utoipa_axum::{router::OpenApiRouter, routes};
 
-use super::{Node, headers::bearer};
+use super::{
+    Node,
+    headers::{REQUEST_ID, bearer, request_id},
+};
 use skein_core::{
     bus::{BusError, commands},
     telemetry::metrics::ApiRejection,
@@ -31,6 +34,7 @@ mod messages;
 mod nodes;
 mod notifications;
 mod rooms;
+mod spans;
 mod users;
 
 /// Largest body of a request in bytes: a batch of messages.
@@ -405,7 +409,12 @@ async fn authorize(
         }
         Ok(name) => {
             tracing::debug!(key = name, method = %request.method(), path = request.uri().path(), "API");
-            next.run(request).await
+            let id = request_id(request.headers()).cloned();
+            let mut response = spans::run_traced(&node, name, request, next).await;
+            if let Some(id) = id {
+                response.headers_mut().insert(REQUEST_ID, id);
+            }
+            response
         }
         Err(ApiRejection::Disabled) => {
             let text = "the server API is disabled on this gateway: set api.keys";

@@ -18,6 +18,7 @@ use super::{
         BATCH_MAX, SendResult, append_callback, append_result, check_raw_json, parse_message_id,
     },
     parse_user,
+    spans::RequestSpan,
 };
 use crate::http::Node;
 use skein_core::bus::commands::ControlCommand;
@@ -118,11 +119,17 @@ fn check_payload(node: &Node, payload: &RawValue) -> Result<(), ApiError> {
 }
 
 impl NewNotification {
-    async fn send(&self, node: &Node, to: &str, id: MessageId) -> Result<SendResult, ApiError> {
+    async fn send(
+        &self,
+        node: &Node,
+        to: &str,
+        id: MessageId,
+        span: RequestSpan,
+    ) -> Result<SendResult, ApiError> {
         let to = parse_user(to)?;
         let (done, appending) = append_callback();
         let require_ack = self.require_ack.unwrap_or_default();
-        node.services.publisher.notify(&to, id, &self.payload, require_ack, done);
+        node.services.publisher.notify(&to, id, &self.payload, require_ack, span.0, done);
         append_result(node, id, appending).await
     }
 
@@ -146,10 +153,11 @@ impl NewNotification {
 pub(super) async fn notify(
     State(node): State<Arc<Node>>,
     Path(to): Path<String>,
+    span: RequestSpan,
     JsonBody(notification): JsonBody<NewNotification>,
 ) -> Result<(StatusCode, Json<SendResult>), ApiError> {
     check_payload(&node, &notification.payload)?;
-    let sent = notification.send(&node, &to, notification.id()?).await?;
+    let sent = notification.send(&node, &to, notification.id()?, span).await?;
     Ok((SendResult::status([&sent]), Json(sent)))
 }
 
@@ -166,6 +174,7 @@ pub(super) async fn notify(
 )]
 pub(super) async fn notify_many(
     State(node): State<Arc<Node>>,
+    span: RequestSpan,
     JsonBody(BulkNotification { users, payload, require_ack, id }): JsonBody<BulkNotification>,
 ) -> Result<(StatusCode, Json<NotificationResults>), ApiError> {
     // serde cannot flatten a struct with raw JSON.
@@ -176,7 +185,7 @@ pub(super) async fn notify_many(
     }
     let id = notification.id()?;
     // All are published before the first result is awaited.
-    let sends = users.iter().map(|to| notification.send(&node, to, id));
+    let sends = users.iter().map(|to| notification.send(&node, to, id, span));
     let sends = futures_util::future::join_all(sends).await;
     let status = SendResult::status(sends.iter().flatten());
     let result = |(user, sent): (String, Result<SendResult, ApiError>)| match sent {

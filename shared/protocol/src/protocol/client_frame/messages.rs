@@ -1,5 +1,7 @@
 //! Frames that send a message, or tell how far a user has read.
 
+use std::borrow::Cow;
+
 use serde::Deserialize;
 use serde_json::value::RawValue;
 
@@ -8,7 +10,7 @@ use crate::{
     error::ErrorCode,
     ids::{MessageId, RoomId, UserId},
     position::{Epoch, Seq, seq_in_range},
-    protocol::{MessageKind, server_frame::ErrorFrame},
+    protocol::{MessageKind, json_string, server_frame::ErrorFrame},
 };
 
 /// The destination of a message.
@@ -56,6 +58,15 @@ pub struct SendFrame<'a> {
     pub meta: Option<&'a RawValue>,
     /// Whether the sending connection receives a copy.
     pub echo: bool,
+    /// The sender's span (W3C Trace Context), as it was sent. Invalid ones are ignored.
+    pub traceparent: Option<&'a RawValue>,
+}
+
+impl SendFrame<'_> {
+    /// The sender's span as text.
+    pub fn traceparent(&self) -> Option<Cow<'_, str>> {
+        self.traceparent.and_then(json_string)
+    }
 }
 
 /// The content of a message, as the client wrote it.
@@ -111,6 +122,8 @@ struct SendFields<'a> {
     meta: Option<&'a RawValue>,
     #[serde(default = "default_true")]
     echo: bool,
+    #[serde(borrow)]
+    traceparent: Option<&'a RawValue>,
 }
 
 pub(super) fn message<'a>(
@@ -160,5 +173,6 @@ pub(super) fn message<'a>(
         reply_to: fields.reply_to,
         meta: fields.meta,
         echo: fields.echo,
+        traceparent: fields.traceparent,
     })
 }
