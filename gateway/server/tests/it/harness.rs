@@ -726,6 +726,13 @@ impl Nginx {
         (Self::start_in(folder, nodes, 0, &options).await, tls, cert.into())
     }
 
+    /// A single process that also has a listener for its own counts, at the returned address.
+    pub async fn start_with_status(nodes: &[SocketAddr]) -> (Self, SocketAddr) {
+        let status = SocketAddr::from(([127, 0, 0, 1], free_port()));
+        let options = ["--status-listen", &status.to_string()];
+        (Self::start_in(TempDir::new().unwrap(), nodes, 0, &options).await, status)
+    }
+
     async fn start_with(nodes: &[SocketAddr], workers: u8) -> Self {
         Self::start_in(TempDir::new().unwrap(), nodes, workers, &[]).await
     }

@@ -10,7 +10,7 @@ use skein_client::{
 use tokio::time::Instant;
 
 use crate::{
-    harness::{Http, Nginx, Node, Redis, free_port, get, http_raw, until, within},
+    harness::{Gateway, Http, Nginx, Node, Redis, free_port, get, http_raw, until, within},
     sse::SseReader,
 };
 
@@ -186,4 +186,15 @@ async fn pages_are_proxied_and_admin_paths_are_not() {
     };
     assert_eq!(handshake(format!("http://{nginx}")).await.status, 101);
     assert_eq!(handshake("http://evil.example".into()).await.status, 403);
+}
+
+#[tokio::test]
+async fn nginx_counts_are_on_a_listener_of_their_own() {
+    let gateway = Gateway::start(&[]).await;
+    let (nginx, status) = Nginx::start_with_status(&[gateway.address]).await;
+    let counts = get(status, "/stub_status").await;
+    assert!(counts.status == 200 && counts.body.contains("Active connections"), "{counts:?}");
+    assert_eq!(get(status, "/ready").await.status, 404);
+    assert_eq!(get(nginx.address, "/ready").await.status, 200);
+    assert_eq!(get(nginx.address, "/stub_status").await.status, 404);
 }
