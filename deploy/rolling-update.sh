@@ -4,9 +4,12 @@
 #
 # Usage: rolling-update.sh [COUNT]; COUNT is the number of gateways at the end, by default the present number.
 #
-# It compares the running gateways with the built image, and takes one step at a time towards COUNT gateways of that
-# image. After any failure it can be run again, and continues where it stopped. A second run changes nothing. It stops a
-# healthy gateway only if COUNT healthy ones remain.
+# It checks the configuration with the built image first, and changes nothing if that is invalid. Then it compares the
+# running gateways with the image, and takes one step at a time towards COUNT gateways of that image: a new gateway
+# starts before an old one stops, so that the clients of the old one go to it and move only once (ADR 22). A gateway
+# that does not become healthy is removed, also if this script is interrupted meanwhile. After any failure it can be run
+# again, and continues where it stopped. A second run changes nothing. It stops a healthy gateway only if COUNT healthy
+# ones remain.
 #
 #   SETTLE=3   seconds between the start of a new gateway and the stop of an old one: nginx discovers gateways every 2 s
 set -eu
@@ -67,18 +70,8 @@ remove() {
     docker rm "$1" > /dev/null
 }
 
-# Starts one more gateway with the new image; --no-recreate leaves the others unchanged.
-add() {
-    before=$all
-    say "starting one more gateway"
-    scale=$(($(lines "$running") + 1))
-    if docker compose up -d --wait --no-deps --no-recreate --scale gateway="$scale" gateway; then
-        look
-        [ "$(echo "$table" | grep -c " $image " || true)" -gt "$1" ] ||
-            fail "the started gateway has another image than the built one"
-        sleep "${SETTLE:-3}"
-        return
-    fi
+# Removes the gateways that were started since `before` was read.
+remove_started() {
     look
     for id in $all; do
         is_in "$id" "$before" && continue
@@ -86,10 +79,42 @@ add() {
         say "removing $id, which did not become healthy"
         docker rm --force "$id" > /dev/null
     done
+}
+
+# Ends the script after a signal, without a gateway that is half started.
+interrupted() {
+    trap '' INT TERM
+    [ -z "${starting:-}" ] || remove_started
+    fail 'interrupted; run this script again to continue'
+}
+
+# Starts one more gateway with the new image; --no-recreate leaves the others unchanged.
+add() {
+    before=$all
+    starting=1
+    say "starting one more gateway"
+    scale=$(($(lines "$running") + 1))
+    if docker compose up -d --wait --no-deps --no-recreate --scale gateway="$scale" gateway; then
+        starting=
+        look
+        [ "$(echo "$table" | grep -c " $image " || true)" -gt "$1" ] ||
+            fail "the started gateway has another image than the built one"
+        sleep "${SETTLE:-3}"
+        return
+    fi
+    remove_started
+    starting=
     fail "a new gateway did not become healthy and was removed; fix the cause (log above) and run this script again"
 }
 
+trap interrupted INT TERM
 docker compose build gateway
+# 64: the configuration is invalid. The output says where.
+if docker compose run --rm --no-deps -T gateway check-config >&2; then
+    say 'the configuration is valid'
+else
+    fail 'the new gateway rejects its configuration (above); nothing was changed'
+fi
 # Not `config --images gateway`, which lists the images of dependencies too, in any order.
 image=$(docker compose config | awk '/^  [^ ]/ { name = $1 } name == "gateway:" && $1 == "image:" { print $2 }')
 image=$(docker image inspect --format '{{.Id}}' "$image")

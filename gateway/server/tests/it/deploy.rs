@@ -48,6 +48,7 @@ count() { count=$#; }
 echo "$*" >> calls
 case "$1 ${2:-}" in
 "compose build") ! fails build || exit 1 ;;
+"compose run") ! fails check || exit 64 ;;
 "compose config")
     for service in gateway nginx; do echo "  $service:"; echo "    image: skein-$service"; done
     ;;
@@ -138,7 +139,11 @@ impl Docker {
     }
 
     fn get(&self, name: &str) -> String {
-        fs::read_to_string(self.state(name)).unwrap_or_default().trim().to_owned()
+        self.text_of(name).trim().to_owned()
+    }
+
+    fn text_of(&self, name: &str) -> String {
+        fs::read_to_string(self.state(name)).unwrap_or_default()
     }
 
     /// Runs the script. Returns whether it succeeded, and what it printed.
@@ -198,7 +203,7 @@ fn a_rolling_update_replaces_each_gateway_once() {
 #[test]
 fn a_rolling_update_resumes_after_any_failure() {
     for failure in
-        ["build", "ps", "inspect", "up", "up late", "unhealthy", "stop", "stop late", "rm"]
+        ["build", "check", "ps", "inspect", "up", "up late", "unhealthy", "stop", "stop late", "rm"]
     {
         let docker = Docker::with_gateways(2);
         docker.set("fail", failure);
@@ -210,6 +215,18 @@ fn a_rolling_update_resumes_after_any_failure() {
         let min: usize = docker.get("min").parse().unwrap();
         assert_eq!(min, 2, "{failure}: fewer were healthy meanwhile");
     }
+}
+
+#[test]
+fn a_rolling_update_changes_nothing_if_the_configuration_is_bad() {
+    let docker = Docker::with_gateways(2);
+    docker.set("fail", "check");
+    let (done, output) = docker.update(&[]);
+    assert!(!done && output.contains("nothing was changed"), "{output}");
+    let calls = docker.text_of("calls");
+    assert!(calls.contains("compose run --rm --no-deps -T gateway check-config"), "{calls}");
+    assert!(!calls.contains("compose up") && !calls.contains("stop"), "{calls}");
+    assert_eq!(docker.containers(), vec!["a running healthy"; 2], "{output}");
 }
 
 #[test]
