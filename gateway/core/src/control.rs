@@ -10,8 +10,7 @@ use skein_protocol::{
     position::Position,
     protocol::server_frame::{BroadcastFrame, ServerFrame},
 };
-use tokio::time::Instant;
-use tokio_util::sync::CancellationToken;
+use tokio::{sync::watch, time::Instant};
 
 use crate::{
     bus::{
@@ -56,8 +55,8 @@ pub struct Control {
     pub trails: Arc<MessageTrails>,
     /// How long a call may wait for the bus.
     pub timeout: Duration,
-    /// Cancelled when this node was drained.
-    pub draining: CancellationToken,
+    /// Whether a command drains this node.
+    pub draining: Arc<watch::Sender<bool>>,
 }
 
 impl Control {
@@ -190,7 +189,12 @@ impl Control {
                 self.hub.close(&user, which, at, Close { code, reason }).await;
             }
             ControlCommand::Remove { room, user } => self.hub.remove(room, user, at).await,
-            ControlCommand::Drain { node } if node == self.node => self.draining.cancel(),
+            ControlCommand::Drain { node } if node == self.node => {
+                self.draining.send_replace(true);
+            }
+            ControlCommand::CancelDrain { node } if node == self.node => {
+                self.draining.send_replace(false);
+            }
             ControlCommand::Broadcast { id, payload, timestamp } if is_fresh => {
                 let Ok(payload) = serde_json::from_str(&payload) else { return };
                 let broadcast = Box::new(BroadcastFrame { id, payload, timestamp });
@@ -205,6 +209,7 @@ impl Control {
                 }
             }
             ControlCommand::Drain { .. }
+            | ControlCommand::CancelDrain { .. }
             | ControlCommand::Broadcast { .. }
             | ControlCommand::Ask(_) => {}
         }
@@ -238,7 +243,7 @@ impl Control {
                 json!({
                     "node": self.node,
                     "connections": connections,
-                    "draining": self.draining.is_cancelled(),
+                    "draining": *self.draining.borrow(),
                     "rooms": self.metrics.rooms.get(),
                     "publishes": self.metrics.publishes.sum(),
                     "deliveries": self.metrics.deliveries.get(),

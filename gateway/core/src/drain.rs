@@ -17,6 +17,7 @@ use tracing::Instrument as _;
 
 pub mod schedule;
 pub mod supervision;
+pub mod targets;
 
 use supervision::{FailureCause, Failures, TaskFailure, catch_panic};
 

@@ -11,6 +11,7 @@ use skein_protocol::{
 };
 
 use super::{
+    SCHEMA,
     commands::RedisControlQueue,
     error::is_persistent,
     log::RedisLog,
@@ -25,7 +26,7 @@ use skein_core::{
     bus::{
         Append, BoxFuture, Bus, BusError, Mailboxes, ReadRange,
         commands::{CommandBatch, CommandId, CommandProgress, ControlCommand, ControlQueue},
-        nodes::{AnnouncedNode, NodeAnnouncement, NodeRegistry},
+        nodes::{Announcements, NodeAnnouncement, NodeRegistry},
         presence_entries::LocalPresences,
         presence_store::{
             AdmitError, EphemeralEvent, JoinConditions, JoinSnapshot, NodePresence, OnlinePage,
@@ -95,7 +96,8 @@ impl RedisBus {
     ///
     /// # Errors
     ///
-    /// [`RedisStartError::Partitions`], [`RedisStartError::Version`], [`RedisStartError::NodeId`].
+    /// [`RedisStartError::Partitions`], [`RedisStartError::Schema`], [`RedisStartError::Version`],
+    /// [`RedisStartError::NodeId`].
     pub async fn reached(&self) -> Result<(), RedisStartError> {
         let configured = self.router.keyspace().partitions;
         let mut pause = RetryPause::default();
@@ -104,7 +106,15 @@ impl RedisBus {
             // State of the whole cluster is in group 0, which may move meanwhile.
             let connections = self.router.connections_for(0).await;
             match connections.server.recorded_partition_count().await {
-                Ok(recorded) if recorded == configured => break,
+                Ok(recorded) if recorded == configured => {
+                    match connections.server.recorded_schema().await {
+                        Ok(recorded) if recorded <= SCHEMA => break,
+                        Ok(recorded) => return Err(RedisStartError::Schema { recorded }),
+                        // A full Redis takes no record; a later node writes it.
+                        Err(error) if error.code() == Some("OOM") => break,
+                        Err(error) => pause.failed(&error),
+                    }
+                }
                 Ok(recorded) => return Err(RedisStartError::Partitions { configured, recorded }),
                 Err(error) => {
                     if let Some(found) = too_old(&connections.server.requirements, &error) {
@@ -296,7 +306,7 @@ impl ControlQueue for RedisBus {
 }
 
 impl NodeRegistry for RedisBus {
-    fn announce(&self, own: NodeAnnouncement) -> BoxFuture<Result<Vec<AnnouncedNode>, BusError>> {
+    fn announce(&self, own: NodeAnnouncement) -> BoxFuture<Result<Announcements, BusError>> {
         Box::pin(self.store.clone().announce_node(own))
     }
 

@@ -67,6 +67,11 @@ impl Keyspace {
         self.key(0, "partitions")
     }
 
+    /// The key that records the schema of the stored data.
+    pub(super) fn schema(self) -> String {
+        self.key(0, "schema")
+    }
+
     /// The channel of one process' probes, which belongs to no room.
     pub(super) fn probe(self, group: u16, process: &str) -> String {
         self.key(group, &format!("probe:{process}"))

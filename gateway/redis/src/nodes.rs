@@ -10,7 +10,7 @@ use super::{
 use skein_core::{
     bus::{
         BusError,
-        nodes::{AnnouncedNode, NodeAnnouncement},
+        nodes::{AnnouncedNode, Announcements, NodeAnnouncement},
     },
     telemetry::metrics::InvalidValue,
 };
@@ -23,7 +23,7 @@ impl StoreWorker {
     pub(super) async fn announce_node(
         self: Arc<Self>,
         own: NodeAnnouncement,
-    ) -> Result<Vec<AnnouncedNode>, BusError> {
+    ) -> Result<Announcements, BusError> {
         let process = self.router.process();
         let text = serde_json::to_string(&own).expect("an announcement serialises");
         let mut announce = self.scripts.announce_node.key(self.router.keyspace().nodes());
@@ -33,8 +33,14 @@ impl StoreWorker {
             self.run_script(0, "announcements of nodes", &announce).await?;
         let lease = process.lease.duration;
         let mut nodes = Vec::with_capacity(rows.len());
+        let mut returning = None;
         for (Lossy(name), Lossy(row)) in rows {
             match parse_row(&row, now, lease) {
+                Some(node) if name != process.name && name.starts_with(process.node_prefix()) => {
+                    // The row of this node's former process, which the script has removed.
+                    returning = node.time_until_return();
+                }
+                Some(node) if node.has_not_returned() => {}
                 Some(node) => nodes.push(AnnouncedNode { is_own: name == process.name, ..node }),
                 None => report(self.router.metrics(), InvalidValue::Announcement, &name),
             }
@@ -42,7 +48,7 @@ impl StoreWorker {
         nodes.sort_unstable_by(|a, b| {
             (&a.announcement.node, a.started).cmp(&(&b.announcement.node, b.started))
         });
-        Ok(nodes)
+        Ok(Announcements { nodes, returning })
     }
 
     /// Removes the announcement of this node.
@@ -62,7 +68,9 @@ fn parse_row(row: &str, now: u64, lease: Duration) -> Option<AnnouncedNode> {
     let announcement: NodeAnnouncement = serde_json::from_str(announcement).ok()?;
     let age = Duration::from_millis(now.saturating_sub(at));
     let started = at.saturating_sub(announcement.uptime_ms);
-    Some(AnnouncedNode { announcement, is_own: false, age, is_alive: age < lease, started })
+    let returns_after = Duration::from_millis(announcement.returning_ms.unwrap_or_default());
+    let is_alive = age < lease.max(returns_after);
+    Some(AnnouncedNode { announcement, is_own: false, age, is_alive, started })
 }
 
 #[cfg(test)]
@@ -77,6 +85,13 @@ mod tests {
         assert!(node(1_000_000).is_alive && node(1_009_999).is_alive && node(0).is_alive);
         assert!(!node(1_010_000).is_alive);
         assert_eq!((node(1_002_000).age.as_secs(), node(0).started), (2, 999_600));
+        let row = r#"1000000 {"node":"a","connections":7,"returning_ms":12000}"#;
+        let node = |now| parse_row(row, now, lease).unwrap();
+        assert_eq!(node(1_004_000).time_until_return(), Some((7, Duration::from_secs(8))));
+        assert!(node(1_011_000).is_alive && !node(1_011_000).has_not_returned());
+        assert!(
+            node(1_013_000).has_not_returned() && node(1_013_000).time_until_return().is_none()
+        );
         for bad in ["", "x {}", "1 {}", "1", r#"1 {"node":""}"#] {
             assert!(parse_row(bad, 0, lease).is_none(), "{bad}");
         }

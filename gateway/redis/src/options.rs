@@ -4,7 +4,10 @@ use std::time::Duration;
 
 use secrecy::{ExposeSecret as _, SecretString};
 
-use super::topology::{self, TlsFiles, TopologyError};
+use super::{
+    SCHEMA,
+    topology::{self, TlsFiles, TopologyError},
+};
 use skein_core::bus::{Retention, room_store::RoomStoreOptions, sessions::SessionOptions};
 
 /// The duration of a lease unless configured.
@@ -70,6 +73,17 @@ pub enum RedisStartError {
         other: String,
         /// This process.
         own: String,
+    },
+    /// A newer version has stored data that this one does not read.
+    #[error(
+        "the data in this Redis has schema {recorded}, and this version ({version}) reads schemas up \
+         to {SCHEMA}: run the version that wrote it, or a newer one; to return to this version, \
+         restore a backup of Redis from before the upgrade",
+        version = env!("CARGO_PKG_VERSION")
+    )]
+    Schema {
+        /// The recorded schema.
+        recorded: u32,
     },
     /// Other nodes use another number of partitions.
     #[error(

@@ -9,11 +9,13 @@ use skein_protocol::{ids::RoomId, position::Position};
 use tokio::sync::{Notify, watch};
 
 use super::{
+    SCHEMA,
     error::{is_slot_error, is_unagreed, to_bus_error},
     keyspace::Keyspace,
     memory::ServerMemory,
     requirements::{Detector, Requirements},
     topology::{Dial, ReadConnection, connection_config, url::Address},
+    untrusted::Lossy,
 };
 use skein_core::{
     bus::{BusError, Retention, random_epoch},
@@ -123,6 +125,20 @@ impl RedisServer {
             .query_async::<()>(&mut connection)
             .await?;
         get.query_async(&mut connection).await
+    }
+
+    /// The schema of the stored data; the first node records its own. A value that no gateway wrote
+    /// counts as absent.
+    pub(super) async fn recorded_schema(&self) -> Result<u32, RedisError> {
+        let (mut connection, _) = self.connect(connection_config()).await?;
+        let key = self.keyspace.schema();
+        let get = redis::cmd("GET").arg(&key).to_owned();
+        let recorded: Option<Lossy> = get.query_async(&mut connection).await?;
+        if let Some(recorded) = recorded.and_then(|Lossy(text)| text.parse().ok()) {
+            return Ok(recorded);
+        }
+        redis::cmd("SET").arg(&key).arg(SCHEMA).query_async::<()>(&mut connection).await?;
+        Ok(SCHEMA)
     }
 
     /// Makes a connection, which does not reconnect by itself. Returns it with the server it leads

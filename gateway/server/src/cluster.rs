@@ -3,7 +3,10 @@
 
 use std::{
     net::{IpAddr, SocketAddr, UdpSocket},
-    sync::Arc,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
     time::Duration,
 };
 
@@ -12,19 +15,25 @@ use md5::{Digest as _, Md5};
 use parking_lot::Mutex;
 use skein_core::bus::{
     BusError,
-    nodes::{AnnouncedNode, NodeAnnouncement, NodeCondition, NodeRegistry},
+    nodes::{AnnouncedNode, Announcements, NodeAnnouncement, NodeCondition, NodeRegistry},
 };
 use skein_protocol::ids::NodeId;
 use tokio::{
-    sync::Notify,
+    sync::{Notify, watch},
     time::{Instant, timeout},
 };
 use tokio_util::sync::CancellationToken;
 
 /// How often a node announces itself.
 const ANNOUNCE_INTERVAL: Duration = Duration::from_secs(1);
+/// How often it looks whether its connections have changed so much that it announces them earlier.
+const CHANGE_CHECK_INTERVAL: Duration = Duration::from_millis(200);
+/// How long clients may take until they are back, beyond the time that they were told.
+const RETURN_MARGIN: Duration = Duration::from_secs(1);
 /// How long an announcement may take; another one follows.
-const ANNOUNCE_TIMEOUT: Duration = Duration::from_secs(2);
+const ANNOUNCE_TIMEOUT: Duration = Duration::from_secs(1);
+/// How long a node that drains waits for what the others are, and one that stops for its withdrawal.
+const STOP_TIMEOUT: Duration = Duration::from_millis(500);
 /// How long the announcements that were read last count, if Redis does not answer.
 const NODES_VALID_FOR: Duration = Duration::from_secs(10);
 
@@ -48,8 +57,16 @@ pub struct ClusterNodes {
     route: Mutex<(Option<String>, bool)>,
     /// What the nodes announced, and when that was read.
     nodes: Mutex<(Vec<AnnouncedNode>, Option<Instant>)>,
+    /// Clients that are expected back: their number, and until when.
+    expected: Mutex<Option<(u64, Instant)>>,
+    /// If this node is expected back after it has stopped: its clients, and the time until they are
+    /// back.
+    returning: Mutex<Option<(u64, Duration)>>,
     /// Notified when the condition of this node has changed.
     changed: Notify,
+    /// The number of announcements that were begun, and of the last one that succeeded.
+    begun: AtomicU64,
+    announced: watch::Sender<u64>,
     /// Cancelled when this node shall withdraw, and when it has.
     withdrawing: CancellationToken,
     withdrawn: CancellationToken,
@@ -93,7 +110,11 @@ impl ClusterNodes {
             started: Instant::now(),
             route: Mutex::new((route, false)),
             nodes: Mutex::default(),
+            expected: Mutex::default(),
+            returning: Mutex::default(),
             changed: Notify::new(),
+            begun: AtomicU64::new(0),
+            announced: watch::Sender::new(0),
             withdrawing: CancellationToken::new(),
             withdrawn: CancellationToken::new(),
         }
@@ -130,6 +151,20 @@ impl ClusterNodes {
         self.changed.notify_one();
     }
 
+    /// Waits until this node has announced itself after this call, and so knows the others as they
+    /// are now; at most for [`STOP_TIMEOUT`]. Cancel-safe.
+    pub async fn refresh(&self) {
+        let (before, mut announced) =
+            (self.begun.load(Ordering::Acquire), self.announced.subscribe());
+        self.announce_now();
+        let _ = timeout(STOP_TIMEOUT, announced.wait_for(|number| *number > before)).await;
+    }
+
+    /// The time since the start of this node.
+    pub fn uptime(&self) -> Duration {
+        self.started.elapsed()
+    }
+
     /// Announces this node until it [withdraws](ClusterNodes::withdraw) or `stopped` is cancelled.
     /// `state` returns its condition and the number of its connections.
     pub async fn announce_until(
@@ -138,7 +173,8 @@ impl ClusterNodes {
         state: impl Fn() -> (NodeCondition, usize),
     ) {
         while !self.withdrawing.is_cancelled() {
-            if let Err(error) = self.announce(state()).await {
+            let (condition, connections) = state();
+            if let Err(error) = self.announce(condition, connections as u64, None).await {
                 tracing::debug!(%error, "cannot announce this node to the others");
             }
             // All arms are cancel-safe.
@@ -147,11 +183,21 @@ impl ClusterNodes {
                 () = stopped.cancelled() => return,
                 () = self.withdrawing.cancelled() => {}
                 () = self.changed.notified() => {}
+                () = until_changed(connections, &state) => {}
                 () = tokio::time::sleep(ANNOUNCE_INTERVAL) => {}
             }
         }
         // Behind the last announcement, which would bring it back.
-        let withdrawn = timeout(ANNOUNCE_TIMEOUT, self.registry.withdraw()).await;
+        let returning = *self.returning.lock();
+        let withdraw = async {
+            match returning {
+                Some((clients, after)) => {
+                    self.announce(NodeCondition::Draining, clients, Some(after)).await
+                }
+                None => self.registry.withdraw().await,
+            }
+        };
+        let withdrawn = timeout(STOP_TIMEOUT, withdraw).await;
         if !matches!(withdrawn, Ok(Ok(()))) {
             tracing::debug!("cannot withdraw the announcement of this node");
         }
@@ -161,30 +207,69 @@ impl ClusterNodes {
 
     async fn announce(
         &self,
-        (condition, connections): (NodeCondition, usize),
+        condition: NodeCondition,
+        connections: u64,
+        returning: Option<Duration>,
     ) -> Result<(), BusError> {
+        let number = self.begun.fetch_add(1, Ordering::AcqRel) + 1;
         let announcement = NodeAnnouncement {
             node: self.own.id.clone(),
             condition,
-            connections: connections as u64,
+            connections: connections.max(self.expected_clients()),
             connections_max: self.own.connections_max as u64,
             intake_per_second: self.own.intake_per_second,
             route: self.own_route(),
+            returning_ms: returning.map(|after| after.as_millis() as u64),
             uptime_ms: self.started.elapsed().as_millis() as u64,
             version: env!("CARGO_PKG_VERSION").to_owned(),
             schema: skein_redis::SCHEMA,
         };
         let announced = timeout(ANNOUNCE_TIMEOUT, self.registry.announce(announcement)).await;
-        let nodes = announced.unwrap_or(Err(BusError::Unavailable))?;
+        let Announcements { nodes, returning } = announced.unwrap_or(Err(BusError::Unavailable))?;
+        if let Some((clients, after)) = returning {
+            *self.expected.lock() = Some((clients, Instant::now() + after));
+            self.announce_now();
+        }
         *self.nodes.lock() = (nodes, Some(Instant::now()));
+        self.announced.send_replace(number);
         Ok(())
     }
 
+    /// The number of clients that are expected back, so that others do not take this node for an
+    /// empty one.
+    fn expected_clients(&self) -> u64 {
+        let expected = &mut *self.expected.lock();
+        match *expected {
+            Some((clients, until)) if Instant::now() < until => clients,
+            _ => {
+                *expected = None;
+                0
+            }
+        }
+    }
+
+    /// Announces, when this node withdraws, that it will be back with so many clients within
+    /// `after`.
+    pub fn expect_return(&self, clients: u64, after: Duration) {
+        *self.returning.lock() = Some((clients, after + RETURN_MARGIN));
+    }
+
     /// Removes the announcement of this node, which stops, so that it does not count as missing.
-    /// Takes at most twice [`ANNOUNCE_TIMEOUT`].
+    /// Takes at most as long as an announcement and a withdrawal.
     pub async fn withdraw(&self) {
         self.withdrawing.cancel();
-        let _ = timeout(2 * ANNOUNCE_TIMEOUT, self.withdrawn.cancelled()).await;
+        let _ = timeout(ANNOUNCE_TIMEOUT + STOP_TIMEOUT, self.withdrawn.cancelled()).await;
+    }
+}
+
+/// Resolves when the number of connections differs by a tenth, and more than a few, from the one
+/// that was announced.
+async fn until_changed(announced: usize, state: &impl Fn() -> (NodeCondition, usize)) {
+    loop {
+        tokio::time::sleep(CHANGE_CHECK_INTERVAL).await;
+        if state().1.abs_diff(announced) > 10 + announced / 10 {
+            return;
+        }
     }
 }
 

@@ -227,6 +227,15 @@ impl Server {
             let state = || announcing.announced_state();
             announcing.cluster.announce_until(stopped, state).await;
         });
+        let (balancing, stopped) = (node.clone(), tasks.stopped().clone());
+        tasks.spawn_service("rebalancing", async move {
+            // Both arms are cancel-safe.
+            tokio::select! {
+                biased;
+                () = stopped.cancelled() => {}
+                () = balancing.rebalancer.run(&balancing) => {}
+            }
+        });
         let router = http::public(node.clone());
         let public = listen_on("server.listen", listen, public)?;
         let public = listen::serve(public, router, node.clone(), tcp_limits);
@@ -244,7 +253,7 @@ impl Server {
     /// Disconnects the clients as far as possible within a second, after a part has failed. Other
     /// parts are not ended in order, since they may depend on the failed one.
     pub async fn abandon(self) {
-        self.node.start_draining();
+        self.node.start_stopping();
         self.tasks.leave(ABANDON_TIMEOUT).await;
     }
 
@@ -252,7 +261,7 @@ impl Server {
     /// batches with their queued frames, `reconnect` and 1012, and the other tasks end, the
     /// listeners last. Returns whether everything ended in time.
     pub async fn stop(self) -> bool {
-        self.node.start_draining();
+        self.node.start_stopping();
         tokio::time::sleep(self.drain_delay).await;
         self.node.drain_clients().await;
         self.node.cluster.withdraw().await;
@@ -282,28 +291,44 @@ impl Stores {
     }
 }
 
-/// Drains the node once a control command requests it: rejects new clients and disconnects the
-/// others.
+/// Drains the node while a control command requests it: rejects new clients and sends the others to
+/// other nodes. The node serves again once a command cancels the drain.
 async fn drain_on_command(node: Arc<Node>, delay: Duration) {
     let stopped = node.tasks.stopped().clone();
+    let mut draining = node.control.draining.subscribe();
+    let follow = async {
+        // The sender lives as long as `node`.
+        while draining.wait_for(|draining| *draining).await.is_ok() {
+            node.set_draining(true);
+            tracing::info!(
+                clients = node.connections(),
+                "draining by a command of the server API: new clients are rejected until it is \
+                 cancelled or this node restarts"
+            );
+            let send_away = async {
+                tokio::time::sleep(delay).await;
+                node.drain_clients().await;
+                std::future::pending().await
+            };
+            // Both arms are cancel-safe: a stop disconnects the remaining clients.
+            tokio::select! {
+                biased;
+                _ = draining.wait_for(|draining| !*draining) => {}
+                () = send_away => {}
+            }
+            node.set_draining(false);
+            tracing::info!(
+                clients = node.connections(),
+                "the drain was cancelled: accepting clients"
+            );
+        }
+    };
     // Both arms are cancel-safe.
     tokio::select! {
         biased;
-        () = stopped.cancelled() => return,
-        () = node.control.draining.cancelled() => {}
+        () = stopped.cancelled() => {}
+        () = follow => {}
     }
-    node.start_draining();
-    // Cancel-safe: a stop disconnects the remaining clients.
-    let send_away = async {
-        tokio::time::sleep(delay).await;
-        node.drain_clients().await;
-    };
-    tokio::select! {
-        biased;
-        () = stopped.cancelled() => return,
-        () = send_away => {}
-    }
-    stopped.cancelled().await;
 }
 
 fn bind(key: &'static str, address: SocketAddr) -> Result<(TcpSocket, SocketAddr), StartError> {

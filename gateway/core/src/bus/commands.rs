@@ -47,6 +47,11 @@ pub enum ControlCommand {
         /// The node.
         node: NodeId,
     },
+    /// Lets a node that was drained accept clients again.
+    CancelDrain {
+        /// The node.
+        node: NodeId,
+    },
     /// Sends a message to every connection. At most once: a node that polls it late skips it.
     Broadcast {
         /// The id of the message.

@@ -31,6 +31,9 @@ pub struct NodeAnnouncement {
     /// The value of `?node=` with which a proxy leads clients to it, once it is known.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub route: Option<String>,
+    /// If it stops and is expected back: the time until its clients are back, ms.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub returning_ms: Option<u64>,
     /// The time since its start, ms.
     #[serde(default)]
     pub uptime_ms: u64,
@@ -69,11 +72,22 @@ pub struct AnnouncedNode {
     pub is_own: bool,
     /// The time since its last announcement.
     pub age: Duration,
-    /// Whether it announced itself within the duration of a lease. A node that stops in order
-    /// withdraws its announcement, so that others are missing.
+    /// Whether it announced itself within the duration of a lease, or is expected back. A node that
+    /// stops in order withdraws its announcement, so that others are missing.
     pub is_alive: bool,
     /// When it started, by the clock of the store.
     pub started: UnixMillis,
+}
+
+/// All announcements, at one moment.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Announcements {
+    /// All nodes, ordered by id. A node that ended without withdrawing is missing for a quarter of
+    /// an hour.
+    pub nodes: Vec<AnnouncedNode>,
+    /// If this is the first announcement after a restart: the clients that the node had before and
+    /// that come back to it, and the time until they have.
+    pub returning: Option<(u64, Duration)>,
 }
 
 impl NodeCondition {
@@ -90,6 +104,18 @@ impl NodeCondition {
 }
 
 impl AnnouncedNode {
+    /// If it is expected back: the clients it had, and the time until they are back.
+    pub fn time_until_return(&self) -> Option<(u64, Duration)> {
+        let returns_after = Duration::from_millis(self.announcement.returning_ms?);
+        let remaining = returns_after.checked_sub(self.age)?;
+        Some((self.announcement.connections, remaining))
+    }
+
+    /// Whether it was expected back and is not: it stopped in order, and is not missing.
+    pub fn has_not_returned(&self) -> bool {
+        self.announcement.returning_ms.is_some() && self.time_until_return().is_none()
+    }
+
     /// Whether it is another node that takes clients.
     pub fn takes_clients(&self) -> bool {
         let accepts = self.announcement.condition == NodeCondition::Accepting;
@@ -99,9 +125,8 @@ impl AnnouncedNode {
 
 /// The announcements of all nodes of a cluster.
 pub trait NodeRegistry: Send + Sync {
-    /// Publishes the announcement of this node, and returns those of all nodes, ordered by id. A
-    /// node that ended without withdrawing is returned as missing for a quarter of an hour.
-    fn announce(&self, own: NodeAnnouncement) -> BoxFuture<Result<Vec<AnnouncedNode>, BusError>>;
+    /// Publishes the announcement of this node, and returns those of all nodes.
+    fn announce(&self, own: NodeAnnouncement) -> BoxFuture<Result<Announcements, BusError>>;
 
     /// Removes the announcement of this node, which stops.
     fn withdraw(&self) -> BoxFuture<Result<(), BusError>>;

@@ -3,7 +3,7 @@
 use std::{
     collections::{BTreeMap, btree_map},
     sync::{
-        Arc,
+        Arc, OnceLock,
         atomic::{AtomicU32, AtomicU64, Ordering},
     },
     time::Duration,
@@ -41,6 +41,8 @@ pub struct ConnectionHandle {
     pub outbox: Outbox,
     /// The liveness of the client.
     pub health: Health,
+    /// The node that the client shall move to, for balance: the value of `?node=`.
+    moves_to: OnceLock<Box<str>>,
     /// The number of publishes that the bus has not answered.
     pending_publishes: AtomicU32,
     /// The number of rejected frames that the input meter has not counted yet.
@@ -148,8 +150,17 @@ impl ConnectionHandle {
         #[cfg(debug_assertions)]
         crate::fault_injection::on_connect();
         let (pending_publishes, refused, inline_acks) = (0.into(), 0.into(), Mutex::default());
-        let health = Health::default();
-        Self { connection, owner: None, outbox, health, pending_publishes, refused, inline_acks }
+        let (health, moves_to) = (Health::default(), OnceLock::new());
+        Self {
+            connection,
+            owner: None,
+            outbox,
+            health,
+            moves_to,
+            pending_publishes,
+            refused,
+            inline_acks,
+        }
     }
 
     /// Sets the owner.
@@ -172,6 +183,18 @@ impl ConnectionHandle {
     /// to it.
     pub(crate) fn was_opened_before(&self, order: UnixMicros) -> bool {
         self.owner.as_ref().is_some_and(|owner| owner.since <= order)
+    }
+
+    /// Asks the connection's task to send the client to another node, with `route` as `?node=`.
+    pub fn move_to(&self, route: &str) {
+        if self.moves_to.set(route.into()).is_ok() {
+            self.outbox.wake();
+        }
+    }
+
+    /// The value of `?node=` with which the client shall move to another node.
+    pub fn moves_to(&self) -> Option<&str> {
+        self.moves_to.get().map(AsRef::as_ref)
     }
 
     /// Counts a publish that was passed to the bus.

@@ -1,22 +1,26 @@
-//! The times at which the clients of a draining node are told to reconnect elsewhere.
+//! The times at which the clients of a draining node are told to reconnect, and where.
 //!
-//! Clients leave in batches over a time that grows with their number, so that the other nodes, each
-//! of which accepts `limits.accepts_per_second`, reject none of them. A few clients leave within
-//! milliseconds.
+//! Clients leave in batches over a time that grows with their number, so that the nodes they go to,
+//! each of which accepts `limits.accepts_per_second`, reject none of them. A few clients leave
+//! within milliseconds. Clients that come back to this node leave at once, so that it can restart,
+//! and spread their return.
 
-use std::{
-    sync::atomic::{AtomicU64, Ordering},
-    time::Duration,
-};
+use std::{ops::Range, time::Duration};
 
+use parking_lot::Mutex;
 use skein_protocol::ids::ConnectionId;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
+use super::targets::DrainTargets;
+
 /// The number of batches, for any number of clients.
 const BATCHES: usize = 256;
 /// The least range of `after_ms`: it spreads the clients of one batch.
-const AFTER_MIN: Duration = Duration::from_secs(1);
+const JITTER: Duration = Duration::from_millis(100);
+/// The same if no other node is known: clients come back to this node, or find another one
+/// themselves.
+const JITTER_WITHOUT_TARGETS: Duration = Duration::from_secs(1);
 /// The longest time that a client is asked to wait.
 const AFTER_MAX: Duration = Duration::from_secs(300);
 
@@ -25,90 +29,125 @@ const AFTER_MAX: Duration = Duration::from_secs(300);
 pub struct DrainRate {
     /// The longest time over which `reconnect` frames are sent (`drain.window`).
     pub window: Duration,
-    /// The number of clients per second that the other nodes accept.
+    /// The number of clients per second that this node takes, and others of which nothing else is
+    /// known.
     pub per_second: u32,
 }
 
 /// The times of one drain.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 struct DrainPlan {
     /// `reconnect` frames are sent over this time.
     send_over: Duration,
-    /// `after_ms` is drawn from zero to this.
-    after: Duration,
+    /// `after_ms` is drawn from this range.
+    after: Range<Duration>,
 }
 
 impl DrainRate {
     /// Clients are served until their batch is due, so the frames are spread over the whole window;
     /// beyond it, clients wait by themselves.
-    fn plan(self, clients: usize) -> DrainPlan {
-        let needed =
-            Duration::from_secs(1).mul_f64(clients as f64 / f64::from(self.per_second.max(1)));
+    fn plan(self, clients: usize, targets: &DrainTargets) -> DrainPlan {
+        let (needed, jitter) = match targets {
+            DrainTargets::Return { after, spread, .. } => {
+                let last = (*after + (*spread).max(JITTER)).min(AFTER_MAX);
+                return DrainPlan { send_over: Duration::ZERO, after: *after.min(&last)..last };
+            }
+            DrainTargets::Others(_) => (targets.time_for(clients as u64), JITTER),
+            DrainTargets::Unknown => {
+                let needed = clients as f64 / f64::from(self.per_second.max(1));
+                (Duration::from_secs(1).mul_f64(needed), JITTER_WITHOUT_TARGETS)
+            }
+        };
         let after = if needed > self.window { needed } else { Duration::ZERO };
-        DrainPlan { send_over: needed.min(self.window), after: after.clamp(AFTER_MIN, AFTER_MAX) }
+        let after = after.clamp(jitter, AFTER_MAX);
+        DrainPlan { send_over: needed.min(self.window), after: Duration::ZERO..after }
     }
 }
 
 /// The drain of a node's clients.
 #[derive(Debug)]
 pub struct DrainSchedule {
-    batches: Box<[DrainBatch]>,
+    leaving: CancellationToken,
+    /// Cancelled when the clients of the batch must leave.
+    batches: Box<[Mutex<CancellationToken>]>,
+    advice: Mutex<(Range<Duration>, DrainTargets)>,
 }
 
-/// The clients that leave at one moment.
+/// Tells one client's task when the client must leave, and where to.
 #[derive(Debug)]
-pub struct DrainBatch {
+pub struct DrainNotice<'a> {
+    schedule: &'a DrainSchedule,
     due: CancellationToken,
-    after_max_ms: AtomicU64,
+}
+
+/// What a client that must leave is told.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct MoveAdvice {
+    /// The time after which it reconnects, ms.
+    pub after_ms: u64,
+    /// The value to send as `?node=`.
+    pub node: Option<String>,
 }
 
 impl DrainSchedule {
     /// A schedule that has not started. Cancelling `leaving` ends all batches at once.
     pub fn new(leaving: &CancellationToken) -> Self {
-        let after_max_ms = AFTER_MIN.as_millis() as u64;
-        let batch = |_| DrainBatch {
-            due: leaving.child_token(),
-            after_max_ms: AtomicU64::new(after_max_ms),
-        };
-        Self { batches: (0..BATCHES).map(batch).collect() }
+        Self {
+            leaving: leaving.clone(),
+            batches: (0..BATCHES).map(|_| Mutex::new(leaving.child_token())).collect(),
+            advice: Mutex::new((Duration::ZERO..JITTER_WITHOUT_TARGETS, DrainTargets::Unknown)),
+        }
     }
 
-    /// The batch of a connection. Ids are random, so batches have equal sizes.
-    pub fn batch(&self, connection: ConnectionId) -> &DrainBatch {
-        &self.batches[usize::from(connection.0.as_bytes()[15]) % BATCHES]
+    /// The notice of a new connection. Ids are random, so batches have equal sizes.
+    pub fn notice(&self, connection: ConnectionId) -> DrainNotice<'_> {
+        let batch = usize::from(connection.0.as_bytes()[15]) % BATCHES;
+        DrainNotice { schedule: self, due: self.batches[batch].lock().clone() }
     }
 
     /// Disconnects the batches one after the other, and ends early once `clients` returns 0.
     /// Cancel-safe: batches that are not due stay.
-    pub async fn run(&self, rate: DrainRate, clients: impl Fn() -> usize) {
-        let DrainPlan { send_over, after } = rate.plan(clients());
-        let after_max_ms = after.as_millis() as u64;
+    pub async fn run(&self, rate: DrainRate, targets: DrainTargets, clients: impl Fn() -> usize) {
+        let DrainPlan { send_over, after } = rate.plan(clients(), &targets);
+        *self.advice.lock() = (after, targets);
         let begun = Instant::now();
         for (number, batch) in (0..).zip(&self.batches) {
-            batch.after_max_ms.store(after_max_ms, Ordering::Relaxed);
             if clients() > 0 {
                 tokio::time::sleep_until(begun + send_over * number / BATCHES as u32).await;
             }
-            batch.due.cancel();
+            batch.lock().cancel();
+        }
+    }
+
+    /// Serves new clients again, after a run that was cancelled or has ended. Clients that were told
+    /// to leave do so.
+    pub fn reset(&self) {
+        for batch in &self.batches {
+            let due = &mut *batch.lock();
+            if due.is_cancelled() {
+                *due = self.leaving.child_token();
+            }
         }
     }
 }
 
-impl DrainBatch {
-    /// Resolves when the clients of the batch must leave. Cancel-safe.
-    pub async fn left(&self) {
+impl DrainNotice<'_> {
+    /// Resolves when the client must leave. Cancel-safe.
+    pub async fn due(&self) {
         self.due.cancelled().await;
     }
 
-    /// A random time in milliseconds after which a client of the batch should reconnect.
-    pub fn after_ms(&self) -> u64 {
-        rand::random_range(0..self.after_max_ms.load(Ordering::Relaxed))
+    /// When and where the client should reconnect: a random time, and the next node.
+    pub fn advice(&self) -> MoveAdvice {
+        let (after, targets) = &mut *self.schedule.advice.lock();
+        let after = after.start.as_millis() as u64..after.end.as_millis() as u64;
+        MoveAdvice { after_ms: rand::random_range(after), node: targets.next_route() }
     }
 }
 
 #[cfg(test)]
 mod tests {
-    use std::sync::atomic::AtomicUsize;
+    use std::sync::atomic::{AtomicUsize, Ordering};
 
     use super::*;
 
@@ -118,8 +157,9 @@ mod tests {
     #[test]
     fn drain_time_grows_with_clients_up_to_the_window() {
         let plan = |clients| {
-            let DrainPlan { send_over, after } = RATE.plan(clients);
-            (send_over.as_millis(), after.as_millis())
+            let DrainPlan { send_over, after } = RATE.plan(clients, &DrainTargets::Unknown);
+            assert_eq!(after.start, Duration::ZERO);
+            (send_over.as_millis(), after.end.as_millis())
         };
         assert_eq!(plan(0), (0, 1000));
         assert_eq!(plan(10), (4, 1000));
@@ -128,6 +168,31 @@ mod tests {
         // Clients whose frame comes too early wait by themselves.
         assert_eq!(plan(100_000), (20_000, 40_000));
         assert_eq!(plan(10_000_000), (20_000, 300_000));
+    }
+
+    #[test]
+    fn returning_clients_leave_at_once_and_arrive_spread() {
+        let (after, spread) = (2 * SECOND, SECOND / 2);
+        let returning = DrainTargets::Return { route: "a".to_owned(), after, spread };
+        let plan = RATE.plan(1250, &returning);
+        assert_eq!((plan.send_over, plan.after), (Duration::ZERO, after..after + spread));
+    }
+
+    #[test]
+    fn clients_that_come_after_an_undo_are_served() {
+        let leaving = CancellationToken::new();
+        let schedule = DrainSchedule::new(&leaving);
+        let connection = ConnectionId::random();
+        let before = schedule.notice(connection);
+        for batch in &schedule.batches {
+            batch.lock().cancel();
+        }
+        assert!(schedule.notice(connection).due.is_cancelled());
+        schedule.reset();
+        let after = schedule.notice(connection);
+        assert!(before.due.is_cancelled() && !after.due.is_cancelled());
+        leaving.cancel();
+        assert!(after.due.is_cancelled());
     }
 
     #[tokio::test(start_paused = true)]
@@ -139,7 +204,7 @@ mod tests {
             let mut most = 0;
             loop {
                 tokio::time::sleep(SECOND).await;
-                let gone = schedule.batches.iter().filter(|batch| batch.due.is_cancelled());
+                let gone = schedule.batches.iter().filter(|batch| batch.lock().is_cancelled());
                 let gone = gone.count();
                 // 11.2 s for 256 batches.
                 let due = begun.elapsed().as_millis() as usize * BATCHES / 11_200;
@@ -148,7 +213,7 @@ mod tests {
             }
         };
         tokio::select! {
-            () = schedule.run(RATE, || 28_000) => {}
+            () = schedule.run(RATE, DrainTargets::Unknown, || 28_000) => {}
             () = watch => {}
         }
         let took = begun.elapsed();
@@ -167,9 +232,9 @@ mod tests {
             }
             clients.load(Ordering::Relaxed)
         };
-        schedule.run(RATE, count).await;
+        schedule.run(RATE, DrainTargets::Unknown, count).await;
         assert!(begun.elapsed() < 6 * SECOND, "{:?}", begun.elapsed());
-        assert!(schedule.batches.iter().all(|batch| batch.due.is_cancelled()));
+        assert!(schedule.batches.iter().all(|batch| batch.lock().is_cancelled()));
     }
 
     #[tokio::test]
@@ -177,8 +242,9 @@ mod tests {
         let leaving = CancellationToken::new();
         let schedule = DrainSchedule::new(&leaving);
         leaving.cancel();
-        let batch = schedule.batch(ConnectionId::random());
-        batch.left().await;
-        assert!(batch.after_ms() < 1000);
+        let notice = schedule.notice(ConnectionId::random());
+        notice.due().await;
+        let advice = notice.advice();
+        assert!(advice.after_ms < 1000 && advice.node.is_none());
     }
 }

@@ -186,6 +186,8 @@ metrics! {
     /// Closed connections, by WebSocket close `code`; 1006: no close frame, 4002: client timed out,
     /// 4003: client did not read
     disconnects: IntCounterVec = counter_vec("gateway_disconnects_total", "code");
+    /// Connections that this node sent to other nodes because it had more than its share
+    pub rebalanced_connections: IntCounter = counter("gateway_rebalanced_connections_total");
     /// Text and binary messages received from clients
     pub frames_received: IntCounter = counter("gateway_frames_received_total");
     /// WebSocket frames written to clients

@@ -4,7 +4,8 @@
 -- KEYS  1 nodes (hash)
 -- ARGV  1 process  2 announcement  3 retention of an announcement, ms
 --       4 the common start of the names of all processes of this node
--- Returns the time, and of each process its name and row.
+-- Returns the time, and of each process its name and row. Rows of former processes of this node are
+-- returned once and removed.
 --
 -- A field per process, "<time, ms> <announcement>". A process withdraws its announcement when it stops;
 -- the row of one that was killed stays until its node starts again, or for the retention.
@@ -19,9 +20,11 @@ for i = 1, #rows, 2 do
         report_invalid('announcement')
     end
     local is_former = name ~= ARGV[1] and string.sub(name, 1, #ARGV[4]) == ARGV[4]
-    if not at or is_former or at > now + 60000 or now - at > tonumber(ARGV[3]) then
+    local is_valid = at and at <= now + 60000 and now - at <= tonumber(ARGV[3])
+    if not is_valid or is_former then
         redis.call('HDEL', KEYS[1], name)
-    else
+    end
+    if is_valid then
         kept[#kept + 1] = name
         kept[#kept + 1] = rows[i + 1]
     end

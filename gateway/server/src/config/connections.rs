@@ -39,9 +39,25 @@ options! {
         /// client. At most 1h.
         delay: Duration = "1s", within Bounds::up_to_an_hour();
         /// Longest time over which a stopping node disconnects its clients, in batches. It
-        /// disconnects half as many a second as `limits.accepts_per_second` lets another node
+        /// disconnects half as many a second as `limits.accepts_per_second` lets the other nodes
         /// accept, so that a few clients take milliseconds. At most 1h.
         window: Duration = "20s", within Bounds::up_to_an_hour();
+        /// Time from the disconnect of the last client until this node is ready again, if it is
+        /// restarted at the same address. Unless a new node has been started to replace it, its
+        /// clients wait for that long and come back to it, so that a deploy moves each client once.
+        /// 0s: this node is not restarted but replaced, as a container is, and its clients go to the
+        /// other nodes. At most 1h.
+        restart_time: Duration = "2s", within Bounds::up_to_an_hour();
+    }
+}
+
+options! {
+    /// The balance of connections between nodes.
+    RebalanceSection in "rebalance" {
+        /// Connections per second that a node with more than 1.2 times the mean sends to the nodes
+        /// with the fewest, until it has the mean. Only WebSockets that are older than a minute are
+        /// moved, and the proxy must follow `?node=`. 0: nothing is moved.
+        per_second: u32 = "10", within 0..=10_000;
     }
 }
 

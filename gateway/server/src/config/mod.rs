@@ -21,7 +21,7 @@ use skein_redis::RedisOptions;
 use self::{
     auth::{ApiSection, AuthSection},
     cluster::ClusterSection,
-    connections::{DrainSection, HeartbeatSection, TransportSection},
+    connections::{DrainSection, HeartbeatSection, RebalanceSection, TransportSection},
     hub::HubSection,
     limits::LimitsSection,
     reader::OptionReader,
@@ -166,6 +166,7 @@ impl Config {
         let heartbeat = HeartbeatSection::read(r);
         let transport = TransportSection::read(r);
         let drain = DrainSection::read(r);
+        let rebalance = RebalanceSection::read(r);
         let limits = LimitsSection::read(r);
 
         let is_cluster = cluster.is_cluster();
@@ -265,6 +266,8 @@ impl Config {
                 echo: server.echo,
                 trusted_proxies: server.proxies(),
                 drain_rate: limits.drain_rate(*drain.window),
+                restart_time: *drain.restart_time,
+                moves_per_second: rebalance.per_second,
                 dedup_window: *dedup.window,
                 deflate_bytes_min: transport.deflate_bytes_min(),
                 heartbeat: heartbeat.heartbeat(),

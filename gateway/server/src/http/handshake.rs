@@ -175,6 +175,9 @@ impl ClientHandshake {
         });
         match tokio::time::timeout(limits.wait_max, opening).await {
             Ok(Ok(opened)) => {
+                if opened.resumed.is_some() {
+                    node.rebalancer.record_resumed(opened.session);
+                }
                 let token = presented.filter(|_| opened.resumed.is_some()).unwrap_or(&fresh);
                 let secret = token.secret;
                 Ok(AdmittedClient { identity, user_permit, opened, secret, about })

@@ -19,14 +19,19 @@ use tokio::sync::Semaphore;
 
 use crate::{
     cluster::ClusterNodes,
+    rebalance::Rebalancer,
     transport::{Heartbeat, echo::EchoMode, timer::TimerWheel},
 };
 use skein_core::{
-    bus::{Bus, nodes::NodeCondition},
+    bus::{
+        Bus,
+        nodes::{AnnouncedNode, NodeCondition},
+    },
     control::Control,
     drain::{
         Tasks,
         schedule::{DrainRate, DrainSchedule},
+        targets::{DrainTarget, DrainTargets, DrainingNode},
     },
     limits::{KeyedPermits, Rate, RateLimiters, meter::AddressMeters},
     session::Services,
@@ -81,6 +86,10 @@ pub struct HttpOptions {
     pub limits: HttpLimits,
     /// Rate at which a draining node disconnects its clients.
     pub drain_rate: DrainRate,
+    /// How long a restart of this node takes; zero if it does not come back.
+    pub restart_time: Duration,
+    /// Connections per second that this node moves for balance; 0: none.
+    pub moves_per_second: u32,
 }
 
 /// Limits of connections and requests on this node.
@@ -124,6 +133,8 @@ pub struct Node {
     pub tasks: Tasks,
     /// Disconnects the clients in batches, when the node stops or a command drains it.
     pub drain_schedule: DrainSchedule,
+    /// Moves connections of this node to others if it has too many.
+    pub rebalancer: Rebalancer,
     /// Timers of the connections.
     pub timers: Arc<TimerWheel>,
     state: HttpState,
@@ -132,7 +143,10 @@ pub struct Node {
 /// Counters and rate limiters of the listeners.
 #[derive(Default)]
 struct HttpState {
+    /// Whether a command drains this node.
     draining: AtomicBool,
+    /// Whether this node stops.
+    stopping: AtomicBool,
     /// Limits log lines about denied origins.
     denied_origins_log: LogLimiter,
     all: KeyedPermits<()>,
@@ -185,6 +199,7 @@ impl Node {
     ) -> Self {
         let (wheel, state) = Default::default();
         let drain_schedule = DrainSchedule::new(tasks.leaving());
+        let rebalancer = Rebalancer::new(options.moves_per_second);
         Self {
             id,
             options,
@@ -194,20 +209,57 @@ impl Node {
             metrics,
             tasks,
             drain_schedule,
+            rebalancer,
             timers: wheel,
             state,
         }
     }
 
-    /// Rejects new clients from now on; `/ready` returns 503.
-    pub fn start_draining(&self) {
-        self.state.draining.store(true, Ordering::Release);
+    /// Rejects new clients from now on, since this node stops; `/ready` returns 503.
+    pub fn start_stopping(&self) {
+        self.state.stopping.store(true, Ordering::Release);
         self.cluster.announce_now();
+    }
+
+    /// Rejects new clients while a command drains this node; `/ready` returns 503.
+    pub fn set_draining(&self, draining: bool) {
+        self.state.draining.store(draining, Ordering::Release);
+        if !draining {
+            self.drain_schedule.reset();
+        }
+        self.cluster.announce_now();
+    }
+
+    /// The number of client connections.
+    pub fn connections(&self) -> usize {
+        self.state.all.count(&())
+    }
+
+    /// The other nodes that take clients.
+    pub fn drain_targets(&self) -> Vec<DrainTarget> {
+        let intake_unless_known = self.options.drain_rate.per_second;
+        let target = |node: AnnouncedNode| {
+            let announced = node.announcement;
+            DrainTarget {
+                route: announced.route,
+                connections: announced.connections,
+                connections_max: match announced.connections_max {
+                    0 => u64::MAX,
+                    known => known,
+                },
+                intake_per_second: match announced.intake_per_second {
+                    0 => intake_unless_known,
+                    known => known,
+                },
+                uptime: Duration::from_millis(announced.uptime_ms) + node.age,
+            }
+        };
+        self.cluster.nodes().into_iter().filter(AnnouncedNode::takes_clients).map(target).collect()
     }
 
     /// Whether this node takes clients, and the number of its connections, as it announces them.
     pub fn announced_state(&self) -> (NodeCondition, usize) {
-        let connections = self.state.all.count(&());
+        let connections = self.connections();
         let condition = match self.failed_checks().first() {
             _ if self.is_draining() => NodeCondition::Draining,
             Some(_) => NodeCondition::Unavailable,
@@ -217,14 +269,49 @@ impl Node {
         (condition, connections)
     }
 
-    /// Disconnects all clients, no faster than the other nodes accept them.
+    /// Disconnects all clients, no faster than the nodes that they are sent to accept them.
     pub async fn drain_clients(&self) {
-        self.drain_schedule.run(self.options.drain_rate, || self.state.all.count(&())).await;
+        self.cluster.refresh().await;
+        let clients = self.connections();
+        let stops = self.state.stopping.load(Ordering::Acquire);
+        let returns = stops && !self.options.restart_time.is_zero();
+        let own = DrainingNode {
+            clients: clients as u64,
+            uptime: self.cluster.uptime(),
+            intake_per_second: self.options.drain_rate.per_second,
+            returns: self
+                .cluster
+                .own_route()
+                .filter(|_| returns)
+                .map(|route| (route, self.options.restart_time)),
+        };
+        let targets = DrainTargets::choose(&own, self.drain_targets());
+        match &targets {
+            DrainTargets::Unknown => {
+                tracing::info!(clients, "disconnecting all clients: no other node takes them");
+            }
+            DrainTargets::Return { after, spread, .. } => {
+                self.cluster.expect_return(own.clients, *after + *spread);
+                tracing::info!(
+                    clients,
+                    ?after,
+                    ?spread,
+                    "disconnecting all clients, which come back after the restart of this node"
+                );
+            }
+            DrainTargets::Others(others) => {
+                let nodes = others.len();
+                tracing::info!(clients, nodes, "sending all clients to the other nodes");
+            }
+        }
+        self.drain_schedule
+            .run(self.options.drain_rate, targets, || self.state.all.count(&()))
+            .await;
     }
 
-    /// Whether the node drains and rejects new clients.
+    /// Whether the node drains or stops, and rejects new clients.
     pub fn is_draining(&self) -> bool {
-        self.state.draining.load(Ordering::Acquire)
+        self.state.draining.load(Ordering::Acquire) || self.state.stopping.load(Ordering::Acquire)
     }
 
     /// Sets the metrics that are read when they are exported.

@@ -214,7 +214,7 @@ async fn stream(
                 if let Some(limit) = &write_timeout {
                     limit.set(node.options.heartbeat.write_timeout);
                 }
-                let code = stream.run(node.drain_schedule.batch(connection)).await;
+                let code = stream.run(&node.drain_schedule.notice(connection)).await;
                 let is_timeout = write_timeout.is_some_and(|limit| limit.has_expired());
                 let timeout = CloseCode::WriteTimeout.number();
                 node.metrics.disconnected(if is_timeout { timeout } else { code });

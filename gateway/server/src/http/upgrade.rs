@@ -523,10 +523,10 @@ fn read_early(socket: &TcpStream, early: &mut Vec<u8>) -> io::Result<()> {
 
 impl ActiveConnection {
     async fn serve(mut self: Box<Self>, node: &Node) {
-        let batch = node.drain_schedule.batch(self.connection.id());
+        let drain = node.drain_schedule.notice(self.connection.id());
         let code = {
             let _counted = GaugeGuard::new(&node.metrics.connections);
-            self.connection.run(batch, &node.state.lifecycle.ending).await
+            self.connection.run(&drain, &node.state.lifecycle.ending).await
         };
         tracing::debug!(connection = %self.connection.id(), code, "disconnected");
         node.metrics.disconnected(code);

@@ -11,7 +11,7 @@ use skein_websocket::CodecError;
 use tokio::net::TcpStream;
 
 use super::{Handler, READ, WebSocketConnection};
-use skein_core::{connection::outbox::Close, drain::schedule::DrainBatch};
+use skein_core::{connection::outbox::Close, drain::schedule::MoveAdvice};
 
 /// Timeout of each step of the closing handshake: writing the queued frames, and waiting for the
 /// close frame of the client.
@@ -39,7 +39,11 @@ pub(super) enum CloseInitiator {
 impl WebSocketConnection {
     /// Moves the client to another node: answers its pending frames, then sends `reconnect` and
     /// 1012. Returns the close code.
-    pub(super) async fn close_for_drain(&mut self, batch: &DrainBatch) -> u16 {
+    pub(super) async fn close_to_move(
+        &mut self,
+        advice: MoveAdvice,
+        reason: ReconnectReason,
+    ) -> u16 {
         let handle = self.handle.clone();
         let outbox = &handle.outbox;
         if let Handler::Chat(session) = &self.handler {
@@ -49,16 +53,15 @@ impl WebSocketConnection {
                 }
             };
             let _ = tokio::time::timeout(CLOSE_TIMEOUT, settled).await;
-            handle.send(&ServerFrame::Reconnect(ReconnectFrame {
-                after_ms: batch.after_ms(),
-                reason: ReconnectReason::Draining,
-                node: None,
-            }));
+            let MoveAdvice { after_ms, node } = advice;
+            handle.send(&ServerFrame::Reconnect(ReconnectFrame { after_ms, reason, node }));
         }
-        outbox.close(Close {
-            code: CloseCode::ServiceRestart.number(),
-            reason: "draining".to_owned(),
-        });
+        let reason = match reason {
+            ReconnectReason::Draining => "draining",
+            ReconnectReason::Rebalance => "rebalance",
+        };
+        let code = CloseCode::ServiceRestart.number();
+        outbox.close(Close { code, reason: reason.to_owned() });
         match outbox.begin_close() {
             Some(close) => self.close(close, CloseInitiator::ByGateway).await,
             None => 1006,

@@ -24,7 +24,7 @@ use skein_protocol::{
     ids::ConnectionId,
     protocol::{
         client_frame::ClientFrame as Frame,
-        server_frame::{ServerFrame, ServerPingFrame},
+        server_frame::{ReconnectReason, ServerFrame, ServerPingFrame},
     },
 };
 use skein_websocket::{Decoder, DecoderEvent, Opcode};
@@ -38,7 +38,10 @@ use tokio::{
 use skein_core::{
     bus::{BoxFuture, node_state::BusStatus, output_of, presence_store::unix_millis_now},
     connection::{encoding::Encoding, handle::ConnectionHandle, outbox::Close},
-    drain::{schedule::DrainBatch, supervision::catch_panic},
+    drain::{
+        schedule::{DrainNotice, MoveAdvice},
+        supervision::catch_panic,
+    },
     limits::meter::{InputBudget, Meter, MeterDecision},
     session::{DeferredRequest, RequestOutcome, Session},
     telemetry::metrics::Metrics,
@@ -132,8 +135,8 @@ enum ServeEnd {
     Gone,
     /// A close frame is queued.
     Close { close: Close, ending: CloseInitiator },
-    /// The gateway drains.
-    Drain,
+    /// The client moves to another node.
+    Move(MoveAdvice, ReconnectReason),
 }
 
 impl WebSocketConnection {
@@ -193,12 +196,12 @@ impl WebSocketConnection {
     /// Steps that happen once per connection are boxed, so that the task, which lives as long as
     /// the connection, is no larger than serving needs. The session ends once `ending` has a
     /// permit.
-    pub async fn run(&mut self, batch: &DrainBatch, ending: &Semaphore) -> u16 {
-        let served = catch_panic(self.serve(batch)).await;
+    pub async fn run(&mut self, drain: &DrainNotice<'_>, ending: &Semaphore) -> u16 {
+        let served = catch_panic(self.serve(drain)).await;
         let code = match served.unwrap_or_else(|panic| self.panicked(&panic)) {
             ServeEnd::Gone => 1006,
             ServeEnd::Close { close, ending } => Box::pin(self.close(close, ending)).await,
-            ServeEnd::Drain => Box::pin(self.close_for_drain(batch)).await,
+            ServeEnd::Move(advice, reason) => Box::pin(self.close_to_move(advice, reason)).await,
         };
         let handle = self.handle.clone();
         let _permit = ending.acquire().await;
@@ -221,7 +224,7 @@ impl WebSocketConnection {
         ServeEnd::Close { close, ending: CloseInitiator::Failed }
     }
 
-    async fn serve(&mut self, batch: &DrainBatch) -> ServeEnd {
+    async fn serve(&mut self, drain: &DrainNotice<'_>) -> ServeEnd {
         let handle = self.handle.clone();
         let outbox = &handle.outbox;
         let Some(socket) = outbox.socket() else { return ServeEnd::Gone };
@@ -231,6 +234,10 @@ impl WebSocketConnection {
         loop {
             if let Some(close) = outbox.begin_close() {
                 return ServeEnd::Close { close, ending: CloseInitiator::ByGateway };
+            }
+            if let Some(route) = handle.moves_to() {
+                let advice = MoveAdvice { after_ms: 0, node: Some(route.to_owned()) };
+                return ServeEnd::Move(advice, ReconnectReason::Rebalance);
             }
             if performing.is_none()
                 && let Handler::Chat(session) = &mut self.handler
@@ -298,7 +305,9 @@ impl WebSocketConnection {
             // All arms are cancel-safe: `performing` is kept. The bodies do not await.
             tokio::select! {
                 biased;
-                () = batch.left() => return ServeEnd::Drain,
+                () = drain.due() => {
+                    return ServeEnd::Move(drain.advice(), ReconnectReason::Draining);
+                }
                 () = outbox.woken() => {}
                 outcome = output_of(&mut performing), if performing.is_some() => {
                     performing = None;

@@ -43,7 +43,7 @@ use skein_core::{
         handle::ConnectionHandle,
         outbox::{Close, FRAME_OVERHEAD_BYTES},
     },
-    drain::schedule::DrainBatch,
+    drain::schedule::{DrainNotice, MoveAdvice},
     session::{DeferredRequest, Session},
 };
 
@@ -209,9 +209,9 @@ impl EventStream {
     }
 
     /// Serves the stream until it ends. Returns the close code that a WebSocket would have.
-    pub async fn run(mut self, batch: &DrainBatch) -> u16 {
+    pub async fn run(mut self, drain: &DrainNotice<'_>) -> u16 {
         let mut status_rx = Some(self.session.bus_status());
-        let StreamEnd(code) = self.serve(batch, &mut status_rx).await;
+        let StreamEnd(code) = self.serve(drain, &mut status_rx).await;
         self.session.end().await;
         self.handle.outbox.discard();
         code
@@ -219,7 +219,7 @@ impl EventStream {
 
     async fn serve(
         &mut self,
-        batch: &DrainBatch,
+        drain: &DrainNotice<'_>,
         status_rx: &mut Option<watch::Receiver<BusStatus>>,
     ) -> StreamEnd {
         let handle = self.handle.clone();
@@ -262,13 +262,10 @@ impl EventStream {
             // All arms are cancel-safe.
             tokio::select! {
                 biased;
-                () = batch.left() => {
-                    let after_ms = batch.after_ms();
-                    handle.send(&ServerFrame::Reconnect(ReconnectFrame {
-                        after_ms,
-                        reason: ReconnectReason::Draining,
-                        node: None,
-                    }));
+                () = drain.due() => {
+                    let MoveAdvice { after_ms, node } = drain.advice();
+                    let reason = ReconnectReason::Draining;
+                    handle.send(&ServerFrame::Reconnect(ReconnectFrame { after_ms, reason, node }));
                     self.session.end().await;
                     // Browsers ignore `reconnect`; the `retry` field spreads them over time.
                     let wait = RETRY + Duration::from_millis(after_ms);

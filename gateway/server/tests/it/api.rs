@@ -542,6 +542,18 @@ async fn nodes_are_listed_counted_and_drained() {
         let ready = crate::harness::get(deployment.nodes[1].address, "/ready").await;
         assert!(ready.status == 503 && ready.body.contains("drain"), "{}", ready.body);
         ask(&mut ann, json!({"type": "ping"})).await.unwrap();
+
+        // A cancelled drain: the node takes clients again, and keeps them.
+        let cancel = drain.replace("POST", "DELETE");
+        deployment.command_all_nodes(0, &cancel, None).await;
+        let address = deployment.nodes[1].address;
+        until("ready", async || crate::harness::get(address, "/ready").await.status == 200).await;
+        let mut cid = deployment.connect(1, "cid").await;
+        ask(&mut cid, json!({"type": "ping"})).await.unwrap();
+        deployment.call(0, "DELETE /api/v1/nodes/none/drain", None, 404).await;
+        // It can be drained again.
+        deployment.command_all_nodes(0, &drain, None).await;
+        assert_eq!(closed(&mut cid).await.0, Some(1012));
     })
     .await;
 }

@@ -1,10 +1,12 @@
 //! What the nodes of a cluster know of each other: their announcements, and which are missing.
 
 use serde_json::Value;
+use skein_client::connection::{ClientConnection, ReceivedMessage};
+use skein_protocol::protocol::server_frame::{ReconnectFrame, ReconnectReason, ServerFrame};
 
 use crate::{
     api::call_as,
-    harness::{Node, Redis, SHORT_LEASE_OPTION, connect, until},
+    harness::{Node, Redis, SHORT_LEASE_OPTION, connect, gateway_binary, get, until, within},
 };
 
 /// A key of the server API, as `api.keys` has it.
@@ -68,8 +70,95 @@ async fn nodes_announce_themselves_and_killed_ones_are_missing() {
     b.process.signal("TERM");
     let (code, said) = b.end().await;
     assert_eq!(code, Some(0), "{said}");
-    let rows = redis.command("HLEN gw:nodes").await;
-    assert_eq!(rows.as_deref(), Some(":1"), "only the other node is announced");
+    assert_eq!(list(&a).await["missing"], Value::Array(vec![]));
+}
+
+/// The `reconnect` frame to a client.
+async fn reconnect_of(client: &mut ClientConnection) -> ReconnectFrame {
+    loop {
+        match within(client.next()).await.expect("a reconnect frame") {
+            ReceivedMessage::Frame(ServerFrame::Reconnect(frame), _) => return frame,
+            _ => {}
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_draining_node_names_the_node_of_each_client() {
+    let redis = Redis::start().await;
+    // Longer than a restart takes on a busy machine.
+    let options = |id| [("node.id", id), KEYS_OPTION, ("drain.restart_time", "20s")];
+    let a = Node::start(&redis, None, &options("a")).await;
+    let b = Node::start(&redis, None, &options("b")).await;
+    let c = Node::start(&redis, None, &options("c")).await;
+    let mut of_a = vec![];
+    for user in ["ann", "bob", "cid"] {
+        of_a.push(connect(a.address, user).await);
+    }
+    let mut dan = connect(b.address, "dan").await;
+    let listed = until_listed("all are announced", &a, |list| {
+        ["a", "b", "c"].iter().all(|id| announced(list, id)["condition"] == "accepting")
+    })
+    .await;
+    let route = |id| announced(&listed, id)["route"].as_str().unwrap().to_owned();
+
+    // By a command: the node with the fewest connections, those that were sent there included.
+    let drain = "POST /api/v1/nodes/a/drain";
+    assert_eq!(call_as(Some(KEY), b.address, drain, None).await.status, 200);
+    let mut named = vec![];
+    for client in &mut of_a {
+        let frame = reconnect_of(client).await;
+        assert!(frame.reason == ReconnectReason::Draining && frame.after_ms < 100, "{frame:?}");
+        named.push(frame.node.unwrap());
+    }
+    named.sort();
+    // `b` had one already, and `c` is the younger of equals.
+    let mut expected = vec![route("b"), route("c"), route("c")];
+    expected.sort();
+    assert_eq!(named, expected, "{listed}");
+    let listed =
+        until_listed("it drains", &b, |list| announced(list, "a")["condition"] == "draining").await;
+    assert_eq!(announced(&listed, "a")["draining"], true);
+
+    // By a signal, without a new node that has few connections: the client waits for this one.
+    let _evan = connect(c.address, "evan").await;
+    let rows = r#"EVAL "return table.concat(redis.call('HVALS', 'gw:nodes'))" 0"#;
+    let announced = r#""node":"c","condition":"accepting","connections":1"#;
+    until("the connection is announced", async || redis.answer(rows).await.contains(announced))
+        .await;
+    let address_of_b = b.address;
+    b.process.signal("TERM");
+    let frame = reconnect_of(&mut dan).await;
+    assert_eq!(frame.node, Some(route("b")));
+    assert!((20_000..=20_100).contains(&frame.after_ms), "{frame:?}");
+    assert_eq!(b.end().await.0, Some(0));
+    // The node is not missing meanwhile, and once it is back the others know that its client comes.
+    assert_eq!(list(&c).await["missing"], Value::Array(vec![]));
+    let returning = r#""node":"b","condition":"draining","connections":1"#;
+    assert!(redis.answer(rows).await.contains(returning), "{}", redis.answer(rows).await);
+    let _b = Node::start(&redis, Some(address_of_b), &options("b")).await;
+    let expected = r#""node":"b","condition":"accepting","connections":1"#;
+    until("its client is expected", async || redis.answer(rows).await.contains(expected)).await;
+}
+
+#[tokio::test]
+async fn a_node_does_not_start_on_data_of_a_newer_schema() {
+    let redis = Redis::start().await;
+    let a = Node::start(&redis, None, &[("node.id", "a")]).await;
+    assert_eq!(redis.answer("GET gw:schema").await, "1");
+    redis.command("SET gw:schema 2").await;
+    let options = ["server.listen=127.0.0.1:0", "admin.listen=127.0.0.1:0"];
+    let url = format!("cluster.redis_url={}", redis.url());
+    let mut command = tokio::process::Command::new(gateway_binary());
+    for option in options.into_iter().chain([url.as_str(), "auth.allow_anonymous=true"]) {
+        command.args(["--set", option]);
+    }
+    let output = within(command.kill_on_drop(true).output()).await.unwrap();
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(1), "{said}");
+    assert!(said.contains("has schema 2") && said.contains("reads schemas up to 1"), "{said}");
+    // Nodes that run are not stopped by it.
+    assert_eq!(get(a.address, "/ready").await.status, 200);
 }
 
 #[tokio::test]

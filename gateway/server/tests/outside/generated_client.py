@@ -74,6 +74,7 @@ assert call("delete_room", room, status=404).error.code == "not_found"
 assert call("get_room", "no room", status=400).error.code == "bad_request"
 assert call("get_room", room, by=unauthorized, status=401).error.code == "unauthorized"
 assert call("drain_node", nodes[0].node).applied == 1
+assert call("cancel_drain", nodes[0].node).applied == 1
 
 assert set(called) == set(operations), set(operations) ^ set(called)
 print("\n".join(sorted(set(called))))

@@ -5,15 +5,16 @@ use std::time::Duration;
 use super::{MemoryBus, ready};
 use crate::bus::{
     BoxFuture, BusError,
-    nodes::{AnnouncedNode, NodeAnnouncement, NodeRegistry},
+    nodes::{AnnouncedNode, Announcements, NodeAnnouncement, NodeRegistry},
     presence_store::unix_millis_now,
 };
 
 impl NodeRegistry for MemoryBus {
-    fn announce(&self, own: NodeAnnouncement) -> BoxFuture<Result<Vec<AnnouncedNode>, BusError>> {
+    fn announce(&self, own: NodeAnnouncement) -> BoxFuture<Result<Announcements, BusError>> {
         let started = unix_millis_now().saturating_sub(own.uptime_ms);
         let (age, announcement) = (Duration::ZERO, own);
-        ready(Ok(vec![AnnouncedNode { announcement, is_own: true, age, is_alive: true, started }]))
+        let own = AnnouncedNode { announcement, is_own: true, age, is_alive: true, started };
+        ready(Ok(Announcements { nodes: vec![own], returning: None }))
     }
 
     fn withdraw(&self) -> BoxFuture<Result<(), BusError>> {

@@ -363,7 +363,7 @@ fn paths() -> OpenApiRouter<Arc<Node>> {
         .routes(routes!(users::empty_inbox))
         .routes(routes!(users::online))
         .routes(routes!(nodes::list))
-        .routes(routes!(nodes::drain))
+        .routes(routes!(nodes::drain, nodes::cancel_drain))
         .routes(routes!(nodes::stats))
 }
 

@@ -149,7 +149,7 @@ pub(super) async fn list(State(node): State<Arc<Node>>) -> Result<Json<NodeList>
 }
 
 /// Drain a node: its `/ready` returns 503, it rejects new clients, and moves its clients to other
-/// nodes. It serves again after a restart.
+/// nodes. It serves again after a restart, or when the drain is cancelled.
 #[utoipa::path(
     post, path = "/api/v1/nodes/{id}/drain", tag = "nodes",
     operation_id = "drain_node",
@@ -160,11 +160,34 @@ pub(super) async fn drain(
     State(node): State<Arc<Node>>,
     Path(id): Path<String>,
 ) -> Result<Json<AppliedNodes>, ApiError> {
-    let id: NodeId = parse_name(&id)?;
-    if !query_nodes(&node).await?.iter().any(|node| node.node == id.as_str()) {
-        return Err(ApiError::new(ErrorCode::NotFound, "no node with this id has answered"));
+    let node_id = answering_node(&node, &id).await?;
+    Ok(Json(node.control.execute(ControlCommand::Drain { node: node_id }).await?.into()))
+}
+
+/// Cancel the drain of a node: it accepts clients again. Clients that have moved stay where they
+/// are. A node that stops is not affected.
+#[utoipa::path(
+    delete, path = "/api/v1/nodes/{id}/drain", tag = "nodes",
+    operation_id = "cancel_drain",
+    params(("id" = String, Path, description = "Id of the node", pattern = "^[A-Za-z0-9_.:-]{1,64}$")),
+    responses((status = 200, description = "The number of nodes that have applied the command.", body = AppliedNodes), CommonResponses)
+)]
+pub(super) async fn cancel_drain(
+    State(node): State<Arc<Node>>,
+    Path(id): Path<String>,
+) -> Result<Json<AppliedNodes>, ApiError> {
+    let node_id = answering_node(&node, &id).await?;
+    Ok(Json(node.control.execute(ControlCommand::CancelDrain { node: node_id }).await?.into()))
+}
+
+/// Checks that a node with this id answers.
+async fn answering_node(node: &Node, id: &str) -> Result<NodeId, ApiError> {
+    let id: NodeId = parse_name(id)?;
+    if query_nodes(node).await?.iter().any(|node| node.node == id.as_str()) {
+        Ok(id)
+    } else {
+        Err(ApiError::new(ErrorCode::NotFound, "no node with this id has answered"))
     }
-    Ok(Json(node.control.execute(ControlCommand::Drain { node: id }).await?.into()))
 }
 
 /// Get sums over the cluster.
