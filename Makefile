@@ -1,6 +1,6 @@
 # The commands of this project. CI calls nothing else.
 
-.PHONY: help setup run build check test test-long test-full faults soak abuse sim sim-long sim-injected loadtest-injected fuzz fmt lint doc deny ci cluster bench bench-micro
+.PHONY: help setup run build check test test-long test-full test-versions faults soak abuse sim sim-long sim-injected loadtest-injected fuzz fmt lint doc deny ci cluster bench bench-micro
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -49,7 +49,7 @@ test-full: test test-long ## in 40 minutes: all of it; make soak and make abuse 
 # The part of `make test-full` beyond `make test`.
 test-long: setup build doc deny sim-long
 	SKEIN_FAULTS=full $(IT) --test-threads $(FAULTS_THREADS) --nocapture faults::
-	$(IT) --test-threads 1 --nocapture --ignored injected::
+	$(IT) --test-threads 1 --nocapture --ignored injected:: versions::
 	cargo build --locked --release -p gateway
 	SKEIN_GATEWAY=$(CURDIR)/target/release/gateway $(IT) --test-threads 1 --nocapture --ignored release:: soak::
 	SKEIN_GATEWAY=$(CURDIR)/target/release/gateway SKEIN_FAULTS=full $(IT) --nocapture loadtest::chaos_on
@@ -60,6 +60,9 @@ sim-long: ## 2,000 simulations, and injected faults that they must find
 
 faults: setup build ## the trials of docs/faults.md at full length
 	SKEIN_FAULTS=full $(IT) --test-threads $(FAULTS_THREADS) --nocapture faults::
+
+test-versions: setup build ## this version and the one before in one cluster, rolled forward and back under traffic
+	$(IT) --test-threads 1 --nocapture --ignored versions::
 
 soak: setup ## a million connections come and go, 15,000 leave at once; some 15 minutes
 	cargo build --locked --release -p gateway

@@ -45,6 +45,12 @@ pub(crate) enum LoadCommand {
     Ledger(LedgerArgs),
     /// As `ledger`, against a cluster into which faults are injected.
     Chaos(ChaosArgs),
+    /// As `ledger`, against a local cluster all of whose gateways are restarted, one after the other,
+    /// again and again; counts the moves of clients.
+    Deploy(DeployArgs),
+    /// As `ledger`, against a local cluster to which gateways are added; counts connections until
+    /// they are even.
+    Scale(ScaleArgs),
     /// Attacks a gateway while legitimate clients use it and a second one, and judges the effect on
     /// them.
     Abuse(AbuseArgs),
@@ -404,6 +410,64 @@ pub(crate) struct ChaosArgs {
     pub(crate) nginx_render: PathBuf,
     #[command(flatten)]
     pub(crate) external: ExternalArgs,
+    #[command(flatten)]
+    pub(crate) load: LoadArgs,
+}
+
+/// How gateways are replaced.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum DeployScheme {
+    /// A new gateway starts at a spare address before an old one stops.
+    Surge,
+    /// Each gateway stops, and starts again at its address.
+    InPlace,
+}
+
+/// Options of `loadtest deploy`. The run ends with the last deploy, whatever `--duration` says.
+#[derive(Clone, Debug, Args)]
+pub(crate) struct DeployArgs {
+    /// Number of gateways.
+    #[arg(long, default_value_t = 3, value_parser = count)]
+    pub(crate) nodes: usize,
+    /// Number of deploys, each of which restarts all gateways.
+    #[arg(long, default_value_t = 1, value_parser = count)]
+    pub(crate) deploys: usize,
+    /// How gateways are replaced.
+    #[arg(long, value_enum, default_value = "surge")]
+    pub(crate) scheme: DeployScheme,
+    /// The gateway program.
+    #[arg(long, default_value = "target/release/gateway")]
+    pub(crate) gateway: PathBuf,
+    /// `drain.restart_time` of the gateways: how long clients wait for one that restarts in place.
+    #[arg(long, default_value = "2s", value_parser = timeout)]
+    pub(crate) restart_time: Duration,
+    /// The gateway program of another version: the cluster starts with it, and each second deploy
+    /// returns to it.
+    #[arg(long)]
+    pub(crate) previous: Option<PathBuf>,
+    /// The script that renders nginx' configuration.
+    #[arg(long, default_value = "nginx/render.sh")]
+    pub(crate) nginx_render: PathBuf,
+    #[command(flatten)]
+    pub(crate) load: LoadArgs,
+}
+
+/// Options of `loadtest scale`. The run ends when the connections are even, at the latest after
+/// `--duration`.
+#[derive(Clone, Debug, Args)]
+pub(crate) struct ScaleArgs {
+    /// Number of gateways at the start.
+    #[arg(long, default_value_t = 2, value_parser = count)]
+    pub(crate) from: usize,
+    /// Number of gateways in the end.
+    #[arg(long, default_value_t = 4, value_parser = count)]
+    pub(crate) to: usize,
+    /// The gateway program.
+    #[arg(long, default_value = "target/release/gateway")]
+    pub(crate) gateway: PathBuf,
+    /// The script that renders nginx' configuration.
+    #[arg(long, default_value = "nginx/render.sh")]
+    pub(crate) nginx_render: PathBuf,
     #[command(flatten)]
     pub(crate) load: LoadArgs,
 }

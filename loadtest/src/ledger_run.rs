@@ -133,8 +133,14 @@ impl LedgerRun {
         self.began
     }
 
+    /// When members reconnected, and for how long each had been away.
+    pub(crate) fn reconnects(&self) -> Vec<(Instant, Duration)> {
+        let of_room = |room: &TestClients| room.checker.lock().reconnects().collect::<Vec<_>>();
+        self.rooms.iter().flat_map(of_room).collect()
+    }
+
     /// Number of open connections.
-    fn open(&self) -> u64 {
+    pub(crate) fn open(&self) -> u64 {
         self.timeline.lock().open()
     }
 

@@ -28,6 +28,7 @@ mod bench;
 mod ledger_run;
 mod chat;
 mod chaos;
+mod deploy;
 mod abuse;
 
 /// The command cannot run as given.
@@ -83,6 +84,14 @@ async fn run(command: LoadCommand) -> ExitCode {
         LoadCommand::Chaos(args) => {
             let output = args.load.output.clone();
             print_report(chaos::run(args).await.map(Some), &output)
+        }
+        LoadCommand::Deploy(args) => {
+            let output = args.load.output.clone();
+            print_report(deploy::run(args).await.map(Some), &output)
+        }
+        LoadCommand::Scale(args) => {
+            let output = args.load.output.clone();
+            print_report(deploy::scale(args).await.map(Some), &output)
         }
         LoadCommand::Abuse(args) if args.list => {
             print!("{}", abuse::list());

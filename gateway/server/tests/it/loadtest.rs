@@ -38,6 +38,41 @@ async fn passing_report(arguments: &[&str]) -> Value {
     report
 }
 
+/// Runs `loadtest` with processes of its own, without a judgement on the time they take.
+pub async fn counted_report(arguments: &[&str]) -> Value {
+    let render = concat!(env!("CARGO_MANIFEST_DIR"), "/../../nginx/render.sh");
+    let mut command = Command::new(loadtest());
+    command.args(arguments).args(["--nginx-render", render, "--json"]);
+    let output = timeout(Duration::from_secs(300), command.kill_on_drop(true).output());
+    let output = output.await.expect("it ends").unwrap();
+    let report = String::from_utf8_lossy(&output.stdout).into_owned();
+    let noted = String::from_utf8_lossy(&output.stderr);
+    let report: Value = serde_json::from_str(report.trim()).unwrap_or_else(|_| panic!("{noted}"));
+    assert_eq!(report["failures"], json!([]), "{report}");
+    report
+}
+
+/// The result of a step of a report.
+fn step<'a>(report: &'a Value, name: &str) -> &'a str {
+    let steps = report["steps"].as_array().unwrap();
+    let found = steps.iter().find(|step| step["name"] == name);
+    found.and_then(|step| step["result"].as_str()).unwrap_or_else(|| panic!("{report}"))
+}
+
+#[tokio::test]
+async fn a_deploy_moves_each_client_once_and_ends_even() {
+    let gateway = gateway_binary();
+    let load = ["--rooms", "6", "--members", "10", "--rate", "30/s", "--idle-timeout", "10s"];
+    for scheme in ["surge", "in-place"] {
+        // A busy machine takes longer to restart a gateway than the default.
+        let deploy = ["deploy", "--scheme", scheme, "--restart-time", "8s", "--gateway"];
+        let deploy = [&deploy[..], &[gateway.to_str().unwrap()], &load].concat();
+        let report = counted_report(&deploy).await;
+        assert_eq!(step(&report, "moves per client and deploy"), "1.000", "{report}");
+        assert_eq!(step(&report, "connections at the end"), "20 / 20 / 20", "{report}");
+    }
+}
+
 #[tokio::test]
 async fn connections_are_opened_held_and_reported() {
     let gateway = Gateway::start(&[]).await;

@@ -45,6 +45,7 @@ mod traces;
 mod deploy;
 mod stacks;
 mod loadtest;
+mod versions;
 #[cfg(debug_assertions)]
 mod injected;
 mod hardening;

@@ -1,7 +1,7 @@
 //! One test client on raw connections.
 //!
-//! It follows the protocol: it reconnects to the next URL when its connection ends or is silent,
-//! resumes from its cursor, and repeats unacknowledged messages with the same id after it has
+//! It follows the protocol: it reconnects to the next URL when its connection ends or is silent, when
+//! and to the node that `reconnect` says, resumes from its cursor, and repeats unacknowledged messages with the same id after it has
 //! received the entries that it missed.
 
 use std::{sync::Arc, time::Duration};
@@ -16,7 +16,7 @@ use skein_client::{
 use skein_protocol::{
     ids::{MessageId, RoomId},
     position::Position,
-    protocol::server_frame::{ErrorFrame, ServerFrame},
+    protocol::server_frame::{ErrorFrame, ReconnectFrame, ServerFrame},
 };
 use tokio::{
     sync::watch,
@@ -25,6 +25,9 @@ use tokio::{
 
 use super::{DeliveryChecker, report::Violation};
 use crate::clock::PreciseTimer;
+
+/// Time before a client connects again, unless the gateway has asked for another one.
+const RECONNECT_AFTER: Duration = Duration::from_millis(50);
 
 /// Behaviour of a client.
 #[derive(Clone, Debug)]
@@ -96,6 +99,10 @@ pub struct TestClient {
     is_paused: bool,
     /// Wakes it when a message is due.
     timer: PreciseTimer,
+    /// The advice of the last `reconnect` frame, until the connection has ended.
+    reconnect: Option<ReconnectFrame>,
+    /// The node that it named.
+    node: Option<String>,
 }
 
 impl TestClient {
@@ -117,6 +124,8 @@ impl TestClient {
             next_at: None,
             is_paused: false,
             timer: PreciseTimer::new(),
+            reconnect: None,
+            node: None,
         }
     }
 
@@ -130,17 +139,25 @@ impl TestClient {
             let mut options = ConnectOptions::new(url).user(self.profile.user.clone());
             options.connect_timeout = Duration::from_secs(1);
             options.tls.clone_from(&self.profile.tls);
+            options.node.clone_from(&self.node);
             if let Ok(mut connection) = ClientConnection::open(&options).await {
                 let mut is_connected = false;
                 self.run_connection(&mut connection, &mut is_connected).await;
                 if is_connected {
-                    self.checker.lock().on_disconnected();
+                    self.checker.lock().on_disconnected(self.number);
                 }
             }
             if let Some(unacked) = &mut self.unacked {
                 (unacked.sent, unacked.retry_at) = (None, None);
             }
-            sleep_until(Instant::now() + Duration::from_millis(50)).await;
+            let after = match self.reconnect.take() {
+                Some(ReconnectFrame { after_ms, node, .. }) => {
+                    self.node = node;
+                    Duration::from_millis(after_ms)
+                }
+                None => RECONNECT_AFTER,
+            };
+            sleep_until(Instant::now() + after).await;
         }
     }
 
@@ -323,6 +340,9 @@ impl TestClient {
                     format!("ack of no pending message: {ack:?}"),
                 ),
             },
+            ReceivedMessage::Frame(ServerFrame::Reconnect(reconnect), _) => {
+                self.reconnect = Some(reconnect);
+            }
             ReceivedMessage::Frame(ServerFrame::Error(error), _) => {
                 self.handle_error(&mut checker, &error, recovery_end.is_some(), join_at);
             }
@@ -333,8 +353,7 @@ impl TestClient {
                 | ServerFrame::MemberJoined(_)
                 | ServerFrame::MemberLeft(_)
                 | ServerFrame::PresenceDiff(_)
-                | ServerFrame::Unknown
-                | ServerFrame::Reconnect(_),
+                | ServerFrame::Unknown,
                 _,
             )
             | ReceivedMessage::Ping(_)

@@ -50,6 +50,10 @@ struct CheckedClient {
     resets: usize,
     not_recovered: usize,
     connections: usize,
+    /// When its last connection ended.
+    away_since: Option<Instant>,
+    /// When it reconnected, and for how long it had been away.
+    reconnects: Vec<(Instant, Duration)>,
     last_arrival: Option<Instant>,
     longest_silence: Duration,
     /// Its own message that was acknowledged last.
@@ -137,13 +141,24 @@ impl DeliveryChecker {
 
     /// Records a new connection of a client.
     pub fn on_connected(&mut self, client: usize) {
-        self.clients[client].connections += 1;
-        self.timeline.lock().connected(Instant::now());
+        let (client, now) = (&mut self.clients[client], Instant::now());
+        client.connections += 1;
+        if let Some(since) = client.away_since.take() {
+            client.reconnects.push((now, now - since));
+        }
+        self.timeline.lock().connected(now);
     }
 
     /// Records the end of a connection.
-    pub fn on_disconnected(&mut self) {
-        self.timeline.lock().ended(Instant::now());
+    pub fn on_disconnected(&mut self, client: usize) {
+        let now = Instant::now();
+        self.clients[client].away_since = Some(now);
+        self.timeline.lock().ended(now);
+    }
+
+    /// When clients reconnected, and for how long each had been away.
+    pub fn reconnects(&self) -> impl Iterator<Item = (Instant, Duration)> {
+        self.clients.iter().flat_map(|client| client.reconnects.iter().copied())
     }
 
     /// Records that a client disconnects on purpose, so that the time without deliveries is no
