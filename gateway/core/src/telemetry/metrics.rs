@@ -15,7 +15,7 @@ use prometheus::{
     Gauge, GaugeVec, Histogram, HistogramOpts, HistogramVec, IntCounter, IntCounterVec, IntGauge,
     IntGaugeVec, Opts, Registry, core::Collector,
 };
-use skein_protocol::error::ErrorCode;
+use skein_protocol::{close::CloseCode, error::ErrorCode};
 
 use super::{legacy, log_limiter::LogLimiter};
 
@@ -346,7 +346,13 @@ impl Metrics {
         let registry = Registry::new();
         let process = prometheus::process_collector::ProcessCollector::for_self();
         registry.register(Box::new(process)).expect("nothing else is in a fresh registry");
-        Self::register(registry)
+        let metrics = Self::register(registry);
+        // A series that begins with its first increment has no increase: alerts would miss the first
+        // surge.
+        for code in CloseCode::ALL.map(CloseCode::number).into_iter().chain([1005, 1006]) {
+            metrics.disconnects.with_label_values(&[&code.to_string()]);
+        }
+        metrics
     }
 
     /// Exports the name of this node, its version and commit.
@@ -380,8 +386,7 @@ impl Metrics {
 
     /// Counts a connection that was closed with `code`.
     pub fn disconnected(&self, code: u16) {
-        let known =
-            skein_protocol::close::CloseCode::ALL.iter().any(|known| known.number() == code);
+        let known = CloseCode::ALL.iter().any(|known| known.number() == code);
         let text = match code {
             1005 | 1006 => code.to_string(),
             _ if known => code.to_string(),
