@@ -49,7 +49,7 @@ test-full: test test-long ## in 40 minutes: all of it; make soak and make abuse 
 # The part of `make test-full` beyond `make test`.
 test-long: setup build doc deny sim-long
 	SKEIN_FAULTS=full $(IT) --test-threads $(FAULTS_THREADS) --nocapture faults::
-	$(IT) --test-threads 1 --nocapture --ignored injected:: versions::
+	$(IT) --test-threads 1 --nocapture --ignored injected:: versions:: monitoring::
 	cargo build --locked --release -p gateway
 	SKEIN_GATEWAY=$(CURDIR)/target/release/gateway $(IT) --test-threads 1 --nocapture --ignored release:: soak::
 	SKEIN_GATEWAY=$(CURDIR)/target/release/gateway SKEIN_FAULTS=full $(IT) --nocapture loadtest::chaos_on

@@ -4,7 +4,8 @@
 # Usage: setup.sh [package...]; without arguments all packages. Needs root or sudo only if a package is missing.
 set -eu
 
-[ $# -gt 0 ] || set -- gcc libc6-dev redis-server nginx chromium chromium-driver openssl python3 valkey-server iproute2 git prometheus haproxy caddy
+[ $# -gt 0 ] || set -- gcc libc6-dev redis-server nginx chromium chromium-driver openssl python3 valkey-server iproute2 git \
+    prometheus prometheus-blackbox-exporter faketime haproxy caddy
 
 missing=
 backports=

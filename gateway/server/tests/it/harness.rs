@@ -628,8 +628,13 @@ impl Node {
     /// `skein_core::fault_injection::DeliveryFault`.
     #[cfg(debug_assertions)]
     pub async fn start_with_fault(fault: &str, extra: &[(&str, &str)]) -> Self {
+        Self::start_in(&[(skein_core::fault_injection::VARIABLE, fault.to_owned())], extra).await
+    }
+
+    /// As [`Node::start_alone`], with these environment variables.
+    pub async fn start_in(environment: &[(&str, String)], extra: &[(&str, &str)]) -> Self {
         let mut command = Command::new(gateway_binary());
-        command.env(skein_core::fault_injection::VARIABLE, fault);
+        command.envs(environment.iter().map(|(name, value)| (*name, value)));
         Self::run(command, extra).await
     }
 

@@ -44,6 +44,8 @@ mod nodes;
 mod traces;
 mod deploy;
 mod stacks;
+#[cfg(debug_assertions)]
+mod monitoring;
 mod loadtest;
 mod versions;
 #[cfg(debug_assertions)]

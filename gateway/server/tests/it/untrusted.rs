@@ -26,15 +26,15 @@ use crate::harness::{
 /// Maximum time until a room has recovered.
 const RECOVERS_MAX: Duration = Duration::from_secs(5);
 
-type Command = Vec<Vec<u8>>;
+pub type Command = Vec<Vec<u8>>;
 
 /// A command of text words.
-fn words(text: &str) -> Command {
+pub fn words(text: &str) -> Command {
     text.split(' ').map(|word| word.as_bytes().to_vec()).collect()
 }
 
 /// Sends commands, and returns the first line of each reply.
-async fn call(redis: &Redis, commands: &[Command]) -> String {
+pub async fn call(redis: &Redis, commands: &[Command]) -> String {
     let mut socket = TcpStream::connect(redis.address()).await.unwrap();
     for command in commands {
         let mut bytes = format!("*{}\r\n", command.len()).into_bytes();
@@ -60,7 +60,7 @@ async fn metric(admin: SocketAddr, name: &str) -> u64 {
 }
 
 /// An envelope of `room` with these fields.
-fn envelope(room: &RoomId, fields: impl FnOnce(MessageId) -> String) -> Vec<u8> {
+pub fn envelope(room: &RoomId, fields: impl FnOnce(MessageId) -> String) -> Vec<u8> {
     let id = MessageId::random();
     let parts = EnvelopeParts {
         frame: Default::default(),
