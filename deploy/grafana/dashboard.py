@@ -339,7 +339,6 @@ panel(
     "Connections per gateway",
     "nginx routes a new client to the gateway with the fewest connections, and a returning client to its former one.",
     (select("gateway_connections"), INSTANCE),
-    w=8,
     stack=True,
     runbook=["GatewayUneven"],
 )
@@ -348,9 +347,14 @@ panel(
     "Connections divided by those that a node accepts (`limits.connections_max`).",
     (f"{select('gateway_connections')} / ({select('gateway_connections_max')} > 0)", INSTANCE),
     unit="percentunit",
-    w=8,
     above=0.85,
     runbook=["GatewayConnectionsNearLimit"],
+)
+panel(
+    "Rebalancing",
+    "Connections per second that each gateway asks to move to an emptier one.",
+    (rate("gateway_rebalanced_connections_total", "instance"), INSTANCE),
+    unit="ops",
 )
 panel(
     "Handshakes",
@@ -358,7 +362,6 @@ panel(
     (rate("gateway_handshakes_total", "result"), "{{result}}"),
     (rate("gateway_handshakes_abandoned_total"), "abandoned"),
     unit="ops",
-    w=8,
     runbook=["GatewayNoTraffic"],
 )
 panel(

@@ -533,6 +533,27 @@ impl Redis {
         *self = Self::start_at(self.port, folder, self.keep, self.program).await;
     }
 
+    /// Copies its append-only file while it runs, as docs/operations.md says.
+    pub async fn back_up(&self) -> TempDir {
+        let rewrite = "CONFIG SET auto-aof-rewrite-percentage";
+        assert_eq!(self.command(&format!("{rewrite} 0")).await.as_deref(), Some("+OK"));
+        until("no rewrite runs", async || {
+            self.answer("INFO persistence").await.contains("aof_rewrite_in_progress:0")
+        })
+        .await;
+        let backup = TempDir::new().unwrap();
+        copy_folder(&self.folder, backup.path());
+        self.command(&format!("{rewrite} 100")).await;
+        backup
+    }
+
+    /// Replaces its files, while it does not run, by those of a backup.
+    pub fn restore(&self, backup: &TempDir) {
+        std::fs::remove_dir_all(&self.folder).unwrap();
+        std::fs::create_dir(&self.folder).unwrap();
+        copy_folder(backup.path(), &self.folder);
+    }
+
     pub fn address(&self) -> SocketAddr {
         SocketAddr::from(([127, 0, 0, 1], self.port))
     }

@@ -44,6 +44,7 @@ mod nodes;
 mod traces;
 mod deploy;
 mod stacks;
+mod operations;
 #[cfg(debug_assertions)]
 mod monitoring;
 mod loadtest;

@@ -3,6 +3,8 @@
 //!
 //! `make test` causes the worst of them, `make test-full` all.
 
+#![allow(clippy::large_futures, reason = "each is awaited once, in a test")]
+
 use std::{net::SocketAddr, time::Duration};
 
 use serde_json::json;
@@ -28,11 +30,12 @@ use crate::{
     untrusted::{call, envelope, words},
 };
 
-/// Options of every node: no limits, and clients may be silent.
-const OPTIONS: [(&str, &str); 3] = [
+/// Options of every node: no limits, clients may be silent, and uneven nodes stay so.
+const OPTIONS: [(&str, &str); 4] = [
     ("limits.messages_per_second", "0"),
     ("limits.frames_per_second", "0"),
     ("heartbeat.idle_timeout", "20m"),
+    ("rebalance.per_second", "0"),
 ];
 
 struct Cluster {
