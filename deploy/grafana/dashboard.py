@@ -508,6 +508,89 @@ panel(
     unit="ops",
 )
 
+row("Signals")
+panel(
+    "Messages by kind",
+    "Messages that clients and the application sent, and those placed in outboxes, per second.",
+    (rate("gateway_messages_received_total", "kind"), "in {{kind}}"),
+    (rate("gateway_messages_sent_total", "kind"), "out {{kind}}"),
+    unit="ops",
+)
+panel(
+    "Delivery p50 and p99",
+    "Time from the acceptance of a message on any gateway until it was written to the sockets of this one.",
+    (quantile(0.5, "gateway_delivery_seconds"), "p50"),
+    (quantile(0.99, "gateway_delivery_seconds"), "p99"),
+    unit="s",
+    log=True,
+)
+panel(
+    "Handling p99 by frame",
+    "Time from reading a frame of a client to its complete handling, by the type of the frame.",
+    (quantile(0.99, "gateway_frame_seconds", "type"), "{{type}}"),
+    unit="s",
+    log=True,
+)
+panel(
+    "Ping p50 and p99",
+    "Round trip of pings to clients. A rise of both is the network; a rise of the 99th percentile only, some clients.",
+    (quantile(0.5, "gateway_ping_seconds"), "p50"),
+    (quantile(0.99, "gateway_ping_seconds"), "p99"),
+    unit="s",
+    log=True,
+)
+panel(
+    "Canaries",
+    "Time that a canary takes from one gateway to another through Redis, the slowest of each sender.",
+    (f"max by (from) ({select('gateway_canary_seconds')})", "from {{from}}"),
+    unit="s",
+)
+panel(
+    "Handshakes refused by cause",
+    "Handshakes that opened no connection, per second.",
+    (rate("gateway_handshakes_refused_total", "cause"), "{{cause}}"),
+    unit="ops",
+)
+panel(
+    "Joins and reconnects",
+    "Joins by result, and connections that continue a session, per second.",
+    (rate("gateway_joins_total", "result"), "join {{result}}"),
+    (rate("gateway_reconnects_total"), "reconnects"),
+    unit="ops",
+)
+panel(
+    "Transports and users",
+    "Connections by transport, and users with a connection, summed over the gateways.",
+    (f"sum by (transport) ({select('gateway_transport_connections')})", "{{transport}}"),
+    (f"sum({select('gateway_users')})", "users"),
+)
+panel(
+    "Outboxes",
+    "Bytes that wait for clients: all, and the fullest outbox. Clients that read too slowly fill theirs.",
+    (f"sum by (instance) ({select('gateway_outbox_bytes')})", "{{instance}} all"),
+    (f"max by (instance) ({select('gateway_outbox_largest_bytes')})", "{{instance}} fullest"),
+    unit="bytes",
+)
+panel(
+    "Queued frames and messages",
+    "Frames that wait for clients, and messages of the bus that wait for shards.",
+    (f"sum({select('gateway_outbox_frames')})", "frames in outboxes"),
+    (f"sum({select('gateway_mailbox_messages')})", "messages in mailboxes"),
+    (f"max({select('gateway_mailbox_largest_messages')})", "fullest mailbox"),
+)
+panel(
+    "Publishes that wait for Redis",
+    "Bytes in the queue of each gateway. Above 64 MiB it answers overloaded.",
+    (select("gateway_publish_queue_bytes"), INSTANCE),
+    unit="bytes",
+)
+panel(
+    "Server API",
+    "Requests per second by status, and the 99th percentile of their time.",
+    (rate("gateway_api_requests_total", "status"), "{{status}}"),
+    (quantile(0.99, "gateway_api_request_seconds"), "p99, s"),
+)
+
 row("Repair")
 panel(
     "Bus up",

@@ -25,7 +25,7 @@ use crate::{
     drain::Tasks,
     hub::{Hub, presence::wire_time},
     presence::PresenceTracker,
-    telemetry::{metrics::Metrics, trail::MessageTrails},
+    telemetry::{metrics::Metrics, top::InputCounts, trail::MessageTrails},
 };
 
 /// How long the sender of a command waits for all nodes to apply it.
@@ -248,6 +248,22 @@ impl Control {
                     "publishes": self.metrics.publishes.sum(),
                     "deliveries": self.metrics.deliveries.get(),
                 })
+            }
+            NodeQuery::Top { by, limit } => {
+                let (users, addresses) =
+                    self.metrics.senders.top(by, limit as usize, Instant::now());
+                let row = |key: &str, name: String, counts: InputCounts| {
+                    let InputCounts { frames, bytes, refusals } = counts;
+                    json!({ key: name, "frames": frames, "bytes": bytes, "refusals": refusals })
+                };
+                let users = users.into_iter();
+                let users: Vec<_> =
+                    users.map(|(user, counts)| row("user", user.to_string(), counts)).collect();
+                let addresses = addresses.into_iter();
+                let addresses: Vec<_> = addresses
+                    .map(|(address, counts)| row("address", address.to_string(), counts))
+                    .collect();
+                json!({ "node": self.node, "users": users, "addresses": addresses })
             }
             NodeQuery::Trail { id, user } => {
                 let mut logs = Vec::new();

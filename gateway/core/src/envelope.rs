@@ -22,6 +22,8 @@
 //! its publish. It is part of no frame. Gateways that do not know it pass it to their clients, which
 //! ignore it like every field that they do not know (docs/adr/0021).
 
+use std::time::SystemTime;
+
 use base64::{Engine as _, engine::general_purpose::STANDARD};
 use bytes::{BufMut, Bytes, BytesMut};
 use sha1::{Digest as _, Sha1};
@@ -33,7 +35,7 @@ use skein_protocol::{
 };
 use skein_websocket::Opcode;
 
-use crate::telemetry::traces::TraceContext;
+use crate::telemetry::{metrics::EntryKind, traces::TraceContext};
 
 mod fields;
 
@@ -93,6 +95,15 @@ pub enum FrameType {
 }
 
 impl FrameType {
+    /// The kind of message in metrics.
+    pub fn entry_kind(self) -> EntryKind {
+        match self {
+            Self::Message => EntryKind::Message,
+            Self::Direct => EntryKind::Direct,
+            Self::Notification => EntryKind::Notification,
+        }
+    }
+
     const ALL: [Self; 3] = [Self::Message, Self::Direct, Self::Notification];
 
     /// The value of `type`.
@@ -204,6 +215,17 @@ impl Envelope {
     /// The `type` of the frame that clients receive.
     pub fn frame_type(&self) -> FrameType {
         FrameType::ALL[usize::from(self.0[1] >> FRAME_SHIFT)]
+    }
+
+    /// When a node accepted the message: the `timestamp` of its frame.
+    pub fn accepted_at(&self) -> Option<SystemTime> {
+        const KEY: &[u8] = b"\"timestamp\":\"";
+        let fields = self.fields();
+        // Fields of the client come before it, so that the last one of this name counts.
+        let start = fields.windows(KEY.len()).rposition(|window| window == KEY)? + KEY.len();
+        let end = start + fields[start..].iter().position(|byte| *byte == b'"')?;
+        let text = std::str::from_utf8(&fields[start..end]).ok()?;
+        skein_protocol::parse_timestamp(text)
     }
 
     /// Whether `author` sent the message.

@@ -32,7 +32,7 @@ use crate::{
     limits::quotas::{ENTRY_BYTES, Quotas, Writer},
     rooms::RoomRules,
     telemetry::{
-        metrics::{Metrics, StorageLimit},
+        metrics::{EntryKind, Metrics, StorageLimit},
         traces::{OpenSpan, SpanKind, TraceContext, Tracer},
         trail::MessageTrails,
     },
@@ -232,6 +232,7 @@ impl Publisher {
             }
             return Err(error);
         }
+        self.metrics.messages_received.of(frame.entry_kind()).inc();
         let record = self.record(span);
         match &message.to {
             Recipient::Room(room) if self.rules.is_durable(room) => {
@@ -313,6 +314,7 @@ impl Publisher {
         let timestamp = skein_protocol::timestamp(SystemTime::now());
         let notification = NotificationFields { id, payload, require_ack, timestamp: &timestamp };
         let fields = serde_json::to_string(&notification).expect("the fields are JSON");
+        self.metrics.messages_received.of(EntryKind::Notification).inc();
         let mut span = self.begin_span(FrameType::Notification, id, parent);
         if let Some(span) = &mut span {
             span.set("skein.inbox_of", user.to_string());

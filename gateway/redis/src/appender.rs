@@ -9,7 +9,7 @@
 //! its lease. Another server gets this node's [unconfirmed publishes](skein_core::bus::unconfirmed)
 //! first.
 
-use std::{collections::VecDeque, sync::Arc};
+use std::{collections::VecDeque, sync::Arc, time::SystemTime};
 
 use futures_util::{StreamExt as _, stream::FuturesOrdered};
 use redis::{
@@ -576,6 +576,17 @@ async fn send_probe(
     let Some((_, channel)) = links.probe.channel() else { return Ok(()) };
     let number = links.probe.send(Instant::now());
     let publish = server.keyspace.publish();
+    if server.owns(0)
+        && let Some(canary) = links.canary.due(Instant::now(), SystemTime::now())
+    {
+        // Best effort: a failure shows in the probe as well.
+        let channel = server.keyspace.canary_channel();
+        let mut publish = redis::cmd(publish);
+        publish.arg(channel).arg(canary);
+        if let Err(error) = publish.query_async::<()>(&mut connection).await {
+            tracing::debug!(%error, "cannot publish a canary");
+        }
+    }
     let sent = redis::cmd(publish).arg(channel).arg(number).query_async(&mut connection).await;
     match sent {
         // Another channel is chosen once it is known where this one is.

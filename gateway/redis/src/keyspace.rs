@@ -62,6 +62,11 @@ impl Keyspace {
         self.key(0, "pokes")
     }
 
+    /// The channel of the canaries of all nodes.
+    pub(super) fn canary_channel(self) -> String {
+        self.key(0, "canary")
+    }
+
     /// The key that records the number of partitions.
     pub(super) fn partition_count(self) -> String {
         self.key(0, "partitions")

@@ -13,6 +13,7 @@ mod bus;
 mod options;
 mod agreement;
 mod appender;
+mod canary;
 mod requirements;
 mod error;
 mod retry;

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use tokio::sync::{Notify, watch};
 
-use super::{probe::Probe, server::RedisServer};
+use super::{canary::Canary, probe::Probe, server::RedisServer};
 use skein_core::{bus::node_state::NodeState, delivery::ServerId, telemetry::metrics::Metrics};
 
 /// The state of both links.
@@ -18,6 +18,8 @@ pub(super) struct LinkStates {
     pub(super) wake_up: Notify,
     /// Checks that this node receives what it publishes.
     pub(super) probe: Probe,
+    /// Measures the path between nodes.
+    pub(super) canary: Canary,
     pub(super) metrics: Arc<Metrics>,
     pub(super) node_state: Arc<NodeState>,
 }
@@ -53,12 +55,13 @@ impl LinkTargets {
 }
 
 impl LinkStates {
-    pub(super) fn new(node_state: Arc<NodeState>, metrics: Arc<Metrics>) -> Self {
+    pub(super) fn new(node: &str, node_state: Arc<NodeState>, metrics: Arc<Metrics>) -> Self {
         Self {
             targets: watch::Sender::default(),
             reconnect_all: watch::Sender::default(),
             wake_up: Notify::new(),
             probe: Probe::new(),
+            canary: Canary::new(node, metrics.clone()),
             metrics,
             node_state,
         }

@@ -229,6 +229,8 @@ impl Router {
         if let Some(renewed) = self.node_state().lease_renewed() {
             metrics.lease_age_seconds.set((now - renewed).as_secs_f64());
         }
+        let queued = QUEUE_BYTES_MAX.saturating_sub(self.capacity.available_permits());
+        metrics.publish_queue_bytes.set(queued as i64);
         let all_connections = self.connections_by_groups();
         let ages = all_connections.iter().map(|(connections, _)| connections.links.probe.age(now));
         metrics.bus_probe_age_seconds.set(ages.max().unwrap_or_default().as_secs_f64());
@@ -554,7 +556,8 @@ impl ConnectionContext {
             requirements: Requirements::default(),
         });
         let node_state = self.mailboxes.node_state().clone();
-        let links = Arc::new(LinkStates::new(node_state, self.metrics.clone()));
+        let node = self.process.node_prefix().trim_end_matches('/');
+        let links = Arc::new(LinkStates::new(node, node_state, self.metrics.clone()));
         let log = RedisLog::new(server.clone(), self.metrics.clone());
         let appender = appender::start(server.clone(), links.clone(), &tasks);
         let mailboxes = self.mailboxes.clone();

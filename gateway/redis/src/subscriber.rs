@@ -17,6 +17,7 @@ use std::{
         Arc,
         atomic::{AtomicBool, Ordering},
     },
+    time::SystemTime,
 };
 
 use bytes::Bytes;
@@ -329,7 +330,9 @@ impl SubscribeWorker {
         };
         probe.reset();
         let mut channels = vec![probe.choose_channel(keyspace, group)];
-        channels.extend(wake_up_channel.then(|| keyspace.wake_up_channel()));
+        if wake_up_channel {
+            channels.extend([keyspace.wake_up_channel(), keyspace.canary_channel()]);
+        }
         subscribe_to(connection, keyspace, &channels).await
     }
 
@@ -410,11 +413,11 @@ impl SubscribeWorker {
         let (lost, closed) = (receiver.lost.clone(), receiver.closed.clone());
         let (mailboxes, links) = (self.mailboxes.clone(), self.links.clone());
         let (server, subscribed) = (self.server.clone(), self.subscribed.clone());
-        let (wake_up_channel, tasks) = (server.keyspace.wake_up_channel(), self.tasks.clone());
+        let (own_channels, tasks) = (OwnChannels::of(server.keyspace), self.tasks.clone());
         let take = move |push: PushInfo| {
             match push.kind {
                 PushKind::Message | PushKind::SMessage => {
-                    match decode_push(push.data, &links.probe, &wake_up_channel) {
+                    match decode_push(push.data, &links.probe, &own_channels) {
                         Push::Entry(room, entry) => {
                             // Late messages of a server that was replaced would follow those of its
                             // successor.
@@ -429,6 +432,13 @@ impl SubscribeWorker {
                         }
                         Push::Probe(number) => links.probe.received(number, Instant::now()),
                         Push::WakeUp => links.wake_up.notify_one(),
+                        Push::Canary(payload) => {
+                            let (now, wall) = (Instant::now(), SystemTime::now());
+                            if !links.canary.received(&payload, now, wall) {
+                                let kind = InvalidValue::PubsubMessage;
+                                untrusted::report(&links.metrics, kind, &own_channels.canary);
+                            }
+                        }
                         Push::Invalid(channel) => {
                             untrusted::report(&links.metrics, InvalidValue::PubsubMessage, channel);
                         }
@@ -523,18 +533,31 @@ enum Push {
     Ephemeral(RoomId, EphemeralEvent),
     Probe(u64),
     WakeUp,
+    Canary(Bytes),
     /// A message that no gateway publishes, with its channel.
     Invalid(String),
 }
 
+/// The channels that all nodes share.
+struct OwnChannels {
+    wake_up: String,
+    canary: String,
+}
+
+impl OwnChannels {
+    fn of(keyspace: Keyspace) -> Self {
+        Self { wake_up: keyspace.wake_up_channel(), canary: keyspace.canary_channel() }
+    }
+}
+
 /// Decodes `[channel, payload]`.
-fn decode_push(data: Vec<Value>, probe: &Probe, wake_up_channel: &str) -> Push {
+fn decode_push(data: Vec<Value>, probe: &Probe, own_channels: &OwnChannels) -> Push {
     let data: Result<[Value; 2], _> = data.try_into();
     let Ok([Value::BulkString(channel), Value::BulkString(payload)]) = data else {
         return Push::Invalid("?".to_owned());
     };
     let channel = String::from_utf8_lossy(&channel);
-    let push = decode_payload(&channel, payload.into(), probe, wake_up_channel);
+    let push = decode_payload(&channel, payload.into(), probe, own_channels);
     push.unwrap_or_else(|| Push::Invalid(channel.into_owned()))
 }
 
@@ -543,13 +566,16 @@ fn decode_payload(
     channel: &str,
     payload: Bytes,
     probe: &Probe,
-    wake_up_channel: &str,
+    own_channels: &OwnChannels,
 ) -> Option<Push> {
     if probe.is_to(channel) {
         return Some(Push::Probe(std::str::from_utf8(&payload).ok()?.parse().ok()?));
     }
-    if channel == wake_up_channel {
+    if channel == own_channels.wake_up {
         return Some(Push::WakeUp);
+    }
+    if channel == own_channels.canary {
+        return Some(Push::Canary(payload));
     }
     let room = Keyspace::room(channel)?;
     if payload.first() == Some(&b'!') {

@@ -41,12 +41,6 @@ const TCP_CONNECTIONS_SPARE: usize = 500;
 /// The same per address, so that an address with too many WebSockets still gets HTTP 429.
 const TCP_CONNECTIONS_PER_IP_SPARE: usize = 100;
 
-/// The commit that this binary was built from.
-const COMMIT: &str = match option_env!("SKEIN_COMMIT") {
-    Some(commit) => commit,
-    None => "unknown",
-};
-
 /// A running gateway.
 pub struct Server {
     /// Address that clients connect to, with the actual port for port 0.
@@ -92,7 +86,7 @@ impl Server {
     pub async fn start(config: Config) -> Result<Self, StartError> {
         let tasks = Tasks::default();
         let metrics = Arc::new(Metrics::new().with_legacy_names(config.legacy_metric_names));
-        metrics.set_info(config.node.as_str(), env!("CARGO_PKG_VERSION"), COMMIT);
+        metrics.set_info(config.node.as_str(), env!("CARGO_PKG_VERSION"), crate::version::COMMIT);
         let tracer = match &config.otlp {
             Some(options) => otlp::start(options, &config.node, &metrics, &tasks)?,
             None => Tracer::default(),

@@ -24,6 +24,11 @@ pub fn timestamp(now: std::time::SystemTime) -> String {
     humantime::format_rfc3339_millis(UNIX_EPOCH + since).to_string()
 }
 
+/// The time that a [`timestamp`] states; `None` if `text` is not one.
+pub fn parse_timestamp(text: &str) -> Option<std::time::SystemTime> {
+    humantime::parse_rfc3339(text).ok()
+}
+
 #[cfg(test)]
 mod tests {
     use std::time::{Duration, UNIX_EPOCH};
@@ -34,5 +39,8 @@ mod tests {
         assert_eq!(at(0), "1970-01-01T00:00:00.000Z");
         assert_eq!(at(253_402_300_800), "9999-12-31T23:59:59.000Z");
         assert_eq!(super::timestamp(UNIX_EPOCH - Duration::from_secs(1)), at(0));
+        let read = super::parse_timestamp("2026-01-02T03:04:05.678Z").unwrap();
+        assert_eq!(super::timestamp(read), "2026-01-02T03:04:05.678Z");
+        assert_eq!(super::parse_timestamp("2026"), None);
     }
 }

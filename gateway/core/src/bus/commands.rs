@@ -15,6 +15,7 @@ use serde::{Deserialize, Serialize};
 use skein_protocol::ids::{MessageId, NodeId, RoomId, UserId};
 
 use super::{BoxFuture, BusError, sessions::SessionSelector, sessions::UnixMicros};
+use crate::telemetry::top::InputOrder;
 
 /// The position of a command in the queue: later ones are greater.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -76,6 +77,13 @@ pub enum NodeQuery {
     },
     /// State of the node.
     Node,
+    /// The users and addresses that send most to the node.
+    Top {
+        /// The order.
+        by: InputOrder,
+        /// The most rows of each list.
+        limit: u32,
+    },
     /// Where the node has delivered a message.
     Trail {
         /// The id of the message.

@@ -473,6 +473,15 @@ impl Mailboxes {
         }
     }
 
+    /// The messages that wait in all mailboxes, and in the one that has most.
+    pub fn waiting(&self) -> (usize, usize) {
+        let waiting = self.shards.iter().map(|mailbox| {
+            let Mailbox { sender, .. } = mailbox;
+            sender.max_capacity() - sender.capacity()
+        });
+        waiting.fold((0, 0), |(all, most), count| (all + count, most.max(count)))
+    }
+
     /// Requests a resync of every room of every shard.
     pub fn mark_all_stale(&self) {
         for mailbox in &*self.shards {

@@ -203,6 +203,11 @@ impl Outbox {
         self.queue.lock().bytes
     }
 
+    /// The number of queued frames.
+    pub fn frames(&self) -> usize {
+        self.queue.lock().frames.len()
+    }
+
     /// Writes as much of the queue as the socket takes. Never blocks.
     pub fn flush(&self) {
         let mut queue = self.queue.lock();

@@ -31,7 +31,14 @@ pub enum JoinStart {
     /// As `Since`, for an inbox: everything that follows is delivered as entries, without a
     /// `joined`. If the position cannot be resumed, the connection receives `reset` and continues
     /// after the given number.
-    InboxSince(Position, Seq),
+    InboxSince {
+        /// The position.
+        since: Position,
+        /// The number to continue after otherwise.
+        or: Seq,
+        /// Whether the client named the position; if not, the gateway remembered it.
+        is_resume: bool,
+    },
 }
 
 /// A join that has not been answered.
@@ -92,11 +99,20 @@ impl JoinPlan {
         Self { start, refreshed: false, lost: None }
     }
 
+    /// Whether the client named a position.
+    pub fn is_resume(&self) -> bool {
+        match self.start {
+            JoinStart::Newest(_) => false,
+            JoinStart::Since(_) => true,
+            JoinStart::InboxSince { is_resume, .. } => is_resume,
+        }
+    }
+
     /// The next step, from the replica of a room. A room that is not `durable` has no log.
     pub fn next(&mut self, replica: &RoomReplica, durable: bool) -> JoinStep {
         let Some(top) = replica.top() else { return JoinStep::Refresh };
         let since = match &self.start {
-            JoinStart::InboxSince(since, or) => {
+            JoinStart::InboxSince { since, or, .. } => {
                 let (since, or) = (since.clone(), Position::new(top.epoch.clone(), *or));
                 return self.next_of_inbox(replica, since, or);
             }
@@ -157,7 +173,7 @@ impl JoinPlan {
     fn count(&self) -> u32 {
         match self.start {
             JoinStart::Newest(count) => count,
-            JoinStart::Since(_) | JoinStart::InboxSince(..) => history_default(),
+            JoinStart::Since(_) | JoinStart::InboxSince { .. } => history_default(),
         }
     }
 
@@ -397,7 +413,8 @@ mod tests {
     #[test]
     fn inbox_continues_without_joined_or_is_reset() {
         let replica = replica("1-e", 1..=9);
-        let inbox = |at, or| JoinPlan::new(JoinStart::InboxSince(at, or));
+        let inbox =
+            |at, or| JoinPlan::new(JoinStart::InboxSince { since: at, or, is_resume: true });
         let step = inbox(position("1-e", 4), 9).next(&replica, true);
         let JoinStep::AdmitToInbox(cursor, None) = step else { panic!("{step:?}") };
         assert_eq!(cursor, position("1-e", 4));

@@ -1,6 +1,6 @@
 //! One connection in one room: its cursor, and whether it receives entries as they arrive.
 
-use std::sync::Arc;
+use std::{sync::Arc, time::SystemTime};
 
 use skein_protocol::{
     ids::{RoomId, RoomKind},
@@ -16,9 +16,9 @@ use crate::{
     delivery::{Entry, is_fault_injected, replica::RetentionContext},
     envelope::Envelope,
     telemetry::{
-        metrics::Metrics,
+        metrics::{EntryKind, Label as _, Metrics},
         traces::{OpenSpan, SpanKind, Tracer},
-        trail::{FanOutCounts, MessageTrails},
+        trail::{FanOutCounts, MessageTrails, MissedDelivery},
     },
 };
 
@@ -38,6 +38,10 @@ pub(super) struct ShardBatch {
     touched: Vec<Arc<ConnectionHandle>>,
     /// The number of entries queued in outboxes.
     deliveries: u64,
+    /// The number of messages of each kind queued in outboxes.
+    sent: [u64; EntryKind::ALL.len()],
+    /// The message of this batch whose delivery is timed.
+    timed: Option<Envelope>,
     /// The number of members that fell behind.
     new_slow_consumers: u64,
 }
@@ -61,6 +65,8 @@ impl ShardBatch {
             lost,
             touched,
             deliveries: 0,
+            sent: [0; EntryKind::ALL.len()],
+            timed: None,
             new_slow_consumers: 0,
         }
     }
@@ -101,12 +107,13 @@ impl ShardBatch {
         Some(span)
     }
 
-    /// Records the fan-out of an entry with a position, and its span.
+    /// Records and counts the fan-out of an entry with a position, and its span.
     pub(super) fn end_fan_out(
         &mut self,
         room: &RoomId,
         entry: &Entry,
         counts: FanOutCounts,
+        missed: Vec<MissedDelivery>,
         span: Option<OpenSpan>,
     ) {
         if let Some(mut span) = span {
@@ -118,7 +125,12 @@ impl ShardBatch {
             span.set("skein.without_echo", i64::from(counts.without_echo));
             self.fan_out_spans.push(span);
         }
-        self.trails.fanned_out(room, entry.envelope.id(), &entry.position, counts);
+        if counts.queued > 0 {
+            self.sent[entry.envelope.frame_type().entry_kind() as usize] +=
+                u64::from(counts.queued);
+            self.timed.get_or_insert_with(|| entry.envelope.clone());
+        }
+        self.trails.fanned_out(room, entry.envelope.id(), &entry.position, counts, missed);
     }
 
     /// Writes to every affected socket, once.
@@ -128,6 +140,16 @@ impl ShardBatch {
         }
         for span in self.fan_out_spans.drain(..) {
             span.end(None);
+        }
+        if let Some(accepted) = self.timed.take().and_then(|envelope| envelope.accepted_at()) {
+            // A clock that is behind that of the sender's node shows no negative time.
+            let took = SystemTime::now().duration_since(accepted).unwrap_or_default();
+            self.metrics.delivery_seconds.observe(took.as_secs_f64());
+        }
+        for (kind, sent) in EntryKind::ALL.iter().zip(&mut self.sent) {
+            if *sent > 0 {
+                self.metrics.messages_sent.of(*kind).inc_by(std::mem::take(sent));
+            }
         }
         self.metrics.deliveries.inc_by(std::mem::take(&mut self.deliveries));
         self.metrics.slow_consumers.inc_by(std::mem::take(&mut self.new_slow_consumers));

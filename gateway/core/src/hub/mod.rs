@@ -203,6 +203,11 @@ impl Hub {
         connections
     }
 
+    /// The messages that wait for all shards, and for the one that has most.
+    pub fn waiting(&self) -> (usize, usize) {
+        self.mailboxes.waiting()
+    }
+
     /// The cursors of a user's connections in a room or an inbox.
     pub async fn cursors(&self, room: RoomId, user: UserId) -> Vec<(ConnectionId, Position)> {
         let (reply, replied) = oneshot::channel();

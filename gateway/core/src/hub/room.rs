@@ -30,8 +30,8 @@ use crate::{
     },
     presence::PresenceOptions,
     telemetry::{
-        metrics::{EntryResult, LogRepairResult, ResumeSource},
-        trail::FanOutCounts,
+        metrics::{EntryResult, JoinResult, LogRepairResult, ResumeSource},
+        trail::{FanOutCounts, MISSED_MAX, MissReason, MissedDelivery},
     },
 };
 
@@ -90,18 +90,21 @@ impl DeliverySink for RoomFanOut<'_> {
         };
         let mut counts = FanOutCounts::default();
         let silent = entry.envelope.sender_without_echo();
+        let mut missed = Vec::new();
         for member in self.members.iter_mut() {
             if member.state != MemberState::Live {
                 counts.behind += 1;
+                note_missed(&mut missed, member, MissReason::CatchingUp);
             } else if !member.deliver(self.name, entry, &mut frame, self.batch) {
                 counts.lagged += 1;
+                note_missed(&mut missed, member, MissReason::OutboxFull);
             } else if silent == Some(member.handle.connection) {
                 counts.without_echo += 1;
             } else {
                 counts.queued += 1;
             }
         }
-        self.batch.end_fan_out(self.name, entry, counts, span);
+        self.batch.end_fan_out(self.name, entry, counts, missed, span);
     }
 
     fn epoch_changed(&mut self, to: &Position) {
@@ -127,6 +130,16 @@ impl DeliverySink for RoomFanOut<'_> {
 
     fn lost(&mut self, entry: &Entry) {
         self.batch.lost.push((self.name.clone(), entry.envelope.clone()));
+    }
+}
+
+/// Names a member that does not get an entry at once, unless enough are named.
+fn note_missed(missed: &mut Vec<MissedDelivery>, member: &RoomMember, reason: MissReason) {
+    if missed.len() < MISSED_MAX
+        && let Some(owner) = member.handle.owner()
+    {
+        let (user, connection) = (owner.user.clone(), member.handle.connection);
+        missed.push(MissedDelivery { user, connection, reason });
     }
 }
 
@@ -278,6 +291,12 @@ impl Room {
         batch: &mut ShardBatch,
     ) -> JoinProgress {
         let new = |cursor| RoomMember::new(join.handle.clone(), cursor, MemberState::Live);
+        let is_resume = join.plan.is_resume();
+        let result = |continues| match (is_resume, continues) {
+            (false, _) => JoinResult::New,
+            (true, true) => JoinResult::Resumed,
+            (true, false) => JoinResult::NotResumed,
+        };
         let mut member = match step {
             JoinStep::Read(range) => return JoinProgress::Read(join, range),
             JoinStep::Refresh => {
@@ -288,17 +307,23 @@ impl Room {
                 if let Some(source) = reply.resumed {
                     batch.metrics.resumes.of(source).inc();
                 }
+                batch.metrics.joins.of(result(reply.lost.is_none())).inc();
                 let member = new(reply.cursor.clone());
                 self.send_joined(&join, reply);
                 member
             }
-            JoinStep::AdmitToInbox(cursor, None) => {
-                batch.metrics.resumes.of(ResumeSource::Ring).inc();
-                new(cursor)
-            }
-            JoinStep::AdmitToInbox(cursor, Some(reason)) => {
+            JoinStep::AdmitToInbox(cursor, lost) => {
+                // Every connection joins the inbox of its user, most of them without a position.
+                if is_resume {
+                    batch.metrics.joins.of(result(lost.is_none())).inc();
+                    if lost.is_none() {
+                        batch.metrics.resumes.of(ResumeSource::Ring).inc();
+                    }
+                }
                 let mut member = new(cursor.clone());
-                member.reset(&self.name, &cursor, reason, batch);
+                if let Some(reason) = lost {
+                    member.reset(&self.name, &cursor, reason, batch);
+                }
                 member
             }
         };

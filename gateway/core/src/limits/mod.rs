@@ -203,6 +203,11 @@ impl<K: Hash + Eq + Clone> KeyedPermits<K> {
         Some(Permit { counts: self.0.clone(), key: Some(key) })
     }
 
+    /// The number of keys with a permit in use.
+    pub fn keys(&self) -> usize {
+        self.0.lock().len()
+    }
+
     /// The number of permits of `key` in use.
     pub fn count(&self, key: &K) -> usize {
         self.0.lock().get(key).copied().unwrap_or_default()

@@ -5,10 +5,7 @@
 //! Labels are closed enums: the code bounds the cardinality, not the traffic. Children of labelled
 //! metrics are looked up once, since each look-up costs a hash and a lock.
 
-use std::{
-    collections::{BTreeSet, HashMap},
-    fmt,
-};
+use std::{collections::BTreeSet, fmt, time::Duration};
 
 use parking_lot::Mutex;
 use prometheus::{
@@ -17,52 +14,46 @@ use prometheus::{
 };
 use skein_protocol::{close::CloseCode, error::ErrorCode};
 
-use super::{legacy, log_limiter::LogLimiter};
+use super::{legacy, log_limiter::LogLimiter, top::TopSenders};
 
 mod labels;
 mod process;
 
 pub use labels::{
-    ApiRejection, DropReason, EntryResult, HandshakeResult, InvalidValue, Label, LogRepairResult,
+    ApiRejection, CloseSide, DropReason, EntryKind, EntryResult, ErrorFault, FrameKind,
+    HandshakeRefusal, HandshakeResult, InvalidValue, JoinResult, Label, LogRepairResult,
     PasswordResult, Persistence, PublishOutcome, PublishResult, RestoreResult, ResumeSource,
-    SpanResult, StorageLimit, ThrottleReason, UnreadyReason,
+    SpanResult, StorageLimit, ThrottleReason, Transport, UnreadyReason,
 };
 
-/// One counter per label value.
+/// The children of a metric, one per label value. A comparison of small numbers finds one: no hash,
+/// no lock.
 #[derive(Debug)]
-pub struct Counters<L>(HashMap<L, IntCounter>);
+pub struct Children<L, C>(Box<[(L, C)]>);
+
+impl<L: Label, C> Children<L, C> {
+    fn new(child: impl Fn(&str) -> C) -> Self {
+        Self(L::ALL.iter().map(|value| (*value, child(value.text()))).collect())
+    }
+
+    /// Returns the child of `label`.
+    pub fn of(&self, label: L) -> &C {
+        let found = self.0.iter().find(|(value, _)| *value == label);
+        &found.expect("`Label::ALL` has every value").1
+    }
+}
+
+/// One counter per label value.
+pub type Counters<L> = Children<L, IntCounter>;
+/// One gauge per label value.
+pub type Gauges<L> = Children<L, IntGauge>;
+/// One histogram per label value.
+pub type Histograms<L> = Children<L, Histogram>;
 
 impl<L: Label> Counters<L> {
-    /// Returns the counter of `label`.
-    pub fn of(&self, label: L) -> &IntCounter {
-        &self.0[&label]
-    }
-
     /// Returns the sum over all label values.
     pub fn sum(&self) -> u64 {
-        self.0.values().map(IntCounter::get).sum()
-    }
-}
-
-/// One gauge per label value.
-#[derive(Debug)]
-pub struct Gauges<L>(HashMap<L, IntGauge>);
-
-impl<L: Label> Gauges<L> {
-    /// Returns the gauge of `label`.
-    pub fn of(&self, label: L) -> &IntGauge {
-        &self.0[&label]
-    }
-}
-
-/// One histogram per label value.
-#[derive(Debug)]
-pub struct Histograms<L>(HashMap<L, Histogram>);
-
-impl<L: Label> Histograms<L> {
-    /// Returns the histogram of `label`.
-    pub fn of(&self, label: L) -> &Histogram {
-        &self.0[&label]
+        self.0.iter().map(|(_, counter)| counter.get()).sum()
     }
 }
 
@@ -128,6 +119,8 @@ macro_rules! metrics {
         pub struct Metrics {
             registry: Registry,
             legacy_names: bool,
+            /// The users and addresses that sent most, by name: too many for labels.
+            pub senders: TopSenders,
             $($(#[doc = $help])+ $vis $name: $type,)+
         }
 
@@ -139,6 +132,7 @@ macro_rules! metrics {
                     ),)+
                     registry,
                     legacy_names: false,
+                    senders: TopSenders::default(),
                 }
             }
         }
@@ -161,6 +155,11 @@ metrics! {
     pub connections: IntGauge = gauge("gateway_connections");
     /// Client connections that this node accepts: `limits.connections_max`
     pub connections_max: IntGauge = gauge("gateway_connections_max");
+    /// Open client connections by `transport`: `websocket`, or `sse` for event streams
+    pub transport_connections: Gauges<Transport> =
+        gauges("gateway_transport_connections", "transport");
+    /// Users with a connection to this node
+    pub users: IntGauge = gauge("gateway_users");
     /// Connections and requests ended by a panic in the gateway, which closes only that connection;
     /// each one is a bug, the log names the place
     pub connection_panics: IntCounter = counter("gateway_connection_panics_total");
@@ -181,15 +180,30 @@ metrics! {
     /// WebSocket and event stream handshakes, by `result`; `unavailable` means that the node is
     /// full, draining, or without its bus
     pub handshakes: Counters<HandshakeResult> = counters("gateway_handshakes_total", "result");
+    /// Handshakes that opened no connection, by `cause`: `full`, `draining`, `bus`, `not_ready` and
+    /// `accept_rate` are of this node; `unauthenticated` and `connections_per_user` WebSockets get
+    /// 101 and a close frame
+    pub handshakes_refused: Counters<HandshakeRefusal> =
+        counters("gateway_handshakes_refused_total", "cause");
+    /// Connections that continue the session of an earlier connection
+    pub reconnects: IntCounter = counter("gateway_reconnects_total");
     /// Accepted handshakes whose client disconnected before the connection was open
     pub handshakes_abandoned: IntCounter = counter("gateway_handshakes_abandoned_total");
-    /// Closed connections, by WebSocket close `code`; 1006: no close frame, 4002: client timed out,
-    /// 4003: client did not read
-    disconnects: IntCounterVec = counter_vec("gateway_disconnects_total", "code");
+    /// Closed connections, by WebSocket close `code` (1006: no close frame, 4002: client timed out,
+    /// 4003: client did not read), by `reason` if the gateway closed it, and by `side`: `client`,
+    /// `gateway`, or `network` for a connection that ended without a close
+    disconnects: IntCounterVec =
+        counter_vec("gateway_disconnects_total", &["code", "reason", "side"]);
     /// Connections that this node sent to other nodes because it had more than its share
     pub rebalanced_connections: IntCounter = counter("gateway_rebalanced_connections_total");
     /// Text and binary messages received from clients
     pub frames_received: IntCounter = counter("gateway_frames_received_total");
+    /// Seconds from reading a frame of a client to its complete handling, by `type`; of a frame that
+    /// arrived alone, and for a frame that waits, until its reply is queued
+    pub frame_seconds: Histograms<FrameKind> =
+        histograms("gateway_frame_seconds", "type", &LATENCY_BUCKETS);
+    /// Seconds from a ping of the gateway to the client's pong
+    pub ping_seconds: Histogram = histogram("gateway_ping_seconds", &ROUND_TRIP_BUCKETS);
     /// WebSocket frames written to clients
     pub frames_sent: IntCounter = counter("gateway_frames_sent_total");
     /// Bytes read from WebSocket connections
@@ -209,11 +223,23 @@ metrics! {
     pub deflate_input_bytes: IntCounter = counter("gateway_deflate_input_bytes_total");
     /// Bytes of compressed messages after compression
     pub deflate_output_bytes: IntCounter = counter("gateway_deflate_output_bytes_total");
-    /// `error` frames sent to clients, by `code`; each `internal` is a bug
-    pub errors: Counters<ErrorCode> = counters("gateway_errors_total", "code");
+    /// `error` frames sent to clients, by `code` and whose `fault` it is, `client` or `server`; each
+    /// `internal` is a bug
+    pub errors: Counters<ErrorCode> = error_counters("gateway_errors_total");
     /// Messages published through the bus, by `result`; `unavailable` and `overloaded` mean that
     /// Redis is away or too slow
     pub publishes: Counters<PublishResult> = counters("gateway_publishes_total", "result");
+    /// Messages that clients and the application sent, by `kind`, accepted or not by the bus
+    pub messages_received: Counters<EntryKind> =
+        counters("gateway_messages_received_total", "kind");
+    /// Messages placed in outboxes, by `kind`: log entries, without messages of rooms without a log
+    pub messages_sent: Counters<EntryKind> = counters("gateway_messages_sent_total", "kind");
+    /// Seconds from the acceptance of a message, on any node, until it was written to the sockets of
+    /// this node; of one message per batch. Between nodes it includes the difference of their
+    /// clocks: see `gateway_clock_skew_seconds`
+    pub delivery_seconds: Histogram = histogram("gateway_delivery_seconds", &LATENCY_BUCKETS);
+    /// Bytes of publishes that wait for Redis
+    pub publish_queue_bytes: IntGauge = gauge("gateway_publish_queue_bytes");
     /// Seconds from publishing a message to the result of the bus, by `outcome`: `failed` are
     /// timeouts and errors of the bus, `rejected` are limits; a rising 99th percentile of
     /// `acknowledged` means that Redis is slow
@@ -234,7 +260,10 @@ metrics! {
     /// Reads of a log that brought entries which had not been received, by `result`; `reset` means
     /// that members lost continuity
     pub log_repairs: Counters<LogRepairResult> = counters("gateway_log_repairs_total", "result");
-    /// Joins that resume from a position, by `source` of the missed entries: the node's memory
+    /// Joins, of rooms and of inboxes with a position: `new` without a position, `resumed` from it,
+    /// `not_resumed` if the log no longer continues it, by `result`
+    pub joins: Counters<JoinResult> = counters("gateway_joins_total", "result");
+    /// Joins that resumed from a position, by `source` of the missed entries: the node's memory
     /// (`ring`) or the bus (`log`)
     pub resumes: Counters<ResumeSource> = counters("gateway_resumes_total", "source");
     /// Times a member's outbox was full, so that the member continues from the log
@@ -242,6 +271,16 @@ metrics! {
     /// Messages of the bus dropped because the mailbox of a shard was full; the shard reads the
     /// entries from their logs; a steady rate means that the node is overloaded
     pub mailbox_overflows: IntCounter = counter("gateway_mailbox_overflows_total");
+    /// Bytes that wait in the outboxes of all connections of this node
+    pub outbox_bytes: IntGauge = gauge("gateway_outbox_bytes");
+    /// Bytes that wait in the outbox that has most; bounded by `limits.outbox_bytes`
+    pub outbox_largest_bytes: IntGauge = gauge("gateway_outbox_largest_bytes");
+    /// Frames that wait in the outboxes of all connections of this node
+    pub outbox_frames: IntGauge = gauge("gateway_outbox_frames");
+    /// Messages of the bus that wait in the mailboxes of all shards
+    pub mailbox_messages: IntGauge = gauge("gateway_mailbox_messages");
+    /// Messages of the bus that wait in the mailbox that has most; it drops them above 16,384
+    pub mailbox_largest_messages: IntGauge = gauge("gateway_mailbox_largest_messages");
     /// Rooms that this node is subscribed to
     pub rooms: IntGauge = gauge("gateway_rooms");
     /// Inboxes that this node is subscribed to, of users who are connected to it or were until a
@@ -265,6 +304,12 @@ metrics! {
     pub dedup_id_buckets_dropped: IntCounter = counter("gateway_dedup_id_buckets_dropped_total");
     /// Messages that a log had lost in a failover and that this node appended again
     pub reappended_messages: IntCounter = counter("gateway_reappended_messages_total");
+    /// Server API requests with a valid key, by `method`, `route` and `status`
+    api_requests: IntCounterVec =
+        counter_vec("gateway_api_requests_total", &["method", "route", "status"]);
+    /// Seconds of a server API request with a valid key, by `method` and `route`
+    api_request_seconds: HistogramVec =
+        histogram_vec("gateway_api_request_seconds", &["method", "route"], &LATENCY_BUCKETS);
     /// Seconds of one batch of a shard: entries placed in outboxes and written to sockets
     pub fan_out_seconds: Histogram = histogram("gateway_fan_out_seconds", &LATENCY_BUCKETS);
     /// 1 while this node can publish to the bus and receive from it, else 0; at 0 it rejects
@@ -273,6 +318,9 @@ metrics! {
     /// Seconds since this node last received its own probe through Redis, sent every 0.5 s; for the
     /// server of which that was longest ago
     pub bus_probe_age_seconds: Gauge = float_gauge("gateway_bus_probe_age_seconds");
+    /// Seconds that the last canary of the node `from` took to this node through Redis, by the clock
+    /// of Redis; a node sends one every 5 s, and is not exported 30 s after the last one
+    pub canary_seconds: NamedGauges = named_gauges("gateway_canary_seconds", &["from"]);
     /// Seconds since this node last renewed its lease; the lease is lost after `cluster.lease`
     pub lease_age_seconds: Gauge = float_gauge("gateway_lease_age_seconds");
     /// Times this node lost its lease: it suspends delivery until the cluster agrees again
@@ -349,8 +397,16 @@ impl Metrics {
         let metrics = Self::register(registry);
         // A series that begins with its first increment has no increase: alerts would miss the first
         // surge.
-        for code in CloseCode::ALL.map(CloseCode::number).into_iter().chain([1005, 1006]) {
-            metrics.disconnects.with_label_values(&[&code.to_string()]);
+        let codes = CloseCode::ALL.map(CloseCode::number).into_iter().chain([1005]);
+        let by_either = codes.flat_map(|code| {
+            [CloseSide::Client, CloseSide::Gateway].map(|side| (code, "none", side))
+        });
+        let with_reason = labels::CLOSES.iter();
+        let with_reason = with_reason.map(|(code, reason)| (*code, *reason, CloseSide::Gateway));
+        let lost = (1006, "none", CloseSide::Network);
+        for (code, reason, side) in by_either.chain(with_reason).chain([lost]) {
+            let code = code.to_string();
+            metrics.disconnects.with_label_values(&[code.as_str(), reason, side.text()]);
         }
         metrics
     }
@@ -384,15 +440,33 @@ impl Metrics {
         }
     }
 
-    /// Counts a connection that was closed with `code`.
-    pub fn disconnected(&self, code: u16) {
+    /// Counts a handshake that opened no connection.
+    pub fn refused(&self, cause: HandshakeRefusal) {
+        self.handshakes.of(cause.into()).inc();
+        self.handshakes_refused.of(cause).inc();
+    }
+
+    /// Counts a request of the server API. `route` is a declared one.
+    pub fn api_request(&self, method: &str, route: &str, status: u16, took: Duration) {
+        let labels = [method, route, &status.to_string()];
+        self.api_requests.with_label_values(&labels).inc();
+        let seconds = took.as_secs_f64();
+        self.api_request_seconds.with_label_values(&labels[..2]).observe(seconds);
+    }
+
+    /// Counts a connection that `side` closed with `code`, for a `reason` if it was the gateway.
+    pub fn disconnected(&self, code: u16, reason: &str, side: CloseSide) {
         let known = CloseCode::ALL.iter().any(|known| known.number() == code);
         let text = match code {
             1005 | 1006 => code.to_string(),
             _ if known => code.to_string(),
             _ => "other".to_owned(),
         };
-        self.disconnects.with_label_values(&[&text]).inc();
+        let reason = match side {
+            CloseSide::Gateway => labels::close_reason(reason),
+            CloseSide::Client | CloseSide::Network => "none",
+        };
+        self.disconnects.with_label_values(&[&text, reason, side.text()]).inc();
     }
 
     /// Renders all metrics in the Prometheus text format.
@@ -414,8 +488,8 @@ impl Metrics {
     /// Returns name, kind and help of every `gateway_` metric, ordered by name.
     pub fn describe() -> Vec<(&'static str, &'static str, &'static str)> {
         let kind = |constructor: &str| match constructor {
-            "counter" | "counters" | "counter_vec" => "counter",
-            "histogram" | "histograms" => "histogram",
+            "counter" | "counters" | "counter_vec" | "error_counters" => "counter",
+            "histogram" | "histograms" | "histogram_vec" => "histogram",
             _ => "gauge",
         };
         let described = |(name, constructor, help): &(&'static str, &str, &'static str)| {
@@ -471,15 +545,27 @@ fn float_gauge(registry: &Registry, help: &str, name: &str) -> Gauge {
     register(registry, Gauge::new(name, help).expect("the name is a constant"))
 }
 
-fn counter_vec(registry: &Registry, help: &str, name: &str, label: &str) -> IntCounterVec {
-    let vec = IntCounterVec::new(Opts::new(name, help), &[label]);
-    register(registry, vec.expect("name and label are constants of the right form"))
+fn counter_vec(registry: &Registry, help: &str, name: &str, labels: &[&str]) -> IntCounterVec {
+    let vec = IntCounterVec::new(Opts::new(name, help), labels);
+    register(registry, vec.expect("name and labels are constants of the right form"))
+}
+
+fn error_counters(registry: &Registry, help: &str, name: &str) -> Counters<ErrorCode> {
+    let vec = counter_vec(registry, help, name, &["code", "fault"]);
+    let child = |code: &ErrorCode| {
+        (*code, vec.with_label_values(&[code.as_str(), ErrorFault::of(*code).text()]))
+    };
+    Children(ErrorCode::ALL.iter().map(child).collect())
 }
 
 /// Buckets from 50 µs (a delivery on one machine) to 5 s (the default of `publish.timeout`), with one
 /// at 0.25 s, the threshold of the alert.
 const LATENCY_BUCKETS: [f64; 15] =
     [5e-5, 1e-4, 2.5e-4, 5e-4, 1e-3, 2.5e-3, 5e-3, 1e-2, 2.5e-2, 0.05, 0.1, 0.25, 0.5, 1.0, 5.0];
+
+/// Buckets of round trips to clients, from a data centre to a satellite, and to the interval of pings.
+const ROUND_TRIP_BUCKETS: [f64; 12] =
+    [1e-3, 2.5e-3, 5e-3, 1e-2, 2.5e-2, 0.05, 0.1, 0.25, 0.5, 1.0, 5.0, 25.0];
 
 fn histogram(registry: &Registry, help: &str, name: &str, buckets: &[f64]) -> Histogram {
     let options = HistogramOpts::new(name, help).buckets(buckets.to_vec());
@@ -493,15 +579,25 @@ fn histograms<L: Label>(
     label: &str,
     buckets: &[f64],
 ) -> Histograms<L> {
+    let vec = histogram_vec(registry, help, name, &[label], buckets);
+    Children::new(|value| vec.with_label_values(&[value]))
+}
+
+fn histogram_vec(
+    registry: &Registry,
+    help: &str,
+    name: &str,
+    labels: &[&str],
+    buckets: &[f64],
+) -> HistogramVec {
     let options = HistogramOpts::new(name, help).buckets(buckets.to_vec());
-    let vec = register(registry, HistogramVec::new(options, &[label]).expect("the buckets rise"));
-    Histograms(children(|value| vec.with_label_values(&[value])))
+    register(registry, HistogramVec::new(options, labels).expect("the buckets rise"))
 }
 
 fn gauges<L: Label>(registry: &Registry, help: &str, name: &str, label: &str) -> Gauges<L> {
     let vec = IntGaugeVec::new(Opts::new(name, help), &[label]);
     let vec = register(registry, vec.expect("name and label are constants of the right form"));
-    Gauges(children(|value| vec.with_label_values(&[value])))
+    Children::new(|value| vec.with_label_values(&[value]))
 }
 
 fn named_gauges(registry: &Registry, help: &str, name: &str, labels: &[&str]) -> NamedGauges {
@@ -510,11 +606,7 @@ fn named_gauges(registry: &Registry, help: &str, name: &str, labels: &[&str]) ->
     NamedGauges { vec, names: Mutex::default() }
 }
 
-fn children<L: Label, C>(child: impl Fn(&str) -> C) -> HashMap<L, C> {
-    L::ALL.iter().map(|value| (*value, child(value.text()))).collect()
-}
-
 fn counters<L: Label>(registry: &Registry, help: &str, name: &str, label: &str) -> Counters<L> {
-    let vec = counter_vec(registry, help, name, label);
-    Counters(children(|value| vec.with_label_values(&[value])))
+    let vec = counter_vec(registry, help, name, &[label]);
+    Children::new(|value| vec.with_label_values(&[value]))
 }

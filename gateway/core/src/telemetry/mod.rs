@@ -7,6 +7,7 @@ use tracing_subscriber::EnvFilter;
 mod legacy;
 pub mod metrics;
 pub mod log_limiter;
+pub mod top;
 pub mod trail;
 pub mod traces;
 

@@ -40,6 +40,7 @@ use skein_core::{
         Services,
         auth::{Auth, AuthError, Credentials, Identity},
     },
+    telemetry::metrics::HandshakeRefusal,
 };
 
 /// Delay before an inbox that could not be joined is tried again.
@@ -81,6 +82,15 @@ pub(super) enum AdmissionError {
 }
 
 impl AdmissionError {
+    /// Returns the cause for the metrics.
+    fn cause(&self) -> HandshakeRefusal {
+        match self {
+            Self::Unauthenticated(_) => HandshakeRefusal::Unauthenticated,
+            Self::TooManyConnections => HandshakeRefusal::ConnectionsPerUser,
+            Self::Unavailable => HandshakeRefusal::Bus,
+        }
+    }
+
     /// Returns close code and reason for a WebSocket.
     pub(super) fn close(&self) -> (CloseCode, String) {
         match self {
@@ -141,7 +151,14 @@ impl ClientHandshake {
             }
             _ => None,
         };
-        self.admit_as(node, connection, credentials.as_ref().unwrap_or(&self.credentials)).await
+        let credentials = credentials.as_ref().unwrap_or(&self.credentials);
+        let admitted = self.admit_as(node, connection, credentials).await;
+        match &admitted {
+            Ok(admitted) if admitted.opened.resumed.is_some() => node.metrics.reconnects.inc(),
+            Ok(_) => {}
+            Err(error) => node.metrics.handshakes_refused.of(error.cause()).inc(),
+        }
+        admitted
     }
 
     async fn admit_as(
@@ -217,8 +234,11 @@ pub(super) async fn join_inbox(
         handle.send(&ServerFrame::Error(ErrorFrame::new(ErrorCode::BadRequest, text)));
     }
     let unread = unread_from(&inbox);
-    let since = device.and_then(Result::ok).unwrap_or(Position::new(inbox.epoch, unread));
-    let (room, start) = (RoomId::inbox_of(user), JoinStart::InboxSince(since, unread));
+    let device = device.and_then(Result::ok);
+    let is_resume = device.is_some();
+    let since = device.unwrap_or(Position::new(inbox.epoch, unread));
+    let (room, start) =
+        (RoomId::inbox_of(user), JoinStart::InboxSince { since, or: unread, is_resume });
     let Services { hub, limits, .. } = &*node.services;
     let until = Instant::now() + limits.wait_max;
     loop {

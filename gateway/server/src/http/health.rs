@@ -26,6 +26,6 @@ pub(super) async fn ready(State(node): State<Arc<Node>>) -> Response {
 }
 
 pub(super) async fn metrics(State(node): State<Arc<Node>>) -> Response {
-    node.update_metrics();
+    node.update_metrics().await;
     ([(header::CONTENT_TYPE, prometheus::TEXT_FORMAT)], node.metrics.render()).into_response()
 }

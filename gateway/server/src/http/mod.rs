@@ -14,8 +14,9 @@ use std::{
 };
 
 use axum::{Router, middleware, routing::get};
+use parking_lot::Mutex;
 use skein_protocol::ids::{NodeId, UserId};
-use tokio::sync::Semaphore;
+use tokio::{sync::Semaphore, time::Instant};
 
 use crate::{
     cluster::ClusterNodes,
@@ -55,6 +56,10 @@ mod upgrade;
 mod sse;
 pub mod api;
 
+/// How often the lengths of queues are measured, however many programs read the metrics.
+const QUEUES_EVERY: Duration = Duration::from_secs(1);
+/// How long the shards may take to list their connections.
+const QUEUES_TIMEOUT: Duration = Duration::from_millis(500);
 /// Missing nodes that the metrics name; more have no series.
 const MISSING_NODES_MAX: usize = 32;
 
@@ -149,6 +154,8 @@ struct HttpState {
     stopping: AtomicBool,
     /// Limits log lines about denied origins.
     denied_origins_log: LogLimiter,
+    /// When the lengths of queues were last measured.
+    queues_measured: Mutex<Option<Instant>>,
     all: KeyedPermits<()>,
     by_address: KeyedPermits<std::net::IpAddr>,
     by_user: KeyedPermits<UserId>,
@@ -315,7 +322,9 @@ impl Node {
     }
 
     /// Sets the metrics that are read when they are exported.
-    fn update_metrics(&self) {
+    async fn update_metrics(&self) {
+        self.update_queue_lengths().await;
+        self.metrics.users.set(self.state.by_user.keys() as i64);
         self.metrics.set_failing(&self.failed_checks());
         let connections_max = self.options.limits.connections_max;
         self.metrics.connections_max.set(i64::try_from(connections_max).unwrap_or(i64::MAX));
@@ -328,6 +337,37 @@ impl Node {
         self.metrics.nodes.set(live.len() as i64);
         let missing = dead.difference(&live).take(MISSING_NODES_MAX);
         self.metrics.node_missing.replace(missing.map(|node| (vec![*node], 1.0)));
+    }
+
+    /// Sets the metrics of outboxes and mailboxes, at most once per [`QUEUES_EVERY`]: connections
+    /// keep no sum, so that delivery pays nothing for it. An overloaded hub keeps the last values.
+    async fn update_queue_lengths(&self) {
+        let now = Instant::now();
+        {
+            let measured = &mut *self.state.queues_measured.lock();
+            if measured.is_some_and(|at| now - at < QUEUES_EVERY) {
+                return;
+            }
+            *measured = Some(now);
+        }
+        let (all, most) = self.services.hub.waiting();
+        self.metrics.mailbox_messages.set(all as i64);
+        self.metrics.mailbox_largest_messages.set(most as i64);
+        let connections = self.services.hub.connections(None);
+        let Ok(connections) = tokio::time::timeout(QUEUES_TIMEOUT, connections).await else {
+            return;
+        };
+        let (mut bytes, mut largest, mut frames) = (0, 0, 0);
+        for connection in &connections {
+            let queued = connection.outbox.bytes();
+            if queued > 0 {
+                frames += connection.outbox.frames();
+            }
+            (bytes, largest) = (bytes + queued, largest.max(queued));
+        }
+        self.metrics.outbox_bytes.set(bytes as i64);
+        self.metrics.outbox_largest_bytes.set(largest as i64);
+        self.metrics.outbox_frames.set(frames as i64);
     }
 
     /// Names of the checks that fail, as `/ready` lists them.

@@ -18,7 +18,7 @@ use super::{
 };
 use skein_core::{
     limits::{Permit, address_key},
-    telemetry::metrics::HandshakeResult,
+    telemetry::{metrics::HandshakeRefusal, top::InputCounts},
 };
 
 /// Shares of the limits that a connection holds while it is open.
@@ -37,11 +37,11 @@ impl ConnectionPermits {
     ///
     /// # Errors
     ///
-    /// The result for the metrics and the error response.
+    /// The cause for the metrics and the error response.
     pub(super) fn take(
         node: &Node,
         parts: &Parts,
-    ) -> Result<Self, (HandshakeResult, Box<Response>)> {
+    ) -> Result<Self, (HandshakeRefusal, Box<Response>)> {
         let allowed = node.options.allowed_origins.allow(&parts.headers).map_err(|denied| {
             if let Some(suppressed) = node.state.denied_origins_log.should_log() {
                 let origin::DeniedOrigin { origin, host } = denied;
@@ -56,20 +56,19 @@ impl ConnectionPermits {
             }
             let text = "the origin of this page is not in server.allowed_origins";
             let response = error_response(StatusCode::FORBIDDEN, "forbidden", text);
-            (HandshakeResult::OriginDenied, Box::new(response))
+            (HandshakeRefusal::Origin, Box::new(response))
         })?;
-        let unavailable = |text| {
+        let unavailable = |cause, text| {
             let (status, wait) = (StatusCode::SERVICE_UNAVAILABLE, retry_after());
-            (
-                HandshakeResult::Unavailable,
-                Box::new(error_response_with_retry(status, "unavailable", text, wait)),
-            )
+            (cause, Box::new(error_response_with_retry(status, "unavailable", text, wait)))
         };
         if let Some(check) = node.failed_checks().first() {
-            return Err(unavailable(match *check {
-                "drain" => "this node is stopping",
-                _ => "this node has no connection to the bus",
-            }));
+            let (cause, text) = match *check {
+                "drain" => (HandshakeRefusal::Draining, "this node is stopping"),
+                "bus" => (HandshakeRefusal::Bus, "this node has no connection to the bus"),
+                _ => (HandshakeRefusal::NotReady, "this node is not ready: see /ready"),
+            };
+            return Err(unavailable(cause, text));
         }
 
         let limits = &node.options.limits;
@@ -80,31 +79,30 @@ impl ConnectionPermits {
         let address = client_address(peer, &parts.headers, &node.options.trusted_proxies);
         let address = address_key(address);
         let now = Instant::now();
-        let limited = |text, wait| {
+        let limited = |cause, text, wait| {
+            let refused = InputCounts { refusals: 1, ..InputCounts::default() };
+            node.metrics.senders.record(None, Some(address), refused, now);
             let status = StatusCode::TOO_MANY_REQUESTS;
-            (
-                HandshakeResult::RateLimited,
-                Box::new(error_response_with_retry(status, "rate_limited", text, wait)),
-            )
+            (cause, Box::new(error_response_with_retry(status, "rate_limited", text, wait)))
         };
-        node.state
-            .handshakes
-            .take(address, limits.handshakes_per_ip, now)
-            .map_err(|wait| limited("too many handshakes from this address", wait))?;
+        node.state.handshakes.take(address, limits.handshakes_per_ip, now).map_err(|wait| {
+            let text = "too many handshakes from this address";
+            limited(HandshakeRefusal::HandshakeRate, text, wait)
+        })?;
         let by_address =
             node.state.by_address.acquire(address, limits.connections_per_ip).ok_or_else(|| {
                 let wait = std::time::Duration::from_secs(5);
-                limited("too many connections from this address", wait)
+                let text = "too many connections from this address";
+                limited(HandshakeRefusal::ConnectionsPerIp, text, wait)
             })?;
-        node.state
-            .accepts
-            .take((), limits.accepts, now)
-            .map_err(|_| unavailable("too many handshakes at once"))?;
+        node.state.accepts.take((), limits.accepts, now).map_err(|_| {
+            unavailable(HandshakeRefusal::AcceptRate, "too many handshakes at once")
+        })?;
         let all = node
             .state
             .all
             .acquire((), limits.connections_max)
-            .ok_or_else(|| unavailable("this node is full"))?;
+            .ok_or_else(|| unavailable(HandshakeRefusal::Full, "this node is full"))?;
         let tcp = parts.extensions.get::<TcpPermit>().cloned();
         Ok(Self { allowed, address, _all: all, _address: by_address, _tcp: tcp })
     }

@@ -45,7 +45,7 @@ use skein_core::{
     hub::SubscribeFailed,
     limits::Permit,
     session::{Session, auth::AuthError},
-    telemetry::metrics::{GaugeGuard, HandshakeResult},
+    telemetry::metrics::{CloseSide, GaugeGuard, HandshakeResult, Transport},
 };
 
 /// Most rooms of a stream.
@@ -180,8 +180,8 @@ async fn stream(
     let (parts, _) = request.into_parts();
     let permits = match ConnectionPermits::take(&node, &parts) {
         Ok(permits) => permits,
-        Err((result, response)) => {
-            node.metrics.handshakes.of(result).inc();
+        Err((cause, response)) => {
+            node.metrics.refused(cause);
             return *response;
         }
     };
@@ -210,14 +210,20 @@ async fn stream(
                 if reply.send(Ok(chunks)).is_err() {
                     return stream.end().await;
                 }
-                let _counted = GaugeGuard::new(&node.metrics.connections);
+                let metrics = &node.metrics;
+                let _counted = GaugeGuard::new(&metrics.connections);
+                let _by_transport =
+                    GaugeGuard::new(metrics.transport_connections.of(Transport::EventStream));
                 if let Some(limit) = &write_timeout {
                     limit.set(node.options.heartbeat.write_timeout);
                 }
-                let code = stream.run(&node.drain_schedule.notice(connection)).await;
-                let is_timeout = write_timeout.is_some_and(|limit| limit.has_expired());
-                let timeout = CloseCode::WriteTimeout.number();
-                node.metrics.disconnected(if is_timeout { timeout } else { code });
+                let end = stream.run(&node.drain_schedule.notice(connection)).await;
+                if write_timeout.is_some_and(|limit| limit.has_expired()) {
+                    let timeout = CloseCode::WriteTimeout.number();
+                    metrics.disconnected(timeout, "", CloseSide::Gateway);
+                } else {
+                    metrics.disconnected(end.code, &end.reason, end.side);
+                }
             }
             Err(response) => drop(reply.send(Err(response))),
         }

@@ -64,7 +64,7 @@ use skein_core::{
         meter::{Meter, MeterRates},
     },
     session::{DeferredRequest, Session},
-    telemetry::metrics::{GaugeGuard, HandshakeResult},
+    telemetry::metrics::{GaugeGuard, HandshakeRefusal, HandshakeResult, Transport},
 };
 
 /// Purpose of a WebSocket, by its path.
@@ -139,8 +139,8 @@ fn upgrade(
     let (mut parts, _) = request.into_parts();
     let (handshake, permits) = match check_handshake(&node, &mut parts, params) {
         Ok(checked) => checked,
-        Err((result, response)) => {
-            node.metrics.handshakes.of(result).inc();
+        Err((cause, response)) => {
+            node.metrics.refused(cause);
             return *response;
         }
     };
@@ -248,8 +248,8 @@ fn check_handshake(
     node: &Node,
     parts: &mut Parts,
     params: &[(String, String)],
-) -> Result<(Negotiated, ConnectionPermits), (HandshakeResult, Box<Response>)> {
-    let as_invalid = |response| (HandshakeResult::Invalid, response);
+) -> Result<(Negotiated, ConnectionPermits), (HandshakeRefusal, Box<Response>)> {
+    let as_invalid = |response| (HandshakeRefusal::Invalid, response);
     let accept = accept_key(parts).map_err(as_invalid)?;
     let subprotocol = choose_subprotocol(parts).map_err(as_invalid)?;
     // Some clients negotiate compression without context takeover and then violate it; they can
@@ -524,12 +524,15 @@ fn read_early(socket: &TcpStream, early: &mut Vec<u8>) -> io::Result<()> {
 impl ActiveConnection {
     async fn serve(mut self: Box<Self>, node: &Node) {
         let drain = node.drain_schedule.notice(self.connection.id());
-        let code = {
-            let _counted = GaugeGuard::new(&node.metrics.connections);
+        let end = {
+            let metrics = &node.metrics;
+            let _counted = GaugeGuard::new(&metrics.connections);
+            let _by_transport =
+                GaugeGuard::new(metrics.transport_connections.of(Transport::WebSocket));
             self.connection.run(&drain, &node.state.lifecycle.ending).await
         };
-        tracing::debug!(connection = %self.connection.id(), code, "disconnected");
-        node.metrics.disconnected(code);
+        tracing::debug!(connection = %self.connection.id(), code = end.code, "disconnected");
+        node.metrics.disconnected(end.code, &end.reason, end.side);
     }
 }
 

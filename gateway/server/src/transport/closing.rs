@@ -11,7 +11,9 @@ use skein_websocket::CodecError;
 use tokio::net::TcpStream;
 
 use super::{Handler, READ, WebSocketConnection};
-use skein_core::{connection::outbox::Close, drain::schedule::MoveAdvice};
+use skein_core::{
+    connection::outbox::Close, drain::schedule::MoveAdvice, telemetry::metrics::CloseSide,
+};
 
 /// Timeout of each step of the closing handshake: writing the queued frames, and waiting for the
 /// close frame of the client.
@@ -36,14 +38,37 @@ pub(super) enum CloseInitiator {
     Failed,
 }
 
+/// How a connection ended.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ConnectionEnd {
+    /// The close code, 1006 without one.
+    pub code: u16,
+    /// The reason of the close frame: one word, or empty.
+    pub reason: String,
+    /// The side that ended it.
+    pub side: CloseSide,
+}
+
+impl ConnectionEnd {
+    /// The connection was lost without a close.
+    pub(super) fn lost() -> Self {
+        Self { code: 1006, reason: String::new(), side: CloseSide::Network }
+    }
+
+    /// The gateway closed the connection.
+    pub(super) fn by_gateway(Close { code, reason }: Close) -> Self {
+        Self { code, reason, side: CloseSide::Gateway }
+    }
+}
+
 impl WebSocketConnection {
     /// Moves the client to another node: answers its pending frames, then sends `reconnect` and
-    /// 1012. Returns the close code.
+    /// 1012. Returns how the connection ended.
     pub(super) async fn close_to_move(
         &mut self,
         advice: MoveAdvice,
         reason: ReconnectReason,
-    ) -> u16 {
+    ) -> ConnectionEnd {
         let handle = self.handle.clone();
         let outbox = &handle.outbox;
         if let Handler::Chat(session) = &self.handler {
@@ -64,17 +89,17 @@ impl WebSocketConnection {
         outbox.close(Close { code, reason: reason.to_owned() });
         match outbox.begin_close() {
             Some(close) => self.close(close, CloseInitiator::ByGateway).await,
-            None => 1006,
+            None => ConnectionEnd::lost(),
         }
     }
 
     /// Writes the queued frames with the close frame last, waits for the close frame of the client,
     /// and ends the TCP connection: first the own direction, then all of it when the client has
-    /// ended the other. Returns the close code.
-    pub(super) async fn close(&mut self, close: Close, ending: CloseInitiator) -> u16 {
+    /// ended the other. Returns how the connection ended.
+    pub(super) async fn close(&mut self, close: Close, ending: CloseInitiator) -> ConnectionEnd {
         let handle = self.handle.clone();
         let outbox = &handle.outbox;
-        let Some(socket) = outbox.socket() else { return 1006 };
+        let Some(socket) = outbox.socket() else { return ConnectionEnd::lost() };
         let write = async {
             loop {
                 outbox.flush_writable();
@@ -97,7 +122,12 @@ impl WebSocketConnection {
             // Closing with unread bytes would make the kernel drop the output in flight.
             let _ = tokio::time::timeout(LINGER_TIMEOUT, discard_input(socket)).await;
         }
-        close.code
+        match ending {
+            CloseInitiator::ByClient => {
+                ConnectionEnd { side: CloseSide::Client, ..ConnectionEnd::by_gateway(close) }
+            }
+            CloseInitiator::ByGateway | CloseInitiator::Failed => ConnectionEnd::by_gateway(close),
+        }
     }
 
     /// Waits for the close frame of the client, and drops up to [`DROPPED_BYTES_MAX`] before it.

@@ -42,9 +42,15 @@ use skein_core::{
         schedule::{DrainNotice, MoveAdvice},
         supervision::catch_panic,
     },
-    limits::meter::{InputBudget, Meter, MeterDecision},
+    limits::{
+        address_key,
+        meter::{InputBudget, Meter, MeterDecision},
+    },
     session::{DeferredRequest, RequestOutcome, Session},
-    telemetry::metrics::Metrics,
+    telemetry::{
+        metrics::{FrameKind, Metrics},
+        top::{InputCounts, Portion},
+    },
 };
 
 pub mod echo;
@@ -52,6 +58,7 @@ pub mod sse;
 mod closing;
 pub mod timer;
 
+pub use closing::ConnectionEnd;
 use closing::{CloseInitiator, close_for};
 use echo::Echo;
 use timer::{TimerEntry, TimerWheel};
@@ -108,6 +115,12 @@ pub struct WebSocketConnection {
     unread: Vec<u8>,
     /// Whether `unread` has bytes from an earlier round.
     has_backlog: bool,
+    /// Whether the last ping has no pong yet.
+    awaits_pong: bool,
+    /// Input that is not reported yet.
+    portion: Portion,
+    /// The type of the frame that arrived alone and whose handling is timed.
+    timed: Option<FrameKind>,
     /// Whether the outbox is full, so that no input is read.
     outbox_full: bool,
     /// Set while the meter pauses reading.
@@ -170,6 +183,9 @@ impl WebSocketConnection {
             meter,
             unread: early,
             has_backlog: false,
+            awaits_pong: false,
+            timed: None,
+            portion: Portion::default(),
             outbox_full: false,
             paused_until: None,
             last_received: now,
@@ -191,15 +207,15 @@ impl WebSocketConnection {
         }
     }
 
-    /// Serves the connection until it ends. Returns the close code, 1006 without one.
+    /// Serves the connection until it ends. Returns how it ended.
     ///
     /// Steps that happen once per connection are boxed, so that the task, which lives as long as
     /// the connection, is no larger than serving needs. The session ends once `ending` has a
     /// permit.
-    pub async fn run(&mut self, drain: &DrainNotice<'_>, ending: &Semaphore) -> u16 {
+    pub async fn run(&mut self, drain: &DrainNotice<'_>, ending: &Semaphore) -> ConnectionEnd {
         let served = catch_panic(self.serve(drain)).await;
-        let code = match served.unwrap_or_else(|panic| self.panicked(&panic)) {
-            ServeEnd::Gone => 1006,
+        let end = match served.unwrap_or_else(|panic| self.panicked(&panic)) {
+            ServeEnd::Gone => ConnectionEnd::lost(),
             ServeEnd::Close { close, ending } => Box::pin(self.close(close, ending)).await,
             ServeEnd::Move(advice, reason) => Box::pin(self.close_to_move(advice, reason)).await,
         };
@@ -208,9 +224,11 @@ impl WebSocketConnection {
         if let Some(session) = self.session() {
             Box::pin(session.end()).await;
         }
+        let rest = self.portion.take();
+        self.report_input(rest, Instant::now());
         // The hub may hold the handle for a moment longer.
         handle.outbox.discard();
-        code
+        end
     }
 
     /// Closes the connection after a panic in its handler; the client reconnects.
@@ -262,7 +280,13 @@ impl WebSocketConnection {
                     }
                     InputStep::Perform(request) => {
                         budget.request();
+                        let (kind, arrived) = (self.timed.take(), self.last_received);
                         performing = self.session().map(|session| session.execute(request));
+                        if let Some(kind) = kind {
+                            let metrics = self.metrics.clone();
+                            performing =
+                                performing.map(|request| timed(request, kind, arrived, metrics));
+                        }
                         // The frame may have been a new token.
                         self.expires = expires_of(&self.handler);
                     }
@@ -376,6 +400,7 @@ impl WebSocketConnection {
         let mut input = std::mem::take(&mut self.unread);
         // Without a backlog, the input has just been read.
         let started = if self.has_backlog { Instant::now() } else { self.last_received };
+        let is_new = !self.has_backlog;
         let (used, mut step) = self.handle(&mut input, started, budget);
         self.decoder.release();
         self.has_backlog = used < input.len();
@@ -383,7 +408,12 @@ impl WebSocketConnection {
             input.drain(..used);
             self.unread = input;
         }
-        self.meter.rejected(self.handle.take_rejected());
+        let rejected = self.handle.take_rejected();
+        self.meter.rejected(rejected);
+        self.portion.count(0, used, rejected);
+        if let Some(counts) = self.portion.take_if_due() {
+            self.report_input(counts, started);
+        }
         match self.meter.settle(started) {
             MeterDecision::Continue => {}
             MeterDecision::Pause(wait, cause) => {
@@ -399,8 +429,27 @@ impl WebSocketConnection {
             }
             MeterDecision::Close => {}
         }
-        budget.time(started.elapsed());
+        let took = started.elapsed();
+        // The first frame of a read that held no other one: its time costs no further look at the
+        // clock. A request that waits is timed when it is complete.
+        if !is_new || self.has_backlog {
+            self.timed = None;
+        }
+        if !matches!(step, InputStep::Perform(_))
+            && let Some(kind) = self.timed.take()
+        {
+            self.metrics.frame_seconds.of(kind).observe(took.as_secs_f64());
+        }
+        budget.time(took);
         step
+    }
+
+    /// Reports input of this connection as that of its user and address.
+    fn report_input(&self, counts: InputCounts, now: Instant) {
+        if let Some(owner) = self.handle.owner() {
+            let address = Some(address_key(owner.about.address));
+            self.metrics.senders.record(Some(&owner.user), address, counts, now);
+        }
     }
 
     /// Whether the meter pauses reading.
@@ -419,7 +468,7 @@ impl WebSocketConnection {
         budget: &mut InputBudget,
     ) -> (usize, InputStep) {
         let outbox = &self.handle.outbox;
-        let mut used = 0;
+        let (mut used, mut frames) = (0, 0_u32);
         while used < input.len() {
             if outbox.is_full() {
                 return (used, InputStep::Full);
@@ -439,6 +488,7 @@ impl WebSocketConnection {
             used += count;
             let Some(received) = received else { continue };
             budget.frame(received.payload_len());
+            self.portion.count(1, 0, 0);
             let request = match received {
                 DecoderEvent::Fragment(bytes) => {
                     self.meter.fragment(bytes);
@@ -446,7 +496,11 @@ impl WebSocketConnection {
                 }
                 DecoderEvent::Pong(payload) => {
                     self.meter.control(payload.len());
-                    self.handle.health.record_rtt(now.saturating_duration_since(self.last_ping));
+                    let rtt = now.saturating_duration_since(self.last_ping);
+                    self.handle.health.record_rtt(rtt);
+                    if std::mem::take(&mut self.awaits_pong) {
+                        self.metrics.ping_seconds.observe(rtt.as_secs_f64());
+                    }
                     None
                 }
                 DecoderEvent::Ping(payload) => {
@@ -468,7 +522,19 @@ impl WebSocketConnection {
                     }
                     match &mut self.handler {
                         Handler::Chat(session) => {
-                            session.handle_frame(frame(&message), &mut self.meter, now)
+                            let frame = frame(&message);
+                            frames += 1;
+                            let kind = match &frame {
+                                Ok(frame) => FrameKind::of(&frame.body),
+                                Err(_) => FrameKind::Invalid,
+                            };
+                            self.timed = (frames == 1).then_some(kind);
+                            if kind == FrameKind::Pong && std::mem::take(&mut self.awaits_pong) {
+                                let rtt = now.saturating_duration_since(self.last_ping);
+                                self.handle.health.record_rtt(rtt);
+                                self.metrics.ping_seconds.observe(rtt.as_secs_f64());
+                            }
+                            session.handle_frame(frame, &mut self.meter, now)
                         }
                         Handler::Echo(echo) => {
                             echo.handle(&message, outbox);
@@ -512,7 +578,7 @@ impl WebSocketConnection {
         } else if now - self.last_received >= self.heartbeat.idle_timeout {
             close(CloseCode::IdleTimeout);
         } else if now - self.last_ping >= self.heartbeat.interval {
-            self.last_ping = now;
+            (self.last_ping, self.awaits_pong) = (now, true);
             outbox.push(self.ping());
             outbox.flush();
         }
@@ -546,6 +612,20 @@ fn is_write_closed(socket: &TcpStream) -> bool {
 fn is_read_closed(socket: &TcpStream) -> bool {
     let ready = socket.ready(Interest::READABLE).now_or_never();
     matches!(ready, Some(Ok(ready)) if ready.is_read_closed())
+}
+
+/// Observes the time from the arrival of a frame until its request is complete.
+fn timed(
+    request: BoxFuture<RequestOutcome>,
+    kind: FrameKind,
+    arrived: Instant,
+    metrics: Arc<Metrics>,
+) -> BoxFuture<RequestOutcome> {
+    Box::pin(async move {
+        let outcome = request.await;
+        metrics.frame_seconds.of(kind).observe(arrived.elapsed().as_secs_f64());
+        outcome
+    })
 }
 
 /// Returns the time at which the token of the client expires.

@@ -35,7 +35,7 @@ use tokio::{
     time::Instant,
 };
 
-use super::{deadline_of, status_changed};
+use super::{ConnectionEnd, deadline_of, status_changed};
 use skein_core::{
     bus::{node_state::BusStatus, presence_store::unix_millis_now},
     connection::{
@@ -155,12 +155,6 @@ impl Drop for StreamChunk {
     }
 }
 
-/// End of a stream, as the close code that a WebSocket would have.
-struct StreamEnd(u16);
-
-/// The client has disconnected.
-const GONE: StreamEnd = StreamEnd(1006);
-
 impl EventStream {
     /// Creates a stream, and the receiver of its chunks.
     ///
@@ -208,20 +202,20 @@ impl EventStream {
         self.session.end().await;
     }
 
-    /// Serves the stream until it ends. Returns the close code that a WebSocket would have.
-    pub async fn run(mut self, drain: &DrainNotice<'_>) -> u16 {
+    /// Serves the stream until it ends. Returns how a WebSocket would have ended.
+    pub async fn run(mut self, drain: &DrainNotice<'_>) -> ConnectionEnd {
         let mut status_rx = Some(self.session.bus_status());
-        let StreamEnd(code) = self.serve(drain, &mut status_rx).await;
+        let end = self.serve(drain, &mut status_rx).await;
         self.session.end().await;
         self.handle.outbox.discard();
-        code
+        end
     }
 
     async fn serve(
         &mut self,
         drain: &DrainNotice<'_>,
         status_rx: &mut Option<watch::Receiver<BusStatus>>,
-    ) -> StreamEnd {
+    ) -> ConnectionEnd {
         let handle = self.handle.clone();
         let outbox = &handle.outbox;
         let mut ping = tokio::time::interval(PING_EVERY);
@@ -243,9 +237,9 @@ impl EventStream {
             }
             self.session.handle_evictions().await;
             self.session.handle_signals().await;
-            if let Some(Close { code, .. }) = outbox.begin_close() {
-                tracing::debug!(connection = %handle.connection, code, "an event stream ended");
-                return StreamEnd(code);
+            if let Some(close) = outbox.begin_close() {
+                tracing::debug!(connection = %handle.connection, code = close.code, "an event stream ended");
+                return ConnectionEnd::by_gateway(close);
             }
             if outbox.has_space()
                 && let Some(room) = self.waiting.pop_front()
@@ -271,9 +265,11 @@ impl EventStream {
                     let wait = RETRY + Duration::from_millis(after_ms);
                     let last = self.events(usize::MAX);
                     self.send(retry(wait) + &last);
-                    return StreamEnd(CloseCode::ServiceRestart.number());
+                    let (code, reason) =
+                        (CloseCode::ServiceRestart.number(), "draining".to_owned());
+                    return ConnectionEnd::by_gateway(Close { code, reason });
                 }
-                () = self.chunks.closed() => return GONE,
+                () = self.chunks.closed() => return ConnectionEnd::lost(),
                 () = expires => {
                     let code = CloseCode::TokenExpired.number();
                     outbox.close(Close { code, reason: String::new() });

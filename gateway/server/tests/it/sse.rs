@@ -383,7 +383,9 @@ async fn a_stalled_stream_is_closed() {
             said += 1;
         }
         let metrics = get(gateway.admin, "/metrics").await.body;
-        metrics.lines().any(|line| line == r#"gateway_disconnects_total{code="4003"} 1"#)
+        metrics.lines().any(|line| {
+            line == r#"gateway_disconnects_total{code="4003",reason="none",side="gateway"} 1"#
+        })
     })
     .await;
 }

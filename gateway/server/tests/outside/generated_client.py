@@ -69,6 +69,7 @@ assert call("empty_inbox", user).user == user
 assert call("revoke_session", user, str(uuid.uuid4()), status=404).error.code == "not_found"
 nodes = call("list_nodes").nodes
 assert len(nodes) == 1 and call("stats").users == 0
+assert call("top_senders", limit=5).seconds == 60
 assert call("delete_room", room).room == room
 assert call("delete_room", room, status=404).error.code == "not_found"
 assert call("get_room", "no room", status=400).error.code == "bad_request"

@@ -26,6 +26,11 @@ impl FrameQueue {
         self.first.is_none()
     }
 
+    /// The number of frames.
+    pub(super) fn len(&self) -> usize {
+        usize::from(self.first.is_some()) + self.others.len()
+    }
+
     pub(super) fn push(&mut self, frame: Bytes) {
         if self.first.is_none() {
             self.first = Some(frame);

@@ -1,6 +1,6 @@
 //! The labels of metrics: closed enums, so that the code bounds the cardinality.
 
-use skein_protocol::error::ErrorCode;
+use skein_protocol::{error::ErrorCode, protocol::client_frame::FrameBody};
 
 /// Result of a handshake.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -15,6 +15,219 @@ pub enum HandshakeResult {
     RateLimited,
     /// The node is full, draining, or without its bus: 503.
     Unavailable,
+}
+
+/// Cause for which a handshake opened no connection.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum HandshakeRefusal {
+    /// The request is no valid handshake: 4xx.
+    Invalid,
+    /// The origin of the page is not allowed: 403.
+    Origin,
+    /// The address makes too many handshakes: 429.
+    HandshakeRate,
+    /// The address has too many connections: 429.
+    ConnectionsPerIp,
+    /// The node takes no more handshakes at once: 503.
+    AcceptRate,
+    /// The node has the maximum of connections: 503.
+    Full,
+    /// The node drains: 503.
+    Draining,
+    /// The node has no bus: 503.
+    Bus,
+    /// The node is not ready for another reason: 503.
+    NotReady,
+    /// The client has no valid token: 401, or 1008.
+    Unauthenticated,
+    /// The user has too many connections: 429, or 1008.
+    ConnectionsPerUser,
+}
+
+impl From<HandshakeRefusal> for HandshakeResult {
+    fn from(cause: HandshakeRefusal) -> Self {
+        match cause {
+            HandshakeRefusal::Invalid | HandshakeRefusal::Unauthenticated => Self::Invalid,
+            HandshakeRefusal::Origin => Self::OriginDenied,
+            HandshakeRefusal::HandshakeRate
+            | HandshakeRefusal::ConnectionsPerIp
+            | HandshakeRefusal::ConnectionsPerUser => Self::RateLimited,
+            HandshakeRefusal::AcceptRate
+            | HandshakeRefusal::Full
+            | HandshakeRefusal::Draining
+            | HandshakeRefusal::Bus
+            | HandshakeRefusal::NotReady => Self::Unavailable,
+        }
+    }
+}
+
+/// Transport of a connection.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Transport {
+    /// A WebSocket.
+    WebSocket,
+    /// An event stream.
+    EventStream,
+}
+
+/// Side that ended a connection.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum CloseSide {
+    /// The client sent the first close frame.
+    Client,
+    /// The gateway closed it.
+    Gateway,
+    /// It ended without a close.
+    Network,
+}
+
+/// Kind of a message that logs keep.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum EntryKind {
+    /// `message` of a room.
+    Message,
+    /// `direct` of an inbox.
+    Direct,
+    /// `notification` of an inbox.
+    Notification,
+}
+
+/// Result of a join.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum JoinResult {
+    /// The client named no position.
+    New,
+    /// The client continues from its position.
+    Resumed,
+    /// The client cannot continue from its position.
+    NotResumed,
+}
+
+/// Side whose fault an `error` frame is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum ErrorFault {
+    /// The frame was wrong, not allowed, or above a limit.
+    Client,
+    /// The gateway or its bus could not execute a correct frame.
+    Server,
+}
+
+impl ErrorFault {
+    /// Returns the side whose fault an error is.
+    pub fn of(code: ErrorCode) -> Self {
+        match code {
+            ErrorCode::Unavailable | ErrorCode::Overloaded | ErrorCode::Internal => Self::Server,
+            _ => Self::Client,
+        }
+    }
+}
+
+/// Type of a client's frame.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum FrameKind {
+    /// `message`
+    Message,
+    /// `direct`
+    Direct,
+    /// `join`
+    Join,
+    /// `leave`
+    Leave,
+    /// `typing`
+    Typing,
+    /// `read`
+    Read,
+    /// `ack`
+    Ack,
+    /// `history`
+    History,
+    /// `presence`
+    Presence,
+    /// `watch`
+    Watch,
+    /// `unwatch`
+    Unwatch,
+    /// `create_room`
+    CreateRoom,
+    /// `delete_room`
+    DeleteRoom,
+    /// `room_info`
+    RoomInfo,
+    /// `rooms`
+    Rooms,
+    /// `session_get`
+    SessionGet,
+    /// `session_set`
+    SessionSet,
+    /// `refresh`
+    Refresh,
+    /// `ping`
+    Ping,
+    /// `pong`
+    Pong,
+    /// A frame that is not valid.
+    Invalid,
+}
+
+impl FrameKind {
+    /// Returns the type of a frame.
+    pub fn of(body: &FrameBody<'_>) -> Self {
+        match body {
+            FrameBody::Message(message) if message.to.room().is_some() => Self::Message,
+            FrameBody::Message(_) => Self::Direct,
+            FrameBody::Join(_) => Self::Join,
+            FrameBody::Leave(_) => Self::Leave,
+            FrameBody::Typing(_) => Self::Typing,
+            FrameBody::Read(_) => Self::Read,
+            FrameBody::Ack(_) => Self::Ack,
+            FrameBody::History(_) => Self::History,
+            FrameBody::Presence(_) => Self::Presence,
+            FrameBody::Watch(_) => Self::Watch,
+            FrameBody::Unwatch(_) => Self::Unwatch,
+            FrameBody::CreateRoom(_) => Self::CreateRoom,
+            FrameBody::DeleteRoom(_) => Self::DeleteRoom,
+            FrameBody::RoomInfo(_) => Self::RoomInfo,
+            FrameBody::Rooms(_) => Self::Rooms,
+            FrameBody::SessionGet => Self::SessionGet,
+            FrameBody::SessionSet(_) => Self::SessionSet,
+            FrameBody::Refresh(_) => Self::Refresh,
+            FrameBody::Ping(_) => Self::Ping,
+            FrameBody::Pong => Self::Pong,
+        }
+    }
+}
+
+/// Close codes and reasons of the gateway, besides those of rooms that a path names, which are error
+/// codes.
+pub(super) const CLOSES: [(u16, &str); 17] = [
+    (1002, "protocol_error"),
+    (1007, "bad_deflate"),
+    (1007, "bad_utf8"),
+    (1008, "kicked"),
+    (1008, "rate_limited"),
+    (1008, "token_expired"),
+    (1008, "token_invalid"),
+    (1008, "token_missing"),
+    (1008, "too_many_connections"),
+    (1008, "user_invalid"),
+    (1009, "too_large"),
+    (1011, "internal"),
+    (1012, "draining"),
+    (1012, "rebalance"),
+    (1013, "overloaded"),
+    (1013, "rate_limited"),
+    (1013, "unavailable"),
+];
+
+/// The label of the reason of a close frame: `none` if it is empty, `other` if it is a text of the
+/// application.
+pub(super) fn close_reason(reason: &str) -> &'static str {
+    if reason.is_empty() {
+        return "none";
+    }
+    let codes = ErrorCode::ALL.into_iter().map(ErrorCode::as_str);
+    let reasons = CLOSES.into_iter().map(|(_, reason)| reason);
+    reasons.chain(codes).find(|known| *known == reason).unwrap_or("other")
 }
 
 /// Reason for dropping a TCP connection before it became a WebSocket.
@@ -271,6 +484,20 @@ pub trait Label: Copy + Eq + std::hash::Hash + 'static {
 
 labels!(HandshakeResult: Accepted "accepted", Invalid "invalid", OriginDenied "origin_denied",
     RateLimited "rate_limited", Unavailable "unavailable");
+labels!(HandshakeRefusal: Invalid "invalid", Origin "origin", HandshakeRate "handshake_rate",
+    ConnectionsPerIp "connections_per_ip", AcceptRate "accept_rate", Full "full",
+    Draining "draining", Bus "bus", NotReady "not_ready", Unauthenticated "unauthenticated",
+    ConnectionsPerUser "connections_per_user");
+labels!(Transport: WebSocket "websocket", EventStream "sse");
+labels!(CloseSide: Client "client", Gateway "gateway", Network "network");
+labels!(EntryKind: Message "message", Direct "direct", Notification "notification");
+labels!(JoinResult: New "new", Resumed "resumed", NotResumed "not_resumed");
+labels!(ErrorFault: Client "client", Server "server");
+labels!(FrameKind: Message "message", Direct "direct", Join "join", Leave "leave",
+    Typing "typing", Read "read", Ack "ack", History "history", Presence "presence",
+    Watch "watch", Unwatch "unwatch", CreateRoom "create_room", DeleteRoom "delete_room",
+    RoomInfo "room_info", Rooms "rooms", SessionGet "session_get", SessionSet "session_set",
+    Refresh "refresh", Ping "ping", Pong "pong", Invalid "invalid");
 labels!(DropReason: PerIpLimit "per_ip_limit", WriteTimeout "write_timeout",
     HeaderTimeout "header_timeout", Evicted "evicted");
 labels!(ThrottleReason: Overhead "overhead", PerIpOverhead "per_ip_overhead", Bytes "bytes");

@@ -337,7 +337,7 @@ pub(super) struct MessageTrail {
 }
 
 /// Get the trail of a message: where it was appended, to whom it was delivered, and why a user did
-/// not receive it. Nodes keep trails for 10 minutes, and of at most 4,096 messages.
+/// not receive it. Nodes keep trails for 10 minutes, within 16 MiB.
 #[utoipa::path(
     get, path = "/api/v1/messages/{id}/trail", tag = "messages",
     operation_id = "message_trail",

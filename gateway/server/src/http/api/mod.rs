@@ -8,8 +8,11 @@ use std::sync::Arc;
 use aws_lc_rs::{constant_time::verify_slices_are_equal, digest};
 use axum::{
     Json, Router,
-    extract::{DefaultBodyLimit, FromRequest, Query, Request, State, rejection::QueryRejection},
-    http::{HeaderMap, StatusCode, header},
+    extract::{
+        DefaultBodyLimit, FromRequest, MatchedPath, Query, Request, State,
+        rejection::QueryRejection,
+    },
+    http::{HeaderMap, Method, StatusCode, header},
     middleware::{self, Next},
     response::{Html, IntoResponse, Response},
     routing::get,
@@ -18,6 +21,7 @@ use bytes::Bytes;
 use percent_encoding::percent_decode_str;
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 use skein_protocol::error::ErrorCode;
+use tokio::time::Instant;
 use utoipa::{OpenApi, ToSchema};
 use utoipa_axum::{router::OpenApiRouter, routes};
 
@@ -35,6 +39,7 @@ mod nodes;
 mod notifications;
 mod rooms;
 mod spans;
+mod top;
 mod users;
 
 /// Largest body of a request in bytes: a batch of messages.
@@ -365,6 +370,7 @@ fn paths() -> OpenApiRouter<Arc<Node>> {
         .routes(routes!(nodes::list))
         .routes(routes!(nodes::drain, nodes::cancel_drain))
         .routes(routes!(nodes::stats))
+        .routes(routes!(top::top))
 }
 
 /// Builds the routes of the API and its documentation.
@@ -373,6 +379,7 @@ pub(super) fn router(node: Arc<Node>) -> Router<Arc<Node>> {
     let api = api
         .method_not_allowed_fallback(method_not_allowed)
         .layer(DefaultBodyLimit::max(BODY_BYTES_MAX))
+        .route_layer(middleware::from_fn_with_state(node.clone(), measure))
         .layer(middleware::from_fn_with_state(node.clone(), authorize));
     if !node.options.api.docs {
         return api;
@@ -393,6 +400,27 @@ async fn method_not_allowed() -> Response {
         "bad_request",
         "this path does not support the method",
     )
+}
+
+/// Counts and times requests by their declared route.
+async fn measure(
+    State(node): State<Arc<Node>>,
+    route: MatchedPath,
+    request: Request,
+    next: Next,
+) -> Response {
+    let (method, started) = (request.method().clone(), Instant::now());
+    let response = next.run(request).await;
+    // Extension methods would be labels that clients choose.
+    let method = match method {
+        Method::GET | Method::POST | Method::PUT | Method::PATCH | Method::DELETE => {
+            method.as_str()
+        }
+        _ => "other",
+    };
+    let status = response.status().as_u16();
+    node.metrics.api_request(method, route.as_str(), status, started.elapsed());
+    response
 }
 
 /// Passes on requests with a valid key, and rejects the others.

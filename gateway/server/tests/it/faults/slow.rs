@@ -119,7 +119,7 @@ async fn a_stalled_client_is_closed_with_4003_and_misses_nothing() {
     let SlowConsumerTrial { redis: _redis, nodes, proxy, clients } =
         start(&[("heartbeat.write_timeout", stall), ("history.max_bytes", "512MiB")]).await;
     proxy.set(Mode::HoldResponses);
-    let closed = r#"gateway_disconnects_total{code="4003"}"#;
+    let closed = r#"gateway_disconnects_total{code="4003",reason="none",side="gateway"}"#;
     clients
         .wait_until("enough is sent to fill all buffers", |clients| {
             let checker = clients.checker.lock();
