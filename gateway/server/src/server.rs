@@ -302,7 +302,7 @@ async fn drain_on_command(node: Arc<Node>, delay: Duration) {
             let send_away = async {
                 tokio::time::sleep(delay).await;
                 node.drain_clients().await;
-                std::future::pending().await
+                std::future::pending::<()>().await;
             };
             // Both arms are cancel-safe: a stop disconnects the remaining clients.
             tokio::select! {

@@ -1,13 +1,7 @@
 //! A local cluster whose gateways are started and stopped one by one: Redis, nginx with a slot for
 //! each address, and gateways in some of the slots.
 
-use std::{
-    collections::VecDeque,
-    io,
-    net::SocketAddr,
-    path::{Path, PathBuf},
-    time::Duration,
-};
+use std::{collections::VecDeque, io, net::SocketAddr, path::Path, time::Duration};
 
 use skein_testkit::servers::{self, ServerError, ServerProcess, free_address};
 use tempfile::TempDir;
@@ -48,7 +42,7 @@ impl SlotCluster {
     /// Starts Redis, nginx for `slots` addresses, and `running` gateways with further `options`.
     pub(super) async fn start(
         gateway: &Path,
-        render: &PathBuf,
+        render: &Path,
         slots: usize,
         running: usize,
         options: Vec<String>,

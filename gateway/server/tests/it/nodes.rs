@@ -76,9 +76,9 @@ async fn nodes_announce_themselves_and_killed_ones_are_missing() {
 /// The `reconnect` frame to a client.
 async fn reconnect_of(client: &mut ClientConnection) -> ReconnectFrame {
     loop {
-        match within(client.next()).await.expect("a reconnect frame") {
-            ReceivedMessage::Frame(ServerFrame::Reconnect(frame), _) => return frame,
-            _ => {}
+        let message = within(client.next()).await.expect("a reconnect frame");
+        if let ReceivedMessage::Frame(ServerFrame::Reconnect(frame), _) = message {
+            return frame;
         }
     }
 }

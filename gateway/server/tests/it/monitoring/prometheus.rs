@@ -193,7 +193,9 @@ impl Prometheus {
         until("Prometheus has scraped every gateway", async || {
             let scraped = r#"count(sum_over_time(up{job="gateway"}[1m]) >= 2)"#;
             let result = self.query(scraped).await;
-            result.first().is_some_and(|value| value["value"][1] == count.to_string())
+            result
+                .first()
+                .is_some_and(|value| value["value"][1].as_str() == Some(&count.to_string()))
         })
         .await;
     }
