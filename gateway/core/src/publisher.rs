@@ -233,6 +233,14 @@ impl Publisher {
             return Err(error);
         }
         self.metrics.messages_received.of(frame.entry_kind()).inc();
+        tracing::debug!(
+            id = %receipt.id,
+            room = message.to.room().map(tracing::field::display),
+            user = %sender.user.id,
+            connection = %sender.connection,
+            bytes = envelope.as_bytes().len(),
+            "message published"
+        );
         let record = self.record(span);
         match &message.to {
             Recipient::Room(room) if self.rules.is_durable(room) => {

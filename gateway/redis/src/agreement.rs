@@ -220,7 +220,8 @@ impl Agreement {
                 Err(error) => {
                     pause.failed(&error);
                     if pause.should_log() {
-                        tracing::warn!(%error, "cannot reach Redis to agree on a server with the other nodes");
+                        let server = self.server.dial.server_name();
+                        tracing::warn!(%error, server, "cannot reach Redis to agree on a server with the other nodes");
                     }
                 }
             }
@@ -385,11 +386,12 @@ impl Agreement {
             state.may_hold.extend(groups);
             remembered
         };
+        let server = self.server.dial.server_name();
         if *complete || !remembered {
-            tracing::info!(%server_id, ?took, complete, groups = groups.len(),
+            tracing::info!(server, %server_id, ?took, complete, groups = groups.len(),
                 "the nodes have agreed on a Redis server");
         } else {
-            tracing::warn!(%server_id, ?took, ?missing, groups = groups.len(),
+            tracing::warn!(server, %server_id, ?took, ?missing, groups = groups.len(),
                 "the nodes have agreed on a Redis server without processes that may hold entries it \
                  lacks: rooms continue in a new epoch, and members are notified");
         }

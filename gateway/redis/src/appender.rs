@@ -163,7 +163,8 @@ impl AppendWorker {
                 Err(error) => {
                     pause.failed(&error);
                     if pause.should_log() {
-                        tracing::warn!(%error, "cannot publish to Redis");
+                        let server = self.server.dial.server_name();
+                        tracing::warn!(%error, server, "cannot publish to Redis");
                     }
                 }
             }

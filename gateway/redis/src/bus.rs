@@ -122,7 +122,8 @@ impl RedisBus {
                     }
                     pause.failed(&error);
                     if pause.should_log() {
-                        tracing::warn!(%error, "waiting for Redis");
+                        let server = connections.server.dial.server_name();
+                        tracing::warn!(%error, server, "waiting for Redis");
                     }
                 }
             }

@@ -83,10 +83,11 @@ impl LinkStates {
             before != server_id
         });
         if changed && server_id.is_some() {
-            tracing::info!(?link, "Redis link is up");
+            tracing::info!(?link, server = server.dial.server_name(), "Redis link is up");
         } else if changed {
             self.metrics.bus_reconnects.inc();
-            tracing::warn!(?link, "Redis link is down; reconnecting");
+            let server = server.dial.server_name();
+            tracing::warn!(?link, server, "Redis link is down; reconnecting");
         }
     }
 

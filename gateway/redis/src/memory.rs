@@ -193,6 +193,7 @@ async fn poll(server: &Arc<RedisServer>, all_servers: &MemoryOfAllServers, metri
         }
         if usage.max == 0 && !all_servers.unlimited.swap(true, Ordering::Relaxed) {
             tracing::warn!(
+                server = server.dial.server_name(),
                 "Redis has no `maxmemory` and cluster.memory_max is not set: clients may fill the memory of \
                  the machine; set one of them"
             );
@@ -207,6 +208,7 @@ async fn poll(server: &Arc<RedisServer>, all_servers: &MemoryOfAllServers, metri
         if pressure.is_high() && is_due {
             logged = Some(now);
             tracing::error!(
+                server = server.dial.server_name(),
                 used,
                 max,
                 watermark_percent,

@@ -236,7 +236,8 @@ impl SubscribeWorker {
             pause.failed(&error);
             self.server.requirements.record(Detector::Subscriber, &error);
             if pause.should_log() {
-                tracing::warn!(%error, "cannot subscribe to Redis");
+                let server = self.server.dial.server_name();
+                tracing::warn!(%error, server, "cannot subscribe to Redis");
             }
             self.links.set(&self.server, LinkKind::Subscribe, None);
         }

@@ -61,6 +61,9 @@ pub trait Dial: Send + Sync {
     /// server that is no longer the primary: scripts detect that by the server id.
     fn read_connection(&self) -> BoxFuture<RedisResult<ReadConnection>>;
 
+    /// The server as log lines name it: user, host and port, as far as known.
+    fn server_name(&self) -> String;
+
     /// Resolves when the primary is another server than the one that the last connection made
     /// before this call leads to: all connections must be made anew. Never resolves for a fixed
     /// address. Polls while it is awaited, so that one caller is enough.
@@ -260,13 +263,15 @@ impl DerefMut for ReadConnection {
 
 /// A single server at a fixed address.
 pub(super) struct SingleServer {
+    name: String,
     client: Client,
     pool: Pool,
 }
 
 impl SingleServer {
     pub(super) fn new(info: ConnectionInfo) -> Result<Self, RedisError> {
-        Ok(Self { client: Client::open(info.clone())?, pool: pool(info)? })
+        let name = server_name(info.redis_settings().username(), info.addr());
+        Ok(Self { name, client: Client::open(info.clone())?, pool: pool(info)? })
     }
 }
 
@@ -283,8 +288,20 @@ impl Dial for SingleServer {
         Box::pin(pooled_connection(self.pool.clone()))
     }
 
+    fn server_name(&self) -> String {
+        self.name.clone()
+    }
+
     fn moved(&self) -> BoxFuture<()> {
         Box::pin(std::future::pending())
+    }
+}
+
+/// User, host and port of a server.
+fn server_name(user: Option<&str>, address: impl std::fmt::Display) -> String {
+    match user {
+        Some(user) => format!("{user}@{address}"),
+        None => address.to_string(),
     }
 }
 

@@ -144,7 +144,7 @@ fn with_runtime(
 }
 
 fn serve(runtime: tokio::runtime::Runtime, config: Config) -> ExitCode {
-    telemetry::start_log(config.log_format, &config.log_level);
+    telemetry::start_log(config.log_format, &config.log_level, &config.node);
     log_panics();
     let code = runtime.block_on(run(config));
     // Remaining tasks get a timeout: after a failure they may never end.
@@ -167,7 +167,7 @@ async fn run(config: Config) -> ExitCode {
             return ExitCode::FAILURE;
         }
     };
-    let (node, cluster) = (config.node.clone(), config.redis.is_some());
+    let cluster = config.redis.is_some();
     let starting = Server::start(config);
     let server = tokio::select! {
         server = starting => server,
@@ -185,7 +185,6 @@ async fn run(config: Config) -> ExitCode {
         }
     };
     tracing::info!(
-        %node,
         listen = %server.listen,
         admin = %server.admin_listen,
         bus = if cluster { "redis" } else { "memory" },

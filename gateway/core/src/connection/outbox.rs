@@ -15,7 +15,14 @@
 //! Beside the frames stand the [`Signal`]s to the connection's task, since one of them waits for
 //! space in the queue.
 
-use std::{io, sync::Arc, time::Duration};
+use std::{
+    io,
+    sync::{
+        Arc,
+        atomic::{AtomicU32, Ordering},
+    },
+    time::Duration,
+};
 
 use bytes::Bytes;
 use parking_lot::Mutex;
@@ -89,6 +96,8 @@ pub struct Outbox {
     queue: Mutex<OutboxState>,
     /// Wakes the connection's task: to wait for the socket, to catch up, or to close.
     wake: Notify,
+    /// Frames that the client has been sent, modulo 2^32.
+    sent: AtomicU32,
 }
 
 #[derive(Debug, Default)]
@@ -122,8 +131,8 @@ impl Outbox {
     }
 
     fn new(sink: Sink, bytes_max: usize, metrics: Arc<Metrics>) -> Self {
-        let (queue, wake) = (Mutex::default(), Notify::new());
-        Self { sink, bytes_max, encoding: Encoding::WebSocket, metrics, queue, wake }
+        let (queue, wake, sent) = (Mutex::default(), Notify::new(), 0.into());
+        Self { sink, bytes_max, encoding: Encoding::WebSocket, metrics, queue, wake, sent }
     }
 
     /// Sets the encoding of the frames; without it, they are WebSocket frames.
@@ -322,6 +331,11 @@ impl Outbox {
         }
     }
 
+    /// Frames that the client has been sent, modulo 2^32.
+    pub fn sent(&self) -> u32 {
+        self.sent.load(Ordering::Relaxed)
+    }
+
     /// Takes the whole queue, for the owner of an outbox without a socket.
     pub fn take(&self) -> Vec<Bytes> {
         let mut queue = self.queue.lock();
@@ -342,6 +356,7 @@ impl Outbox {
             queue.bytes -= frame.len() + FRAME_OVERHEAD_BYTES;
             taken.extend(queue.frames.pop());
         }
+        self.sent.fetch_add(taken.len() as u32, Ordering::Relaxed);
         taken
     }
 
@@ -398,6 +413,7 @@ impl Outbox {
                         // A failure only delays replies.
                         let _ = socket2::SockRef::from(socket).set_send_buffer_size(buffer);
                     }
+                    self.sent.fetch_add(frames as u32, Ordering::Relaxed);
                     self.metrics.frames_sent.inc_by(frames);
                     self.metrics.bytes_sent.inc_by(written as u64);
                 }

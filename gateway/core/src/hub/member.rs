@@ -130,6 +130,15 @@ impl ShardBatch {
                 u64::from(counts.queued);
             self.timed.get_or_insert_with(|| entry.envelope.clone());
         }
+        tracing::debug!(
+            id = %entry.envelope.id(),
+            %room,
+            position = %entry.position,
+            queued = counts.queued,
+            lagged = counts.lagged,
+            behind = counts.behind,
+            "entry fanned out"
+        );
         self.trails.fanned_out(room, entry.envelope.id(), &entry.position, counts, missed);
     }
 

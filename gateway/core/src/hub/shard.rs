@@ -102,7 +102,8 @@ impl Shard {
             statuses: Statuses::new(watched_max, bus.clone(), presence.clone(), tasks.clone()),
             incomplete: IncompleteReads::default(),
             batch: ShardBatch::new(retention, metrics, trails, tracer, messages.node_state.clone()),
-            suspended: false,
+            // A node that starts has not lost a lease.
+            suspended: !messages.node_state.holds_lease(now),
             bus,
             presence,
             rules,

@@ -56,6 +56,7 @@ use crate::{
     publisher::{MessageSender, PublishError, Publisher, Receipt},
     rooms::{RoomRules, passwords::Passwords},
     telemetry::{
+        log_limiter::LogLimiter,
         metrics::{Metrics, StorageLimit},
         traces::{TraceCaller, TraceContext},
     },
@@ -820,11 +821,31 @@ impl Session {
 fn reject(services: &Services, handle: &ConnectionHandle, error: ErrorFrame) -> ErrorCode {
     let code = error.code;
     services.metrics.errors.of(code).inc();
+    log_refused(handle, &error);
     if !matches!(code, ErrorCode::Unavailable | ErrorCode::Overloaded | ErrorCode::Internal) {
         handle.count_rejected();
     }
     handle.send_ahead(&ServerFrame::Error(Box::new(error)));
     code
+}
+
+/// Logs a refused frame, at most one per code and minute.
+fn log_refused(handle: &ConnectionHandle, error: &ErrorFrame) {
+    static LIMITERS: [LogLimiter; ErrorCode::ALL.len()] =
+        [const { LogLimiter::new() }; ErrorCode::ALL.len()];
+    let index = ErrorCode::ALL.iter().position(|code| *code == error.code);
+    let limiter = index.map_or(&LIMITERS[0], |index| &LIMITERS[index]);
+    let Some(suppressed) = limiter.should_log() else { return };
+    tracing::info!(
+        code = error.code.as_str(),
+        // The client may have sent anything as the type.
+        frame = ?error.frame_type.as_deref().unwrap_or_default(),
+        room = error.room.as_ref().map(tracing::field::display),
+        user = handle.owner().map(|owner| tracing::field::display(&owner.user)),
+        connection = %handle.connection,
+        suppressed,
+        "frame refused"
+    );
 }
 
 /// The reply to a publish, sent once the bus has answered.
@@ -939,6 +960,7 @@ impl PublishReply {
             false => frame,
         };
         self.metrics.errors.of(code).inc();
+        log_refused(&self.handle, &frame);
         self.handle.send_ahead(&ServerFrame::Error(Box::new(frame)));
     }
 }

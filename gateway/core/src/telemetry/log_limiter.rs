@@ -1,41 +1,69 @@
-//! Rate limit for log lines that peers can trigger.
+//! Rate limits for log lines about events that clients or a broken Redis can cause again and again.
+//!
+//! A metric counts these events; log lines add the details of some of them.
 
 use std::time::Duration;
 
 use parking_lot::Mutex;
 use tokio::time::Instant;
 
-/// Time without a further line after each line.
+/// Minimum time between two lines of one kind, unless the kind has another rate.
 pub const LOG_INTERVAL: Duration = Duration::from_secs(60);
 
-/// One kind of log line, written at most once in [`LOG_INTERVAL`].
-#[derive(Debug, Default)]
-pub struct LogLimiter(Mutex<LimiterState>);
+/// One kind of log line, written at most a number of times in a period.
+#[derive(Debug)]
+pub struct LogLimiter {
+    period: Duration,
+    lines_max: u32,
+    state: Mutex<LimiterState>,
+}
 
-#[derive(Debug, Default)]
+#[derive(Debug)]
 struct LimiterState {
-    last: Option<Instant>,
+    /// Start of the period that is counted.
+    since: Option<Instant>,
+    /// Lines of this period.
+    lines: u32,
     /// Lines suppressed since the last one.
     suppressed: u64,
 }
 
 impl LogLimiter {
-    /// Creates a limiter that has not logged yet.
+    /// Creates a limiter of one line in [`LOG_INTERVAL`].
     pub const fn new() -> Self {
-        Self(Mutex::new(LimiterState { last: None, suppressed: 0 }))
+        Self::with_rate(1, LOG_INTERVAL)
+    }
+
+    /// Creates a limiter of `lines_max` lines per second.
+    pub const fn per_second(lines_max: u32) -> Self {
+        Self::with_rate(lines_max, Duration::from_secs(1))
+    }
+
+    const fn with_rate(lines_max: u32, period: Duration) -> Self {
+        let state = LimiterState { since: None, lines: 0, suppressed: 0 };
+        Self { period, lines_max, state: Mutex::new(state) }
     }
 
     /// Returns `Some` if a line may be logged now, with the number of lines suppressed since the
     /// last one.
     pub fn should_log(&self) -> Option<u64> {
         let now = Instant::now();
-        let state = &mut *self.0.lock();
-        if state.last.is_some_and(|last| now.saturating_duration_since(last) < LOG_INTERVAL) {
+        let state = &mut *self.state.lock();
+        if state.since.is_none_or(|since| now.saturating_duration_since(since) >= self.period) {
+            (state.since, state.lines) = (Some(now), 0);
+        }
+        if state.lines >= self.lines_max {
             state.suppressed += 1;
             return None;
         }
-        state.last = Some(now);
+        state.lines += 1;
         Some(std::mem::take(&mut state.suppressed))
+    }
+}
+
+impl Default for LogLimiter {
+    fn default() -> Self {
+        Self::new()
     }
 }
 
@@ -53,5 +81,14 @@ mod tests {
         assert_eq!(limiter.should_log(), None);
         tokio::time::advance(LOG_INTERVAL).await;
         assert_eq!(limiter.should_log(), Some(1));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn lines_per_second_are_bounded() {
+        let limiter = LogLimiter::per_second(3);
+        let logged = || (0..10).filter_map(|_| limiter.should_log()).collect::<Vec<_>>();
+        assert_eq!(logged(), [0, 0, 0]);
+        tokio::time::advance(Duration::from_secs(1)).await;
+        assert_eq!(logged(), [7, 0, 0]);
     }
 }

@@ -20,7 +20,7 @@ use tokio::time::MissedTickBehavior;
 
 use super::{
     Address, ConnectParams, Dial, Login, ReadConnection, connection_config, first_answers, pool,
-    pooled_connection,
+    pooled_connection, server_name,
 };
 use skein_core::bus::BoxFuture;
 
@@ -90,6 +90,14 @@ impl Dial for Sentinel {
         match pool {
             Some(pool) => Box::pin(pooled_connection(pool)),
             None => Box::pin(future::ready(Err(no_primary("no primary was found yet")))),
+        }
+    }
+
+    fn server_name(&self) -> String {
+        let user = self.inner.servers.redis.username();
+        match &self.inner.state.lock().connected_to {
+            Some((address, _)) => server_name(user, address),
+            None => server_name(user, &self.inner.primary),
         }
     }
 

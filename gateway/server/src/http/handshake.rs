@@ -24,7 +24,7 @@ use tokio::time::{Duration, Instant};
 use super::{
     ConnectInfo, Node,
     address::client_address,
-    headers::{bearer, cookie, elements},
+    headers::{bearer, cookie, elements, request_id, utf8},
     origin::OriginAccess,
 };
 use skein_core::{
@@ -56,8 +56,10 @@ pub(super) struct ClientHandshake {
     session: Option<ResumeToken>,
     /// `?inbox=`: the position up to which this device has the inbox.
     pub(super) inbox: Option<Result<Position, InvalidPosition>>,
-    address: std::net::IpAddr,
+    pub(super) address: std::net::IpAddr,
     user_agent: Option<Box<str>>,
+    /// `X-Request-ID`, for the log.
+    pub(super) request_id: Option<Box<str>>,
 }
 
 /// An admitted client.
@@ -120,6 +122,7 @@ impl ClientHandshake {
             credentials: credentials(node, headers, params, &offered, allowed),
             address: client_address(info.peer.ip(), headers, &node.options.trusted_proxies),
             user_agent: user_agent(headers),
+            request_id: request_id(headers).and_then(utf8).map(Box::from),
         }
     }
 

@@ -13,11 +13,12 @@ use std::{
     time::Duration,
 };
 
-use axum::{Router, middleware, routing::get};
+use axum::{Router, http::request::Parts, middleware, response::Response, routing::get};
 use parking_lot::Mutex;
 use skein_protocol::ids::{NodeId, UserId};
 use tokio::{sync::Semaphore, time::Instant};
 
+use self::address::client_address;
 use crate::{
     cluster::ClusterNodes,
     rebalance::Rebalancer,
@@ -36,7 +37,10 @@ use skein_core::{
     },
     limits::{KeyedPermits, Rate, RateLimiters, meter::AddressMeters},
     session::Services,
-    telemetry::{log_limiter::LogLimiter, metrics::Metrics},
+    telemetry::{
+        log_limiter::LogLimiter,
+        metrics::{HandshakeRefusal, Metrics},
+    },
 };
 
 pub mod listen;
@@ -52,6 +56,7 @@ mod headers;
 mod permits;
 mod request_rates;
 mod handshake;
+mod connection_log;
 mod upgrade;
 mod sse;
 pub mod api;
@@ -166,6 +171,7 @@ struct HttpState {
     requests: RateLimiters<(std::net::IpAddr, request_rates::RequestPool)>,
     api_log: LogLimiter,
     requests_log: LogLimiter,
+    connection_log: connection_log::ConnectionLog,
     lifecycle: LifecyclePermits,
 }
 
@@ -368,6 +374,14 @@ impl Node {
         self.metrics.outbox_bytes.set(bytes as i64);
         self.metrics.outbox_largest_bytes.set(largest as i64);
         self.metrics.outbox_frames.set(frames as i64);
+    }
+
+    /// Logs a handshake that is answered by the HTTP error `response`.
+    fn log_refused(&self, cause: HandshakeRefusal, parts: &Parts, response: &Response) {
+        let peer = parts.extensions.get::<ConnectInfo>();
+        let peer = peer.map_or([0, 0, 0, 0].into(), |info| info.peer.ip());
+        let address = client_address(peer, &parts.headers, &self.options.trusted_proxies);
+        self.state.connection_log.refused(cause, address, response.status());
     }
 
     /// Names of the checks that fail, as `/ready` lists them.

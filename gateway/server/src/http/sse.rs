@@ -23,11 +23,15 @@ use skein_protocol::{
     ids::{ConnectionId, RoomId, UserId},
     position::Position,
 };
-use tokio::sync::{mpsc, oneshot};
+use tokio::{
+    sync::{mpsc, oneshot},
+    time::Instant,
+};
 
 use super::{
     ConnectInfo, Node,
     buffered::WriteTimeout,
+    connection_log::OpenedConnection,
     error::{error_response, error_response_with_retry},
     handshake::{
         AdmissionError, AdmittedClient, ClientHandshake, Params, connected_frame, join_inbox,
@@ -38,14 +42,21 @@ use super::{
     permits::ConnectionPermits,
     upgrade::{forget_panicked, sticky_route},
 };
-use crate::transport::sse::{Cursors, EventStream, RETRY, retry, write_event};
+use crate::transport::{
+    ConnectionEnd,
+    sse::{Cursors, EventStream, RETRY, retry, write_event},
+};
 use skein_core::{
     bus::room_store::{RoomConfig, RoomSummary},
-    connection::{encoding::Encoding, handle::ConnectionHandle, outbox::Outbox},
+    connection::{
+        encoding::Encoding,
+        handle::ConnectionHandle,
+        outbox::{Close, Outbox},
+    },
     hub::SubscribeFailed,
     limits::Permit,
     session::{Session, auth::AuthError},
-    telemetry::metrics::{CloseSide, GaugeGuard, HandshakeResult, Transport},
+    telemetry::metrics::{GaugeGuard, HandshakeResult, Transport},
 };
 
 /// Most rooms of a stream.
@@ -182,6 +193,7 @@ async fn stream(
         Ok(permits) => permits,
         Err((cause, response)) => {
             node.metrics.refused(cause);
+            node.log_refused(cause, &parts, &response);
             return *response;
         }
     };
@@ -217,13 +229,14 @@ async fn stream(
                 if let Some(limit) = &write_timeout {
                     limit.set(node.options.heartbeat.write_timeout);
                 }
-                let end = stream.run(&node.drain_schedule.notice(connection)).await;
+                let (handle, since) = (stream.handle().clone(), Instant::now());
+                let mut end = stream.run(&node.drain_schedule.notice(connection)).await;
                 if write_timeout.is_some_and(|limit| limit.has_expired()) {
-                    let timeout = CloseCode::WriteTimeout.number();
-                    metrics.disconnected(timeout, "", CloseSide::Gateway);
-                } else {
-                    metrics.disconnected(end.code, &end.reason, end.side);
+                    let code = CloseCode::WriteTimeout.number();
+                    end = ConnectionEnd::by_gateway(Close { code, reason: String::new() });
                 }
+                metrics.disconnected(end.code, &end.reason, end.side);
+                node.state.connection_log.closed(&handle, since, 0, &end);
             }
             Err(response) => drop(reply.send(Err(response))),
         }
@@ -298,18 +311,23 @@ async fn open(
     (mut cursors, route): (Cursors, String),
     permits: ConnectionPermits,
 ) -> Result<(EventStream, mpsc::Receiver<Bytes>, StreamPermits), RejectedResponse> {
-    let admitted = client.admit(node, connection).await.map_err(|error| match error {
-        AdmissionError::Unauthenticated(error) => rejected(
-            ErrorCode::Unauthorized,
-            &match error {
-                AuthError::TokenInvalid(why) => format!("token_invalid: {why}"),
-                error => format!("authentication required: {error}"),
-            },
-        ),
-        AdmissionError::TooManyConnections => {
-            rejected(ErrorCode::LimitReached, "this user has too many connections")
+    let admitted = client.admit(node, connection).await.map_err(|error| {
+        node.state.connection_log.not_admitted(&error, client.address);
+        match error {
+            AdmissionError::Unauthenticated(error) => rejected(
+                ErrorCode::Unauthorized,
+                &match error {
+                    AuthError::TokenInvalid(why) => format!("token_invalid: {why}"),
+                    error => format!("authentication required: {error}"),
+                },
+            ),
+            AdmissionError::TooManyConnections => {
+                rejected(ErrorCode::LimitReached, "this user has too many connections")
+            }
+            AdmissionError::Unavailable => {
+                rejected(ErrorCode::Unavailable, "the bus is unavailable")
+            }
         }
-        AdmissionError::Unavailable => rejected(ErrorCode::Unavailable, "the bus is unavailable"),
     })?;
     let outbox = Outbox::to_owner(node.options.limits.outbox_bytes_max, node.metrics.clone())
         .with_encoding(Encoding::Json);
@@ -317,6 +335,10 @@ async fn open(
     let (user, wait) = (admitted.identity.user.clone(), node.services.limits.wait_max);
     let online = node.services.presence.track_online(&user, wait).await;
     handle.send(&connected_frame(node, &admitted, &handle, route));
+    let resumed = admitted.opened.resumed.is_some();
+    let request_id = client.request_id.as_deref();
+    let opened = OpenedConnection { transport: "sse", resumed, request_id };
+    node.state.connection_log.opened(&handle, opened);
     let AdmittedClient { identity, user_permit, opened, .. } = admitted;
     let inbox = cursors.inbox.clone().map(Ok).or(client.inbox);
     // The start of the inbox is part of every event id from now on.

@@ -30,11 +30,12 @@ use skein_protocol::{
     },
 };
 use skein_websocket::extension::DeflateParams;
-use tokio::{io::Interest, net::TcpStream};
+use tokio::{io::Interest, net::TcpStream, time::Instant};
 
 use super::{
     ConnectInfo, Node, ROUTE_COOKIE,
     buffered::BufferedHead,
+    connection_log::OpenedConnection,
     error::error_response,
     extensions,
     handshake::{
@@ -141,6 +142,7 @@ fn upgrade(
         Ok(checked) => checked,
         Err((cause, response)) => {
             node.metrics.refused(cause);
+            node.log_refused(cause, &parts, &response);
             return *response;
         }
     };
@@ -394,14 +396,18 @@ impl PendingUpgrade {
             Some(Ok(admitted)) => admitted,
             None => return None,
             Some(Err(error)) => {
+                node.state.connection_log.not_admitted(&error, client.address);
                 let (code, reason) = error.close();
                 handle.outbox.close(Close { code: code.number(), reason });
                 return served(Arc::new(handle), closing(), permits, None, early);
             }
         };
         let (id, user) = (handle.connection, admitted.identity.user.clone());
-        tracing::debug!(connection = %id, user = %user.id, "connected");
         let handle = Arc::new(handle.with_owner(admitted.owner()));
+        let resumed = admitted.opened.resumed.is_some();
+        let request_id = client.request_id.as_deref();
+        let opened = OpenedConnection { transport: "websocket", resumed, request_id };
+        node.state.connection_log.opened(&handle, opened);
         let (presence, wait) = (&node.services.presence, node.services.limits.wait_max);
         let connected = connected_frame(&node, &admitted, &handle, route);
         let AdmittedClient {
@@ -524,6 +530,7 @@ fn read_early(socket: &TcpStream, early: &mut Vec<u8>) -> io::Result<()> {
 impl ActiveConnection {
     async fn serve(mut self: Box<Self>, node: &Node) {
         let drain = node.drain_schedule.notice(self.connection.id());
+        let since = Instant::now();
         let end = {
             let metrics = &node.metrics;
             let _counted = GaugeGuard::new(&metrics.connections);
@@ -531,8 +538,9 @@ impl ActiveConnection {
                 GaugeGuard::new(metrics.transport_connections.of(Transport::WebSocket));
             self.connection.run(&drain, &node.state.lifecycle.ending).await
         };
-        tracing::debug!(connection = %self.connection.id(), code = end.code, "disconnected");
         node.metrics.disconnected(end.code, &end.reason, end.side);
+        let (handle, received) = (self.connection.connection(), self.connection.received());
+        node.state.connection_log.closed(handle, since, received, &end);
     }
 }
 

@@ -56,7 +56,7 @@ impl ConnectionEnd {
     }
 
     /// The gateway closed the connection.
-    pub(super) fn by_gateway(Close { code, reason }: Close) -> Self {
+    pub fn by_gateway(Close { code, reason }: Close) -> Self {
         Self { code, reason, side: CloseSide::Gateway }
     }
 }

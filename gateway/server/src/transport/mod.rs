@@ -123,6 +123,8 @@ pub struct WebSocketConnection {
     timed: Option<FrameKind>,
     /// Whether the outbox is full, so that no input is read.
     outbox_full: bool,
+    /// Messages received, modulo 2^32.
+    received: u32,
     /// Set while the meter pauses reading.
     paused_until: Option<Instant>,
     last_received: Instant,
@@ -187,6 +189,7 @@ impl WebSocketConnection {
             timed: None,
             portion: Portion::default(),
             outbox_full: false,
+            received: 0,
             paused_until: None,
             last_received: now,
             last_ping: now,
@@ -197,6 +200,16 @@ impl WebSocketConnection {
     /// Returns the id of the connection.
     pub fn id(&self) -> ConnectionId {
         self.handle.connection
+    }
+
+    /// Returns the handle of the connection.
+    pub fn connection(&self) -> &ConnectionHandle {
+        &self.handle
+    }
+
+    /// Returns the number of messages received, modulo 2^32.
+    pub fn received(&self) -> u32 {
+        self.received
     }
 
     /// Returns the session of a chat connection.
@@ -515,6 +528,7 @@ impl WebSocketConnection {
                 }
                 message @ (DecoderEvent::Text(_) | DecoderEvent::Binary(_)) => {
                     self.metrics.frames_received.inc();
+                    self.received = self.received.wrapping_add(1);
                     self.meter.data(message.payload_len());
                     #[cfg(debug_assertions)]
                     if let DecoderEvent::Text(text) = &message {

@@ -197,6 +197,11 @@ impl EventStream {
         self.session.complete(outcome)
     }
 
+    /// Returns the handle of the connection.
+    pub fn handle(&self) -> &Arc<ConnectionHandle> {
+        &self.handle
+    }
+
     /// Ends the session of a stream that is not served.
     pub async fn end(mut self) {
         self.session.end().await;
@@ -238,7 +243,6 @@ impl EventStream {
             self.session.handle_evictions().await;
             self.session.handle_signals().await;
             if let Some(close) = outbox.begin_close() {
-                tracing::debug!(connection = %handle.connection, code = close.code, "an event stream ended");
                 return ConnectionEnd::by_gateway(close);
             }
             if outbox.has_space()

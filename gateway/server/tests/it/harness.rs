@@ -102,7 +102,7 @@ impl Gateway {
             flags: options(extra),
         };
         let config = Config::load(sources).unwrap_or_else(|errors| panic!("{errors}"));
-        skein_core::telemetry::start_log(config.log_format, "off");
+        skein_core::telemetry::start_log(config.log_format, "off", &config.node);
         let server = Box::pin(Server::start(config)).await.unwrap();
         Self { address: server.listen, admin: server.admin_listen, server: Some(server) }
     }

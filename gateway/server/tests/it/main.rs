@@ -42,6 +42,7 @@ mod browser;
 mod stop;
 mod nodes;
 mod traces;
+mod logs;
 mod deploy;
 mod stacks;
 mod operations;

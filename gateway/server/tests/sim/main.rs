@@ -54,7 +54,7 @@ fn shape_of(seed: u64) -> SimShape {
 fn promises_hold_under_every_seed() {
     if let Some(seed) = number("SKEIN_SIM_SEED") {
         let level = std::env::var("SKEIN_SIM_LOG").unwrap_or_else(|_| "off".to_owned());
-        skein_core::telemetry::start_log(LogFormat::Text, &level);
+        skein_core::telemetry::start_log(LogFormat::Text, &level, &"sim".parse().unwrap());
         let run = run(seed, shape_of(seed), true);
         println!("{:?}\n{:#?}", run.findings.counts, run.findings.violations);
         assert!(run.findings.violations.is_empty());

@@ -214,6 +214,10 @@ impl Dial for SimDial {
         Box::pin(async { connection.await.map(ReadConnection::Dedicated) })
     }
 
+    fn server_name(&self) -> String {
+        "simulated".to_owned()
+    }
+
     fn moved(&self) -> BoxFuture<()> {
         Box::pin(std::future::pending())
     }

@@ -27,11 +27,11 @@ use utoipa_axum::{router::OpenApiRouter, routes};
 
 use super::{
     Node,
-    headers::{REQUEST_ID, bearer, request_id},
+    headers::{REQUEST_ID, bearer, request_id, utf8},
 };
 use skein_core::{
     bus::{BusError, commands},
-    telemetry::metrics::ApiRejection,
+    telemetry::{log_limiter::LogLimiter, metrics::ApiRejection},
 };
 
 mod messages;
@@ -44,6 +44,9 @@ mod users;
 
 /// Largest body of a request in bytes: a batch of messages.
 const BODY_BYTES_MAX: usize = 8 * 1024 * 1024;
+
+/// Lines per second about API calls that send messages.
+const SEND_LINES_PER_SECOND_MAX: u32 = 20;
 
 /// Keys of the server API with their names, as SHA-256.
 #[derive(Clone, Default)]
@@ -436,9 +439,10 @@ async fn authorize(
             ApiError::bad_request("the path must be UTF-8").into_response()
         }
         Ok(name) => {
-            tracing::debug!(key = name, method = %request.method(), path = request.uri().path(), "API");
             let id = request_id(request.headers()).cloned();
+            let call = ApiCall::of(&request);
             let mut response = spans::run_traced(&node, name, request, next).await;
+            call.log(name, response.status(), id.as_ref().and_then(utf8));
             if let Some(id) = id {
                 response.headers_mut().insert(REQUEST_ID, id);
             }
@@ -454,6 +458,51 @@ async fn authorize(
             let challenge = header::HeaderValue::from_static("Bearer");
             response.headers_mut().insert(header::WWW_AUTHENTICATE, challenge);
             response
+        }
+    }
+}
+
+/// A call, for its log line.
+struct ApiCall {
+    method: Method,
+    path: String,
+    /// Whether it sends messages, of which there may be many.
+    sends: bool,
+    started: Instant,
+}
+
+impl ApiCall {
+    /// Paths whose calls send messages.
+    const SENDING: [&str; 4] = [
+        "/api/v1/rooms/{room}/messages",
+        "/api/v1/publish",
+        "/api/v1/notifications",
+        "/api/v1/users/{user}/notifications",
+    ];
+
+    fn of(request: &Request) -> Self {
+        let route = request.extensions().get::<MatchedPath>().map_or("", MatchedPath::as_str);
+        Self {
+            method: request.method().clone(),
+            path: request.uri().path().to_owned(),
+            sends: Self::SENDING.contains(&route),
+            started: Instant::now(),
+        }
+    }
+
+    /// Logs an order with the name of its key and its result. Queries are at debug, and calls that
+    /// send messages are left out above a rate.
+    fn log(self, key: &str, status: StatusCode, request_id: Option<&str>) {
+        static SENDS: LogLimiter = LogLimiter::per_second(SEND_LINES_PER_SECOND_MAX);
+        let Self { method, path, sends, started } = self;
+        let (status, ms) = (status.as_u16(), started.elapsed().as_millis() as u64);
+        if method == Method::GET {
+            tracing::debug!(key, %method, path, status, ms, request_id, "API query");
+            return;
+        }
+        let suppressed = if sends { SENDS.should_log() } else { Some(0) };
+        if let Some(suppressed) = suppressed {
+            tracing::info!(key, %method, path, status, ms, request_id, suppressed, "API order");
         }
     }
 }
