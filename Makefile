@@ -25,7 +25,7 @@ build: ## everything the tests start
 	cargo build --locked --workspace --bins --examples
 
 # The integration tests that need neither a Redis nor another program, on the backend in memory.
-IN_MEMORY := api:: auth:: bus:: chat:: command_line:: directs:: docs:: hub:: managed:: presence:: sse:: tidy::
+IN_MEMORY := api:: auth:: bus:: chat:: command_line:: directs:: docs:: hub:: managed:: presence:: reload::alone sse:: tidy::
 # Most integration tests wait for other processes, so that many run at a time. Those that measure
 # rates and times are run with as many as there are processors.
 TEST_THREADS ?= 12

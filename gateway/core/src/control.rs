@@ -55,6 +55,9 @@ pub struct Control {
     pub trails: Arc<MessageTrails>,
     /// How long a call may wait for the bus.
     pub timeout: Duration,
+    /// Reloads the configuration of this node for the caller named by its argument. Returns what
+    /// that did, as JSON.
+    pub reload: Arc<dyn Fn(&str) -> serde_json::Value + Send + Sync>,
     /// Whether a command drains this node.
     pub draining: Arc<watch::Sender<bool>>,
 }
@@ -202,6 +205,8 @@ impl Control {
                 let Ok(json) = serde_json::to_vec(&frame) else { return };
                 self.hub.broadcast(json.into()).await;
             }
+            ControlCommand::Ask(NodeQuery::Reload { node: Some(node), .. })
+                if node != self.node => {}
             ControlCommand::Ask(query) if is_fresh => {
                 let reply = self.answer_query(query).await.to_string();
                 if let Err(error) = self.queue.reply(id, reply).await {
@@ -265,6 +270,7 @@ impl Control {
                     .collect();
                 json!({ "node": self.node, "users": users, "addresses": addresses })
             }
+            NodeQuery::Reload { by, .. } => (self.reload)(&by),
             NodeQuery::Trail { id, user } => {
                 let mut logs = Vec::new();
                 for trail in self.trails.of(id) {

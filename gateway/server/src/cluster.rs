@@ -5,7 +5,7 @@ use std::{
     net::{IpAddr, SocketAddr, UdpSocket},
     sync::{
         Arc,
-        atomic::{AtomicU64, Ordering},
+        atomic::{AtomicU64, AtomicUsize, Ordering},
     },
     time::Duration,
 };
@@ -52,6 +52,8 @@ pub struct OwnNode {
 pub struct ClusterNodes {
     registry: Arc<dyn NodeRegistry>,
     own: OwnNode,
+    /// The most connections that it takes, which a reload may change.
+    connections_max: AtomicUsize,
     started: Instant,
     /// The own route, and whether a proxy has confirmed it.
     route: Mutex<(Option<String>, bool)>,
@@ -106,6 +108,7 @@ impl ClusterNodes {
         let route = dialled_address(listen, proxies).map(route_of);
         Self {
             registry,
+            connections_max: AtomicUsize::new(own.connections_max),
             own,
             started: Instant::now(),
             route: Mutex::new((route, false)),
@@ -144,6 +147,11 @@ impl ClusterNodes {
             Some(read) if read.elapsed() < NODES_VALID_FOR => nodes.0.clone(),
             _ => Vec::new(),
         }
+    }
+
+    /// Announces another number of connections that this node takes.
+    pub fn set_connections_max(&self, connections_max: usize) {
+        self.connections_max.store(connections_max, Ordering::Relaxed);
     }
 
     /// Announces a change of the condition at once.
@@ -216,12 +224,12 @@ impl ClusterNodes {
             node: self.own.id.clone(),
             condition,
             connections: connections.max(self.expected_clients()),
-            connections_max: self.own.connections_max as u64,
+            connections_max: self.connections_max.load(Ordering::Relaxed) as u64,
             intake_per_second: self.own.intake_per_second,
             route: self.own_route(),
             returning_ms: returning.map(|after| after.as_millis() as u64),
             uptime_ms: self.started.elapsed().as_millis() as u64,
-            version: env!("CARGO_PKG_VERSION").to_owned(),
+            version: crate::version::VERSION.to_owned(),
             schema: skein_redis::SCHEMA,
         };
         let announced = timeout(ANNOUNCE_TIMEOUT, self.registry.announce(announcement)).await;

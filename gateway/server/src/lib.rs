@@ -11,5 +11,6 @@ pub mod cluster;
 pub mod rebalance;
 pub mod config;
 pub mod otlp;
+pub mod reload;
 pub mod server;
 pub mod version;

@@ -191,13 +191,18 @@ async fn run(config: Config) -> ExitCode {
         "ready; the chat page is at http://{}/", dial_address(server.listen)
     );
     let mut failed = pin!(server.failed());
-    let signal = tokio::select! {
-        failure = &mut failed => {
-            tracing::error!(%failure, code = EXIT_FAILED, "a part of the gateway has failed: exiting");
-            server.abandon().await;
-            return ExitCode::from(EXIT_FAILED);
+    let signal = loop {
+        tokio::select! {
+            failure = &mut failed => {
+                tracing::error!(%failure, code = EXIT_FAILED, "a part of the gateway has failed: exiting");
+                server.abandon().await;
+                return ExitCode::from(EXIT_FAILED);
+            }
+            signal = signals.next() => match signal {
+                RELOAD_SIGNAL => drop(server.reload(RELOAD_SIGNAL)),
+                signal => break signal,
+            }
         }
-        signal = signals.stop() => signal,
     };
     tracing::info!(signal, "stopping; a second signal exits at once");
     let stopped = tokio::select! {
@@ -218,11 +223,14 @@ async fn run(config: Config) -> ExitCode {
 
 /// Signals whose default action would end the process without closing its connections.
 struct Signals {
-    /// Signals that stop the gateway in order.
-    stop: Vec<(&'static str, Signal)>,
+    /// Signals that stop the gateway in order, and the one that reloads the configuration.
+    handled: Vec<(&'static str, Signal)>,
     /// Ignored signals: a log rotation that sends one must not end a gateway.
     _ignored: [Signal; 2],
 }
+
+/// Reloads the configuration, under `nohup` as well.
+const RELOAD_SIGNAL: &str = "SIGHUP";
 
 impl Signals {
     fn listen() -> std::io::Result<Self> {
@@ -230,38 +238,37 @@ impl Signals {
             ("SIGTERM", SignalKind::terminate()),
             ("SIGINT", SignalKind::interrupt()),
             ("SIGQUIT", SignalKind::quit()),
-            ("SIGHUP", SignalKind::hangup()),
+            (RELOAD_SIGNAL, SignalKind::hangup()),
         ];
-        let named = named.into_iter().filter(|(name, kind)| {
-            // `nohup` ignores SIGHUP.
-            *name != "SIGHUP" || !is_ignored(*kind)
-        });
-        let stop = named.map(|(name, kind)| Ok((name, signal(kind)?)));
+        let handled = named.into_iter().map(|(name, kind)| Ok((name, signal(kind)?)));
         Ok(Self {
-            stop: stop.collect::<std::io::Result<_>>()?,
+            handled: handled.collect::<std::io::Result<_>>()?,
             _ignored: [signal(SignalKind::user_defined1())?, signal(SignalKind::user_defined2())?],
         })
     }
 
-    /// Waits for a signal that stops the gateway. Returns its name. Cancel-safe.
-    async fn stop(&mut self) -> &'static str {
+    /// Waits for a signal, and returns its name. Cancel-safe.
+    async fn next(&mut self) -> &'static str {
         std::future::poll_fn(|context| {
             let due = |(name, signal): &mut (&'static str, Signal)| {
                 signal.poll_recv(context).is_ready().then_some(*name)
             };
-            match self.stop.iter_mut().find_map(due) {
+            match self.handled.iter_mut().find_map(due) {
                 Some(name) => std::task::Poll::Ready(name),
                 None => std::task::Poll::Pending,
             }
         })
         .await
     }
-}
 
-/// Whether the signal was ignored when the process started (proc(5)).
-fn is_ignored(kind: SignalKind) -> bool {
-    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
-    let mask = status.lines().find_map(|line| line.strip_prefix("SigIgn:"));
-    let mask = mask.and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok()).unwrap_or_default();
-    mask >> (kind.as_raw_value() - 1) & 1 == 1
+    /// Waits for a signal that stops the gateway, and returns its name. A gateway that starts or
+    /// stops does not reload. Cancel-safe.
+    async fn stop(&mut self) -> &'static str {
+        loop {
+            match self.next().await {
+                RELOAD_SIGNAL => tracing::warn!("SIGHUP ignored: only a running gateway reloads"),
+                signal => return signal,
+            }
+        }
+    }
 }

@@ -2,6 +2,7 @@
 
 use std::{io, net::SocketAddr, sync::Arc, time::Duration};
 
+use arc_swap::ArcSwap;
 use opentelemetry_otlp::ExporterBuildError;
 use tokio::net::{TcpListener, TcpSocket};
 
@@ -10,9 +11,11 @@ use crate::{
     config::Config,
     http::{
         self, Node,
-        listen::{self, TcpLimits},
+        listen::{self, ListenerKind},
     },
     otlp,
+    reload::{ReloadReport, Reloader},
+    version,
 };
 use skein_core::{
     bus::{
@@ -35,11 +38,6 @@ use skein_redis::{RedisBus, RedisStartError};
 const STOP_STEP_TIMEOUT: Duration = Duration::from_secs(20);
 /// Time for disconnecting the clients of a gateway that has failed.
 const ABANDON_TIMEOUT: Duration = Duration::from_secs(1);
-/// TCP connections beyond those that may become WebSockets: probes, pages, rejected handshakes.
-const TCP_CONNECTIONS_SPARE: usize = 500;
-
-/// The same per address, so that an address with too many WebSockets still gets HTTP 429.
-const TCP_CONNECTIONS_PER_IP_SPARE: usize = 100;
 
 /// A running gateway.
 pub struct Server {
@@ -48,6 +46,7 @@ pub struct Server {
     /// Address of the admin listener.
     pub admin_listen: SocketAddr,
     node: Arc<Node>,
+    reloader: Arc<Reloader>,
     tasks: Tasks,
     drain_delay: Duration,
 }
@@ -86,7 +85,7 @@ impl Server {
     pub async fn start(config: Config) -> Result<Self, StartError> {
         let tasks = Tasks::default();
         let metrics = Arc::new(Metrics::new().with_legacy_names(config.legacy_metric_names));
-        metrics.set_info(config.node.as_str(), env!("CARGO_PKG_VERSION"), crate::version::COMMIT);
+        metrics.set_info(config.node.as_str(), version::VERSION, version::COMMIT);
         let tracer = match &config.otlp {
             Some(options) => otlp::start(options, &config.node, &metrics, &tasks)?,
             None => Tracer::default(),
@@ -127,6 +126,8 @@ impl Server {
             tracer: tracer.clone(),
         };
         let hub = Hub::start(&services, mailboxes, receivers, config.hub, &tasks);
+        let reloader = Arc::new(Reloader::new(&config.node, config.sources, config.options));
+        let reload = reloader.clone();
         let control = Control {
             node: config.node.clone(),
             queue: commands,
@@ -136,10 +137,11 @@ impl Server {
             metrics: metrics.clone(),
             trails: trails.clone(),
             timeout: config.session.wait_max,
+            reload: Arc::new(move |by| reload.reload(by).to_json()),
             draining: Default::default(),
         };
         control.start(&tasks);
-        let http_limits = &config.http.limits;
+        let http_limits = &config.access.limits;
         let quotas = Arc::new(Quotas::new(config.quotas));
         let publisher = Publisher {
             bus: bus.clone(),
@@ -152,15 +154,7 @@ impl Server {
             timeout: config.session.wait_max,
             message_bytes_max: http_limits.message_bytes_max,
         };
-        let tcp_limits = TcpLimits {
-            connections_max: http_limits.connections_max.saturating_add(TCP_CONNECTIONS_SPARE),
-            connections_per_ip: match http_limits.connections_per_ip {
-                0 => 0,
-                limit => limit.saturating_add(TCP_CONNECTIONS_PER_IP_SPARE),
-            },
-            proxies: config.http.trusted_proxies.clone(),
-        };
-        let limits = config.session;
+        let limits = config.client_limits;
         let metrics_of_sessions = metrics.clone();
         let services = Services {
             publisher,
@@ -169,7 +163,7 @@ impl Server {
             presence,
             rooms,
             sessions,
-            auth: config.auth,
+            auth: ArcSwap::from_pointee(config.auth),
             rules,
             passwords: Passwords::new(config.passwords, metrics.clone()),
             reads: ReadLimiter::new(limits.read_bytes_per_second),
@@ -177,7 +171,8 @@ impl Server {
             bus_status,
             metrics: metrics_of_sessions,
             quotas,
-            limits,
+            limits: config.session,
+            client_limits: ArcSwap::from_pointee(limits),
         };
         let services = Arc::new(services);
         let own = OwnNode {
@@ -187,9 +182,18 @@ impl Server {
         };
         let proxies = &config.http.trusted_proxies;
         let cluster = Arc::new(ClusterNodes::new(nodes, own, listen, proxies));
-        let node =
-            Node::new(config.node, config.http, services, control, cluster, metrics, tasks.clone());
+        let node = Node::new(
+            config.node,
+            config.http,
+            config.access,
+            services,
+            control,
+            cluster,
+            metrics,
+            tasks.clone(),
+        );
         let node = Arc::new(node);
+        reloader.bind(&node);
         tasks.spawn_job("drain", drain_on_command(node.clone(), config.drain_delay));
         let (turning, stopped) = (node.timers.clone(), tasks.stopped().clone());
         tasks.spawn_service("wheel", async move {
@@ -202,12 +206,7 @@ impl Server {
 
         let router = http::admin(node.clone());
         let admin = listen_on("admin.listen", admin_listen, admin)?;
-        let limits = TcpLimits {
-            connections_max: TCP_CONNECTIONS_SPARE,
-            connections_per_ip: 0,
-            proxies: Vec::new(),
-        };
-        let admin = listen::serve(admin, router, node.clone(), limits);
+        let admin = listen::serve(admin, router, node.clone(), ListenerKind::Admin);
         tasks.spawn_service("admin", admin);
         if let Some(redis) = redis {
             tokio::select! {
@@ -232,9 +231,16 @@ impl Server {
         });
         let router = http::public(node.clone());
         let public = listen_on("server.listen", listen, public)?;
-        let public = listen::serve(public, router, node.clone(), tcp_limits);
+        let public = listen::serve(public, router, node.clone(), ListenerKind::Public);
         tasks.spawn_service("public", public);
-        Ok(Self { listen, admin_listen, node, tasks, drain_delay: config.drain_delay })
+        let drain_delay = config.drain_delay;
+        Ok(Self { listen, admin_listen, node, reloader, tasks, drain_delay })
+    }
+
+    /// Reads the configuration again, and applies what can be applied while the gateway runs. `by`
+    /// names the cause, for the log.
+    pub fn reload(&self, by: &str) -> ReloadReport {
+        self.reloader.reload(by)
     }
 
     /// Resolves when a part of the gateway has failed that others depend on: the process must end.

@@ -84,6 +84,13 @@ pub enum NodeQuery {
         /// The most rows of each list.
         limit: u32,
     },
+    /// Reload of the configuration, and what it did.
+    Reload {
+        /// The node that reloads; all nodes if absent.
+        node: Option<NodeId>,
+        /// Name of the API key of the caller, for the log.
+        by: String,
+    },
     /// Where the node has delivered a message.
     Trail {
         /// The id of the message.

@@ -8,6 +8,7 @@
 
 use std::{net::IpAddr, time::Duration};
 
+use arc_swap::ArcSwap;
 use skein_protocol::ids::UserId;
 use tokio::time::Instant;
 
@@ -49,27 +50,49 @@ pub struct QuotaOptions {
 /// One kind of quota.
 #[derive(Debug)]
 struct Quota {
-    of_user: Rate,
-    of_address: Rate,
+    rates: ArcSwap<QuotaRates>,
     users: RateLimiters<UserId>,
     addresses: RateLimiters<IpAddr>,
 }
 
-impl Quota {
+/// The rates of one kind of quota.
+#[derive(Debug)]
+struct QuotaRates {
+    of_user: Rate,
+    of_address: Rate,
+}
+
+impl QuotaRates {
     fn new(count: u32, period: Duration, bursts: u32) -> Self {
         let rate = |count: u32| Rate::new(count, period, count.saturating_mul(bursts));
+        Self { of_user: rate(count), of_address: rate(count.saturating_mul(USERS_PER_ADDRESS)) }
+    }
+
+    /// Of bytes, inboxes and rooms.
+    fn of(options: QuotaOptions) -> [Self; 3] {
+        let minute = Duration::from_secs(60);
+        [
+            Self::new(options.bytes_per_minute, minute, 2),
+            Self::new(options.new_inboxes_per_hour, 60 * minute, 1),
+            Self::new(options.new_rooms_per_minute, minute, 5),
+        ]
+    }
+}
+
+impl Quota {
+    fn new(rates: QuotaRates) -> Self {
         Self {
-            of_user: rate(count),
-            of_address: rate(count.saturating_mul(USERS_PER_ADDRESS)),
+            rates: ArcSwap::from_pointee(rates),
             users: RateLimiters::default(),
             addresses: RateLimiters::default(),
         }
     }
 
     fn peek(&self, by: &Writer, now: Instant) -> Result<(), Duration> {
+        let rates = self.rates.load();
         let of_address =
-            by.address.map(|address| self.addresses.wait(&address, self.of_address, now));
-        let of_user = self.users.wait(&by.user, self.of_user, now);
+            by.address.map(|address| self.addresses.wait(&address, rates.of_address, now));
+        let of_user = self.users.wait(&by.user, rates.of_user, now);
         match of_user.max(of_address.unwrap_or_default()) {
             Duration::ZERO => Ok(()),
             wait => Err(wait),
@@ -85,9 +108,10 @@ impl Quota {
     }
 
     fn charge(&self, by: &Writer, count: u32, now: Instant) {
-        self.users.charge(by.user.clone(), count, self.of_user, now);
+        let rates = self.rates.load();
+        self.users.charge(by.user.clone(), count, rates.of_user, now);
         if let Some(address) = by.address {
-            self.addresses.charge(address, count, self.of_address, now);
+            self.addresses.charge(address, count, rates.of_address, now);
         }
     }
 }
@@ -110,11 +134,15 @@ impl Default for Quotas {
 impl Quotas {
     /// Quotas of which nothing is used.
     pub fn new(options: QuotaOptions) -> Self {
-        let minute = Duration::from_secs(60);
-        Self {
-            bytes: Quota::new(options.bytes_per_minute, minute, 2),
-            inboxes: Quota::new(options.new_inboxes_per_hour, 60 * minute, 1),
-            rooms: Quota::new(options.new_rooms_per_minute, minute, 5),
+        let [bytes, inboxes, rooms] = QuotaRates::of(options).map(Quota::new);
+        Self { bytes, inboxes, rooms }
+    }
+
+    /// Replaces the options. What was used stays used.
+    pub fn set_options(&self, options: QuotaOptions) {
+        let quotas = [&self.bytes, &self.inboxes, &self.rooms];
+        for (quota, rates) in quotas.into_iter().zip(QuotaRates::of(options)) {
+            quota.rates.store(rates.into());
         }
     }
 
@@ -199,6 +227,18 @@ mod tests {
             "the same /64"
         );
         assert!(quotas.check_new_inbox(&writer("zoe", "192.0.2.1"), now).is_ok());
+    }
+
+    #[test]
+    fn new_options_apply_to_what_was_used() {
+        let options = |bytes| QuotaOptions { bytes_per_minute: bytes, ..QuotaOptions::default() };
+        let (quotas, now) = (Quotas::new(options(1000)), Instant::now());
+        let ann = writer("ann", "192.0.2.1");
+        while quotas.take_bytes(&ann, 500, now).is_ok() {}
+        quotas.set_options(options(0));
+        assert!(quotas.take_bytes(&ann, 1_000_000, now).is_ok());
+        quotas.set_options(options(1000));
+        while quotas.take_bytes(&ann, 500, now).is_ok() {}
     }
 
     #[test]

@@ -5,6 +5,7 @@
 
 use std::time::Duration;
 
+use arc_swap::ArcSwap;
 use skein_protocol::ids::{ConnectionId, UserId};
 use tokio::time::Instant;
 
@@ -22,31 +23,48 @@ const USER_SHARE: u32 = 2;
 /// The rates and the accounts of connections and users.
 #[derive(Debug)]
 pub struct ReadLimiter {
-    per_connection: Rate,
-    per_user: Rate,
+    rates: ArcSwap<ReadRates>,
     connections: RateLimiters<ConnectionId>,
     users: RateLimiters<UserId>,
+}
+
+/// The rates of a connection and of a user.
+#[derive(Debug)]
+struct ReadRates {
+    per_connection: Rate,
+    per_user: Rate,
+}
+
+impl ReadRates {
+    fn new(bytes_per_second: usize) -> Self {
+        let units = u32::try_from(bytes_per_second.div_ceil(UNIT_BYTES)).unwrap_or(u32::MAX / 16);
+        let rate = |units: u32| {
+            Rate::new(units, Duration::from_secs(1), units.saturating_mul(BURST_SECONDS))
+        };
+        Self { per_connection: rate(units), per_user: rate(units.saturating_mul(USER_SHARE)) }
+    }
 }
 
 impl ReadLimiter {
     /// The given bytes per second for a connection, and twice as many for a user; 0: no limit.
     pub fn new(bytes_per_second: usize) -> Self {
-        let units = u32::try_from(bytes_per_second.div_ceil(UNIT_BYTES)).unwrap_or(u32::MAX / 16);
-        let rate = |units: u32| {
-            Rate::new(units, Duration::from_secs(1), units.saturating_mul(BURST_SECONDS))
-        };
         Self {
-            per_connection: rate(units),
-            per_user: rate(units.saturating_mul(USER_SHARE)),
+            rates: ArcSwap::from_pointee(ReadRates::new(bytes_per_second)),
             connections: RateLimiters::default(),
             users: RateLimiters::default(),
         }
     }
 
+    /// Replaces the bytes per second.
+    pub fn set_bytes_per_second(&self, bytes_per_second: usize) {
+        self.rates.store(ReadRates::new(bytes_per_second).into());
+    }
+
     /// The time to wait until the next read for a connection of a user.
     pub fn wait(&self, connection: ConnectionId, user: &UserId, now: Instant) -> Duration {
-        let of_connection = self.connections.wait(&connection, self.per_connection, now);
-        of_connection.max(self.users.wait(user, self.per_user, now))
+        let rates = self.rates.load();
+        let of_connection = self.connections.wait(&connection, rates.per_connection, now);
+        of_connection.max(self.users.wait(user, rates.per_user, now))
     }
 
     /// Charges the start of a read.
@@ -57,8 +75,9 @@ impl ReadLimiter {
     /// Charges the bytes of a read.
     pub fn charge(&self, connection: ConnectionId, user: &UserId, bytes: usize, now: Instant) {
         let units = u32::try_from(bytes.div_ceil(UNIT_BYTES)).unwrap_or(u32::MAX);
-        self.connections.charge(connection, units, self.per_connection, now);
-        self.users.charge(user.clone(), units, self.per_user, now);
+        let rates = self.rates.load();
+        self.connections.charge(connection, units, rates.per_connection, now);
+        self.users.charge(user.clone(), units, rates.per_user, now);
     }
 }
 

@@ -9,6 +9,7 @@
 
 use std::{collections::HashMap, net::IpAddr, sync::Arc, time::Duration};
 
+use arc_swap::ArcSwap;
 use argon2::{
     Argon2, Params, PasswordHash, PasswordHasher as _, PasswordVerifier as _,
     password_hash::SaltString,
@@ -99,7 +100,7 @@ type AttemptSource = (Option<IpAddr>, UserId);
 /// parameters: 19 MiB, 2 passes).
 #[derive(Debug)]
 pub struct Passwords {
-    limits: PasswordLimits,
+    limits: ArcSwap<PasswordLimits>,
     metrics: Arc<Metrics>,
     queue: FairQueue<Option<IpAddr>>,
     /// The key of the digests, so that nobody else can compute one.
@@ -122,7 +123,7 @@ impl Passwords {
         // A quarter of the cores, so that messages do not wait for passwords.
         let cores = std::thread::available_parallelism().map_or(1, usize::from);
         Arc::new(Self {
-            limits,
+            limits: ArcSwap::from_pointee(limits),
             metrics,
             queue: FairQueue::new((cores / 4).clamp(1, 8)),
             key: hmac::Key::new(hmac::HMAC_SHA256, &rand::random::<Digest>()),
@@ -133,6 +134,11 @@ impl Passwords {
             by_room: RateLimiters::default(),
             log: LogLimiter::default(),
         })
+    }
+
+    /// Replaces the limits.
+    pub fn set_limits(&self, limits: PasswordLimits) {
+        self.limits.store(limits.into());
     }
 
     /// Hashes a password, as a PHC string with its own salt.
@@ -146,7 +152,7 @@ impl Passwords {
         password: String,
     ) -> Result<String, Duration> {
         if address.is_some() {
-            let (rate, now) = (self.limits.failures_per_ip, Instant::now());
+            let (rate, now) = (self.limits.load().failures_per_ip, Instant::now());
             self.by_address.take((address, AttemptPool::New), rate, now)?;
         }
         let slot = self.slot(address, true).await.ok_or(QUEUE_FULL_DELAY)?;
@@ -199,7 +205,8 @@ impl Passwords {
         }
         let has_no_failures = failures == 0;
         let checks_running = CheckGuard::join(self, digest);
-        let slot = tokio::time::timeout(self.limits.wait_max, checks_running.check.slot.acquire());
+        let slot =
+            tokio::time::timeout(self.limits.load().wait_max, checks_running.check.slot.acquire());
         let Ok(_slot) = slot.await else { return PasswordOutcome::RetryAfter(QUEUE_FULL_DELAY) };
         let outcome = *checks_running.check.outcome.lock();
         let matches = match outcome {
@@ -231,7 +238,7 @@ impl Passwords {
         hash: String,
         password: String,
     ) -> Result<bool, Duration> {
-        let PasswordLimits { failures_per_ip, failures_per_room, .. } = self.limits;
+        let PasswordLimits { failures_per_ip, failures_per_room, .. } = **self.limits.load();
         let pool = if has_no_failures { AttemptPool::Clean } else { AttemptPool::Failed };
         let (address, room) = ((attempt.address, pool), (attempt.room.clone(), pool));
         let now = Instant::now();
@@ -279,7 +286,7 @@ impl Passwords {
         first: bool,
     ) -> Option<QueueSlot<Option<IpAddr>>> {
         let slot = self.queue.wait(address, first);
-        tokio::time::timeout(self.limits.wait_max, slot).await.ok().flatten()
+        tokio::time::timeout(self.limits.load().wait_max, slot).await.ok().flatten()
     }
 
     /// The recent failures of a user, and the time that the user must still wait.

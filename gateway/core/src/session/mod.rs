@@ -15,6 +15,7 @@ use std::{
     time::{Duration, SystemTime},
 };
 
+use arc_swap::ArcSwap;
 use serde_json::value::RawValue;
 use skein_protocol::{
     error::ErrorCode,
@@ -87,8 +88,8 @@ pub struct Services {
     pub rooms: Arc<dyn RoomStore>,
     /// The store of sessions.
     pub sessions: Arc<dyn SessionStore>,
-    /// Authentication of clients.
-    pub auth: Auth,
+    /// Authentication of clients, which a reload may replace.
+    pub auth: ArcSwap<Auth>,
     /// Rules that apply to rooms by name.
     pub rules: Arc<RoomRules>,
     /// Room passwords.
@@ -105,21 +106,28 @@ pub struct Services {
     pub quotas: Arc<Quotas>,
     /// The limits of a session.
     pub limits: SessionLimits,
+    /// The limits of a client, which a reload may replace.
+    pub client_limits: ArcSwap<ClientLimits>,
 }
 
 /// The limits of a session.
 #[derive(Clone, Debug)]
 pub struct SessionLimits {
-    /// The rates of a connection's input.
+    /// The most managed rooms of an owner; 0: no limit.
+    pub managed_max: usize,
+    /// The most time that a frame may wait for the bus.
+    pub wait_max: Duration,
+}
+
+/// The limits of a client. The options of `limits` consist of these and of limits elsewhere.
+#[derive(Clone, Debug)]
+pub struct ClientLimits {
+    /// The rates of a connection's input. A connection keeps those that it was told at its start.
     pub rates: Arc<MeterRates>,
     /// The most rooms joined at a time.
     pub rooms_max: usize,
     /// The most users watched at a time.
     pub watches_max: usize,
-    /// The most managed rooms of an owner; 0: no limit.
-    pub managed_max: usize,
-    /// The most time that a frame may wait for the bus.
-    pub wait_max: Duration,
     /// The bytes per second that may be read for a connection; 0: no limit.
     pub read_bytes_per_second: usize,
 }
@@ -499,7 +507,7 @@ impl Session {
             DeferredRequest::Watch(reference, WatchFrame { users }) => {
                 let users: BTreeSet<UserId> = users.into_iter().collect();
                 let more = users.iter().filter(|user| !self.watching.contains(*user)).count();
-                let watches_max = self.services.limits.watches_max;
+                let watches_max = self.services.client_limits.load().watches_max;
                 if self.watching.len() + more > watches_max {
                     let text = format!("limit reached: at most {watches_max} watched users");
                     let code = ErrorCode::LimitReached;
@@ -589,7 +597,7 @@ impl Session {
     }
 
     fn may_join(&mut self, reference: Option<&FrameRef>, room: &RoomId) -> Result<(), ErrorFrame> {
-        let rooms_max = self.services.limits.rooms_max;
+        let rooms_max = self.services.client_limits.load().rooms_max;
         let error_frame =
             |code, text: &str| error_frame(reference.cloned(), "join", Some(room), code, text);
         if self.identity.access(room).is_none() {
@@ -638,7 +646,7 @@ impl Session {
         &mut self,
         refresh: &RefreshFrame,
     ) -> Result<(SystemTime, Vec<RoomId>), (ErrorCode, &'static str)> {
-        let identity = self.services.auth.identify_again(&refresh.token)?;
+        let identity = self.services.auth.load().identify_again(&refresh.token)?;
         if identity.user.id != self.identity.user.id {
             return Err((ErrorCode::Forbidden, "the token belongs to another user"));
         }
@@ -697,7 +705,7 @@ impl Session {
 
     /// Watches a user with whom this connection exchanges directs, and reports only changes.
     async fn auto_watch(&mut self, user: UserId) {
-        if self.watching.len() >= self.services.limits.watches_max
+        if self.watching.len() >= self.services.client_limits.load().watches_max
             || !self.watching.insert(user.clone())
         {
             return;

@@ -37,7 +37,7 @@ pub(crate) fn run(sources: ConfigSources) -> ExitCode {
             println!("  users:      by token, checked with {}", names.join(", "));
         }
     }
-    match config.http.api.names().collect::<Vec<_>>().join(", ") {
+    match config.access.api.names().collect::<Vec<_>>().join(", ") {
         names if names.is_empty() => println!("  server API: disabled"),
         names => println!("  server API: keys of {names}"),
     }

@@ -6,7 +6,7 @@ use skein_core::{
     drain::schedule::DrainRate,
     limits::{Rate, meter::MeterRates, quotas::QuotaOptions},
     rooms::passwords::PasswordLimits,
-    session::SessionLimits,
+    session::ClientLimits,
 };
 use skein_protocol::protocol::MESSAGE_BYTES_MAX;
 
@@ -134,17 +134,15 @@ impl LimitsSection {
         }
     }
 
-    /// Limits of sessions.
-    pub(super) fn session(&self, managed_max: usize, wait_max: Duration) -> SessionLimits {
+    /// Limits of clients.
+    pub(super) fn clients(&self) -> ClientLimits {
         let bytes_per_second = self.bytes_per_second.0 as u64;
         let rates =
             MeterRates::new(self.messages_per_second, self.frames_per_second, bytes_per_second);
-        SessionLimits {
+        ClientLimits {
             rates: Arc::new(rates),
             rooms_max: self.rooms_per_connection,
             watches_max: self.watches_per_connection,
-            managed_max,
-            wait_max,
             read_bytes_per_second: self.read_bytes_per_second.0,
         }
     }

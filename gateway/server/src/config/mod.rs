@@ -12,7 +12,7 @@ use skein_core::{
     limits::quotas::QuotaOptions,
     presence::PresenceOptions,
     rooms::{RoomRules, passwords::PasswordLimits},
-    session::{SessionLimits, auth::Auth},
+    session::{ClientLimits, SessionLimits, auth::Auth},
     telemetry::LogFormat,
 };
 use skein_protocol::ids::NodeId;
@@ -30,7 +30,10 @@ use self::{
     storage::{DedupSection, HistorySection, InboxSection, PublishSection, SessionsSection},
     telemetry::TelemetrySection,
 };
-use crate::{http::HttpOptions, otlp::OtlpOptions};
+use crate::{
+    http::{AccessOptions, HttpOptions},
+    otlp::OtlpOptions,
+};
 
 mod reader;
 mod aliases;
@@ -87,8 +90,12 @@ pub struct Config {
     pub auth: Auth,
     /// HTTP listener, handshakes and connections.
     pub http: HttpOptions,
+    /// Who may connect and call.
+    pub access: AccessOptions,
     /// Limits of sessions.
     pub session: SessionLimits,
+    /// Limits of clients.
+    pub client_limits: ClientLimits,
     /// Quotas of stored state.
     pub quotas: QuotaOptions,
     /// Number of tasks that rooms are distributed over.
@@ -99,6 +106,10 @@ pub struct Config {
     pub drain_delay: Duration,
     /// Settings that work but deserve attention; logged at the start.
     pub warnings: Vec<String>,
+    /// All options, for a reload to compare.
+    pub options: Vec<OptionDoc>,
+    /// Where the options came from, for a reload to read again.
+    pub sources: ConfigSources,
 }
 
 impl Config {
@@ -114,13 +125,32 @@ impl Config {
     /// Reads and checks all sources. Returns every option with its effective value and its source
     /// as well, unless the file cannot be read.
     pub fn explain(sources: ConfigSources) -> (Vec<OptionDoc>, Result<Self, ConfigErrors>) {
-        let mut reader = match OptionReader::new(sources) {
+        let mut reader = match OptionReader::new(sources.clone()) {
             Ok(reader) => reader,
             Err(errors) => return (Vec::new(), Err(errors)),
         };
         let config = Self::read(&mut reader);
         let (options, result) = reader.finish();
-        (options, result.map(|()| config))
+        (options.clone(), result.map(|()| Self { options, sources, ..config }))
+    }
+
+    /// Combines two sets of options: those that `is_new` names have the values of `new`, the others
+    /// those of `old`.
+    ///
+    /// # Errors
+    ///
+    /// [`ConfigErrors`] if the values contradict each other.
+    pub fn combine(
+        old: &[OptionDoc],
+        new: &[OptionDoc],
+        is_new: impl Fn(&str) -> bool,
+    ) -> Result<Self, ConfigErrors> {
+        let options = old.iter().zip(new);
+        let options = options.map(|(old, new)| if is_new(old.key()) { new } else { old });
+        let mut reader = OptionReader::of(options.filter_map(OptionDoc::given).collect());
+        let config = Self::read(&mut reader);
+        let (options, result) = reader.finish();
+        result.map(|()| Self { options, ..config })
     }
 
     /// Returns all options as a Markdown table, as in `docs/configuration.md`.
@@ -261,8 +291,6 @@ impl Config {
             http: HttpOptions {
                 warn_anonymous: auth.is_open(is_cluster),
                 auth_cookie: auth.cookie.0.clone(),
-                api: api.keys(),
-                allowed_origins,
                 echo: server.echo,
                 trusted_proxies: server.proxies(),
                 drain_rate: limits.drain_rate(*drain.window),
@@ -271,10 +299,14 @@ impl Config {
                 dedup_window: *dedup.window,
                 deflate_bytes_min: transport.deflate_bytes_min(),
                 heartbeat: heartbeat.heartbeat(),
-                limits: http_limits,
             },
+            access: AccessOptions { api: api.keys(), allowed_origins, limits: http_limits },
             auth: auth.auth(),
-            session: limits.session(rooms.managed_per_owner, *publish.timeout),
+            session: SessionLimits {
+                managed_max: rooms.managed_per_owner,
+                wait_max: *publish.timeout,
+            },
+            client_limits: limits.clients(),
             rooms: rooms.rules(),
             quotas: limits.quotas(),
             shards: hub.shards(),
@@ -282,6 +314,8 @@ impl Config {
             retention,
             drain_delay: *drain.delay,
             warnings: std::mem::take(&mut r.warnings),
+            options: Vec::new(),
+            sources: ConfigSources::default(),
         }
     }
 }

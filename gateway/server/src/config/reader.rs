@@ -23,8 +23,8 @@ use super::{
 /// File that is read if it exists and no other file is named.
 pub const DEFAULT_FILE: &str = "gateway.toml";
 
-/// Sources of values besides the defaults.
-#[derive(Clone, Debug, Default)]
+/// Sources of values besides the defaults. They may have secrets.
+#[derive(Clone, Default)]
 pub struct ConfigSources {
     /// File that must exist. `None`: [`DEFAULT_FILE`] is read if it exists.
     pub file: Option<PathBuf>,
@@ -112,6 +112,13 @@ struct ConfigError {
     message: String,
 }
 
+impl ConfigErrors {
+    /// The errors, one after the other.
+    pub fn iter(&self) -> impl Iterator<Item = &(dyn Display + '_)> {
+        self.0.iter().map(|error| error as &dyn Display)
+    }
+}
+
 impl Display for ConfigErrors {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "invalid configuration, {} error(s):", self.0.len())?;
@@ -168,6 +175,16 @@ impl OptionDoc {
     /// Key of the option.
     pub fn key(&self) -> &'static str {
         self.key
+    }
+
+    /// The key and the value, if a source has the option.
+    pub(super) fn given(&self) -> Option<(String, GivenValue)> {
+        self.is_given().then(|| (self.key.to_owned(), self.value.clone()))
+    }
+
+    /// Whether the option has another value.
+    pub fn differs(&self, other: &Self) -> bool {
+        self.value.text != other.value.text
     }
 
     /// Whether a source has the option.

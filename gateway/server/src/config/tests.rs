@@ -44,7 +44,7 @@ fn flags_replace_the_environment_and_both_replace_the_file() {
     assert_eq!(config.http.echo, EchoMode::Off);
     assert_eq!(config.node.as_str(), "1e5");
     let seven = Rate::new(7, Duration::from_secs(1), 14);
-    assert_eq!(config.session.rates.messages, seven);
+    assert_eq!(config.client_limits.rates.messages, seven);
 }
 
 #[test]

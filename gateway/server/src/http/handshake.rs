@@ -139,8 +139,9 @@ impl ClientHandshake {
         connection: ConnectionId,
     ) -> Result<AdmittedClient, AdmissionError> {
         let Services { auth, sessions, limits, .. } = &*node.services;
-        let credentials = match (auth, &self.credentials.user, &self.session) {
-            (Auth::Anonymous, None, Some(token)) => {
+        let is_anonymous = matches!(**auth.load(), Auth::Anonymous);
+        let credentials = match (is_anonymous, &self.credentials.user, &self.session) {
+            (true, None, Some(token)) => {
                 let digest = SecretDigest::of(token);
                 let found = sessions.find(token.user.clone(), token.session, digest);
                 match tokio::time::timeout(limits.wait_max, found).await {
@@ -171,10 +172,11 @@ impl ClientHandshake {
         credentials: &Credentials,
     ) -> Result<AdmittedClient, AdmissionError> {
         let Services { auth, sessions, limits, .. } = &*node.services;
-        let identity = auth.identify(credentials).map_err(AdmissionError::Unauthenticated)?;
+        let identity =
+            auth.load().identify(credentials).map_err(AdmissionError::Unauthenticated)?;
         let user = identity.user.id.clone();
-        let permit =
-            node.state.by_user.acquire(user.clone(), node.options.limits.connections_per_user);
+        let per_user = node.access.load().limits.connections_per_user;
+        let permit = node.state.by_user.acquire(user.clone(), per_user);
         let user_permit = permit.ok_or(AdmissionError::TooManyConnections)?;
 
         let about = Arc::new(ConnectionInfo {
@@ -304,9 +306,9 @@ pub(super) fn connected_frame(
         expires_at: identity.expires_at.map(skein_protocol::timestamp),
         heartbeat_interval: node.options.heartbeat.interval.as_secs(),
         dedup_window: node.options.dedup_window.as_secs(),
-        max_message_size: node.options.limits.message_bytes_max,
+        max_message_size: node.access.load().limits.message_bytes_max,
         inbox: opened.inbox.clone(),
-        limits: node.services.limits.rates.advertised(),
+        limits: node.services.client_limits.load().rates.advertised(),
     }))
 }
 

@@ -21,6 +21,7 @@ use axum::{
 };
 use hyper::{body::Incoming, server::conn::http1, service::service_fn};
 use hyper_util::rt::TokioTimer;
+use parking_lot::Mutex;
 use tokio::{
     net::{TcpListener, TcpSocket, TcpStream},
     sync::{OwnedSemaphorePermit, Semaphore},
@@ -82,27 +83,58 @@ pub fn listen(socket: TcpSocket) -> io::Result<TcpListener> {
     socket.listen(BACKLOG)
 }
 
-/// Limits of TCP connections, WebSockets included.
-#[derive(Clone, Debug)]
-pub struct TcpLimits {
-    /// In total. A further connection evicts the oldest pending one.
-    pub connections_max: usize,
-    /// Per address. Further connections are closed at once. 0 for no limit.
-    pub connections_per_ip: usize,
-    /// Networks of proxies: each address stands for many clients and has no limit of its own.
-    pub proxies: Vec<ipnet::IpNet>,
+/// TCP connections beyond those that may become WebSockets: probes, pages, rejected handshakes.
+pub const TCP_CONNECTIONS_SPARE: usize = 500;
+/// The same per address, so that an address with too many WebSockets still gets HTTP 429.
+const TCP_CONNECTIONS_PER_IP_SPARE: usize = 100;
+
+/// Permits of the TCP connections of a listener, WebSockets included. A connection beyond them
+/// evicts the oldest pending one.
+#[derive(Debug)]
+pub struct TcpPermits {
+    permits: Arc<Semaphore>,
+    size: Mutex<usize>,
+}
+
+impl TcpPermits {
+    /// Permits for this many WebSockets and for the spare connections.
+    pub fn new(connections_max: usize) -> Self {
+        let size = connections_max.saturating_add(TCP_CONNECTIONS_SPARE);
+        Self { permits: Arc::new(Semaphore::new(size)), size: Mutex::new(size) }
+    }
+
+    /// Adds permits for more WebSockets. Permits are never taken back: the handshake rejects
+    /// WebSockets beyond a lower number.
+    pub fn grow(&self, connections_max: usize) {
+        let wanted = connections_max.saturating_add(TCP_CONNECTIONS_SPARE);
+        let size = &mut *self.size.lock();
+        self.permits.add_permits(wanted.saturating_sub(*size));
+        *size = wanted.max(*size);
+    }
+}
+
+/// Which connections a listener takes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ListenerKind {
+    /// Those of clients, with a limit per address, except for proxies: each stands for many clients.
+    Public,
+    /// Those of operators.
+    Admin,
 }
 
 /// Serves `router` on `listener` until the process ends.
 ///
 /// After the drain new connections get 503 instead of a closed port.
-pub async fn serve(listener: TcpListener, router: Router, node: Arc<Node>, limits: TcpLimits) {
+pub async fn serve(listener: TcpListener, router: Router, node: Arc<Node>, kind: ListenerKind) {
     let stopped = node.tasks.stopped().clone();
     let http = HttpListener {
         listener,
         router,
-        permits: Arc::new(Semaphore::new(limits.connections_max)),
-        limits,
+        permits: match kind {
+            ListenerKind::Public => node.tcp_permits.permits.clone(),
+            ListenerKind::Admin => Arc::new(Semaphore::new(TCP_CONNECTIONS_SPARE)),
+        },
+        kind,
         by_address: KeyedPermits::default(),
         pending: PendingConnections::default(),
         node,
@@ -129,13 +161,23 @@ struct HttpListener {
     listener: TcpListener,
     router: Router,
     node: Arc<Node>,
-    limits: TcpLimits,
+    kind: ListenerKind,
     permits: Arc<Semaphore>,
     by_address: KeyedPermits<IpAddr>,
     pending: PendingConnections,
 }
 
 impl HttpListener {
+    /// The most connections of an address; 0 for no limit.
+    fn connections_per_ip(&self, ip: IpAddr) -> usize {
+        let is_proxy = || self.node.options.trusted_proxies.iter().any(|net| net.contains(&ip));
+        match self.node.access.load().limits.connections_per_ip {
+            0 => 0,
+            _ if self.kind == ListenerKind::Admin || is_proxy() => 0,
+            limit => limit.saturating_add(TCP_CONNECTIONS_PER_IP_SPARE),
+        }
+    }
+
     /// Accepts connections for ever.
     ///
     /// Cancel-safe, except that a connection that waits for a permit is closed.
@@ -164,8 +206,7 @@ impl HttpListener {
                 }
             };
             let ip = peer.ip().to_canonical();
-            let is_proxy = self.limits.proxies.iter().any(|net| net.contains(&ip));
-            let max = if is_proxy { 0 } else { self.limits.connections_per_ip };
+            let max = self.connections_per_ip(ip);
             let Some(address_permit) = self.by_address.acquire(address_key(peer.ip()), max) else {
                 self.node.metrics.http_connections_dropped.of(DropReason::PerIpLimit).inc();
                 continue;

@@ -13,6 +13,7 @@ use std::{
     time::Duration,
 };
 
+use arc_swap::ArcSwap;
 use axum::{Router, http::request::Parts, middleware, response::Response, routing::get};
 use parking_lot::Mutex;
 use skein_protocol::ids::{NodeId, UserId};
@@ -21,6 +22,7 @@ use tokio::{sync::Semaphore, time::Instant};
 use self::address::client_address;
 use crate::{
     cluster::ClusterNodes,
+    config::Config,
     rebalance::Rebalancer,
     transport::{Heartbeat, echo::EchoMode, timer::TimerWheel},
 };
@@ -76,10 +78,6 @@ pub const ROUTE_COOKIE: &str = "gw_node";
 pub struct HttpOptions {
     /// Name of the cookie that may carry a token.
     pub auth_cookie: String,
-    /// Origins of other web pages that may connect.
-    pub allowed_origins: origin::AllowedOrigins,
-    /// Keys of the server API.
-    pub api: api::ApiKeys,
     /// Networks of proxies whose `X-Forwarded-For` is trusted.
     pub trusted_proxies: Vec<ipnet::IpNet>,
     /// Reply of `/ws/echo`.
@@ -92,14 +90,23 @@ pub struct HttpOptions {
     pub deflate_bytes_min: Option<usize>,
     /// Ping interval and timeouts of connections.
     pub heartbeat: Arc<Heartbeat>,
-    /// Limits of this node.
-    pub limits: HttpLimits,
     /// Rate at which a draining node disconnects its clients.
     pub drain_rate: DrainRate,
     /// How long a restart of this node takes; zero if it does not come back.
     pub restart_time: Duration,
     /// Connections per second that this node moves for balance; 0: none.
     pub moves_per_second: u32,
+}
+
+/// Who may connect and call, and how much. A reload may replace it.
+#[derive(Clone)]
+pub struct AccessOptions {
+    /// Origins of other web pages that may connect.
+    pub allowed_origins: origin::AllowedOrigins,
+    /// Keys of the server API.
+    pub api: api::ApiKeys,
+    /// Limits of this node.
+    pub limits: HttpLimits,
 }
 
 /// Limits of connections and requests on this node.
@@ -131,6 +138,10 @@ pub struct Node {
     pub id: NodeId,
     /// Options of the HTTP server.
     pub options: HttpOptions,
+    /// Who may connect and call. A request reads it once, without a lock.
+    pub access: ArcSwap<AccessOptions>,
+    /// Permits of the public listener.
+    pub(crate) tcp_permits: listen::TcpPermits,
     /// State that all sessions share.
     pub services: Arc<Services>,
     /// Control commands of the application.
@@ -204,6 +215,7 @@ impl Node {
     pub fn new(
         id: NodeId,
         options: HttpOptions,
+        access: AccessOptions,
         services: Arc<Services>,
         control: Control,
         cluster: Arc<ClusterNodes>,
@@ -216,6 +228,8 @@ impl Node {
         Self {
             id,
             options,
+            tcp_permits: listen::TcpPermits::new(access.limits.connections_max),
+            access: ArcSwap::from_pointee(access),
             services,
             control,
             cluster,
@@ -276,10 +290,25 @@ impl Node {
         let condition = match self.failed_checks().first() {
             _ if self.is_draining() => NodeCondition::Draining,
             Some(_) => NodeCondition::Unavailable,
-            None if connections >= self.options.limits.connections_max => NodeCondition::Full,
+            None if connections >= self.access.load().limits.connections_max => NodeCondition::Full,
             None => NodeCondition::Accepting,
         };
         (condition, connections)
+    }
+
+    /// Applies the options of a configuration that a reload may replace.
+    pub fn apply(&self, config: Config) {
+        let services = &self.services;
+        services.auth.store(config.auth.into());
+        services.quotas.set_options(config.quotas);
+        services.passwords.set_limits(config.passwords);
+        services.reads.set_bytes_per_second(config.client_limits.read_bytes_per_second);
+        services.client_limits.store(config.client_limits.into());
+        let connections_max = config.access.limits.connections_max;
+        self.tcp_permits.grow(connections_max);
+        self.cluster.set_connections_max(connections_max);
+        self.access.store(config.access.into());
+        self.cluster.announce_now();
     }
 
     /// Disconnects all clients, no faster than the nodes that they are sent to accept them.
@@ -332,7 +361,7 @@ impl Node {
         self.update_queue_lengths().await;
         self.metrics.users.set(self.state.by_user.keys() as i64);
         self.metrics.set_failing(&self.failed_checks());
-        let connections_max = self.options.limits.connections_max;
+        let connections_max = self.access.load().limits.connections_max;
         self.metrics.connections_max.set(i64::try_from(connections_max).unwrap_or(i64::MAX));
         let nodes = self.cluster.nodes();
         let names = |is_alive: bool| {

@@ -42,7 +42,8 @@ impl ConnectionPermits {
         node: &Node,
         parts: &Parts,
     ) -> Result<Self, (HandshakeRefusal, Box<Response>)> {
-        let allowed = node.options.allowed_origins.allow(&parts.headers).map_err(|denied| {
+        let access = node.access.load();
+        let allowed = access.allowed_origins.allow(&parts.headers).map_err(|denied| {
             if let Some(suppressed) = node.state.denied_origins_log.should_log() {
                 let origin::DeniedOrigin { origin, host } = denied;
                 tracing::warn!(
@@ -71,7 +72,7 @@ impl ConnectionPermits {
             return Err(unavailable(cause, text));
         }
 
-        let limits = &node.options.limits;
+        let limits = &access.limits;
         let peer = parts
             .extensions
             .get::<ConnectInfo>()

@@ -60,7 +60,8 @@ pub(super) async fn limit_requests(
     request: Request,
     next: Next,
 ) -> Response {
-    let limits = &node.options.limits;
+    let access = node.access.load_full();
+    let limits = &access.limits;
     let address = address_of(&node, &request);
     let take = |pool, rate| node.state.requests.take((address, pool), rate, Instant::now());
     match RequestKind::of(&request) {
@@ -80,7 +81,7 @@ pub(super) async fn limit_requests(
                 _ => response,
             }
         }
-        RequestKind::Api => match node.options.api.authenticate(request.headers()) {
+        RequestKind::Api => match access.api.authenticate(request.headers()) {
             Ok(_) => next.run(request).await,
             Err(rejection) => match take(RequestPool::Api, limits.api_key_failures_per_ip) {
                 Ok(()) => {

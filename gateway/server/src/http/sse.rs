@@ -107,7 +107,7 @@ async fn finish_response(
     request: axum::extract::Request,
     next: Next,
 ) -> Response {
-    let allowed = node.options.allowed_origins.allow(request.headers());
+    let allowed = node.access.load().allowed_origins.allow(request.headers());
     let origin = request.headers().get(header::ORIGIN).cloned();
     let is_get = request.method() == Method::GET;
     let fails_over = request.headers().contains_key(FAILOVER);
@@ -329,7 +329,7 @@ async fn open(
             }
         }
     })?;
-    let outbox = Outbox::to_owner(node.options.limits.outbox_bytes_max, node.metrics.clone())
+    let outbox = Outbox::to_owner(node.access.load().limits.outbox_bytes_max, node.metrics.clone())
         .with_encoding(Encoding::Json);
     let handle = Arc::new(ConnectionHandle::new(connection, outbox).with_owner(admitted.owner()));
     let (user, wait) = (admitted.identity.user.clone(), node.services.limits.wait_max);

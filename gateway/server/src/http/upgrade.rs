@@ -359,7 +359,8 @@ impl PendingUpgrade {
         early: Vec<u8>,
     ) -> Option<Box<ActiveConnection>> {
         let Self { connection, client, json_ping, endpoint, deflate, route, permits } = *self;
-        let limits = &node.options.limits;
+        let access = node.access.load_full();
+        let limits = &access.limits;
         let deflating = deflate.zip(node.options.deflate_bytes_min);
         let deflating = deflating
             .map(|(deflate, bytes_min)| DeflateOptions { window: deflate.window(), bytes_min });
@@ -374,7 +375,7 @@ impl PendingUpgrade {
         let rates = match (&endpoint, node.options.echo) {
             // A conformance suite sends frames that no client needs.
             (Endpoint::Echo, EchoMode::Verbatim) => Arc::new(MeterRates::unlimited()),
-            _ => node.services.limits.rates.clone(),
+            _ => node.services.client_limits.load().rates.clone(),
         };
         let meter = Meter::new(rates, Some((node.state.address_meters.clone(), permits.address)));
         let served = |handle, handler, permits, user, early| {

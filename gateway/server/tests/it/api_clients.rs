@@ -101,7 +101,7 @@ async fn every_response_to_schemathesis_conforms_to_the_document() {
         .expect("schemathesis is installed by `make setup`");
     let output_text = String::from_utf8_lossy(&output.stdout);
     assert!(output.status.success(), "{output_text}");
-    assert!(output_text.contains("Tested: 24"), "{output_text}");
+    assert!(output_text.contains("Tested: 25"), "{output_text}");
     // The node still works.
     assert_eq!(call_as(Some(KEY), gateway.address, "GET /api/v1/online", None).await.status, 200);
 }

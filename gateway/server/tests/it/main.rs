@@ -22,6 +22,7 @@ mod api_clients;
 mod sse;
 mod auth;
 mod command_line;
+mod reload;
 mod limits;
 mod durable;
 mod flood;

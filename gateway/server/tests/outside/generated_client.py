@@ -74,6 +74,7 @@ assert call("delete_room", room).room == room
 assert call("delete_room", room, status=404).error.code == "not_found"
 assert call("get_room", "no room", status=400).error.code == "bad_request"
 assert call("get_room", room, by=unauthorized, status=401).error.code == "unauthorized"
+assert call("reload_node", nodes[0].node).nodes[0].errors == []
 assert call("drain_node", nodes[0].node).applied == 1
 assert call("cancel_drain", nodes[0].node).applied == 1
 

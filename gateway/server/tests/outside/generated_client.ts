@@ -66,6 +66,7 @@ const { nodes } = await ok("list_nodes", 200, GET("/api/v1/nodes", {}));
 await ok("stats", 200, GET("/api/v1/stats", {}));
 await ok("top_senders", 200, GET("/api/v1/top", { params: { query: { by: "bytes", limit: 5 } } }));
 await ok("delete_room", 200, DELETE("/api/v1/rooms/{room}", { params: { path: room } }));
+await ok("reload_node", 200, POST("/api/v1/nodes/{id}/reload", { params: { path: { id: "*" } } }));
 await ok("drain_node", 200, POST("/api/v1/nodes/{id}/drain", { params: { path: { id: nodes[0]!.node } } }));
 await ok("cancel_drain", 200, DELETE("/api/v1/nodes/{id}/drain", { params: { path: { id: nodes[0]!.node } } }));
 console.log([...called].sort().join("\n"));

@@ -10,6 +10,7 @@ use std::{
     time::Duration,
 };
 
+use arc_swap::ArcSwap;
 use parking_lot::Mutex;
 use skein_core::{
     bus::{BoxFuture, Bus, Mailboxes, output_of},
@@ -24,7 +25,7 @@ use skein_core::{
     publisher::Publisher,
     rooms::{RoomRules, passwords::Passwords},
     session::{
-        RequestOutcome, Services, Session, SessionLimits,
+        ClientLimits, RequestOutcome, Services, Session, SessionLimits,
         auth::{Auth, Credentials},
     },
     telemetry::metrics::Metrics,
@@ -148,12 +149,10 @@ impl SimNode {
             timeout: WAIT_MAX,
             message_bytes_max: 1 << 18,
         };
-        let limits = SessionLimits {
-            managed_max: 0,
+        let client_limits = ClientLimits {
             rates: Arc::new(MeterRates::unlimited()),
             rooms_max: 10,
             watches_max: 10,
-            wait_max: WAIT_MAX,
             read_bytes_per_second: 0,
         };
         let services = Arc::new(Services {
@@ -164,14 +163,15 @@ impl SimNode {
             presence,
             rooms: redis.clone(),
             sessions: redis.clone(),
-            auth: Auth::Anonymous,
+            auth: ArcSwap::from_pointee(Auth::Anonymous),
             rules,
             passwords: Passwords::new(Default::default(), metrics.clone()),
             reads: ReadLimiter::new(0),
             peer_index: Default::default(),
             bus_status,
             metrics,
-            limits,
+            limits: SessionLimits { managed_max: 0, wait_max: WAIT_MAX },
+            client_limits: ArcSwap::from_pointee(client_limits),
         });
         let reached = Arc::new(AtomicBool::new(false));
         let reaches = reached.clone();

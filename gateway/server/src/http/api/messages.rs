@@ -206,7 +206,7 @@ impl NewMessage {
             }
             check_raw_json("meta", meta)?;
         }
-        let bytes_max = node.options.limits.message_bytes_max;
+        let bytes_max = node.access.load().limits.message_bytes_max;
         if self.content.get().len() > bytes_max {
             let text = format!("`content` must be at most {bytes_max} bytes");
             return Err(ApiError::new(ErrorCode::TooLarge, text));

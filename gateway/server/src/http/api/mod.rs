@@ -372,6 +372,7 @@ fn paths() -> OpenApiRouter<Arc<Node>> {
         .routes(routes!(users::online))
         .routes(routes!(nodes::list))
         .routes(routes!(nodes::drain, nodes::cancel_drain))
+        .routes(routes!(nodes::reload))
         .routes(routes!(nodes::stats))
         .routes(routes!(top::top))
 }
@@ -384,7 +385,7 @@ pub(super) fn router(node: Arc<Node>) -> Router<Arc<Node>> {
         .layer(DefaultBodyLimit::max(BODY_BYTES_MAX))
         .route_layer(middleware::from_fn_with_state(node.clone(), measure))
         .layer(middleware::from_fn_with_state(node.clone(), authorize));
-    if !node.options.api.docs {
+    if !node.access.load().api.docs {
         return api;
     }
     // Shared, so that a client which does not read the response holds no copy.
@@ -404,6 +405,10 @@ async fn method_not_allowed() -> Response {
         "this path does not support the method",
     )
 }
+
+/// Name of the API key of a request.
+#[derive(Clone, Debug)]
+pub(super) struct CallerName(pub(super) Arc<str>);
 
 /// Counts and times requests by their declared route.
 async fn measure(
@@ -430,10 +435,11 @@ async fn measure(
 async fn authorize(
     State(node): State<Arc<Node>>,
     headers: HeaderMap,
-    request: Request,
+    mut request: Request,
     next: Next,
 ) -> Response {
-    match node.options.api.authenticate(&headers) {
+    let access = node.access.load_full();
+    match access.api.authenticate(&headers) {
         // The error of the path extractor would have no code.
         Ok(_) if !is_utf8_path(request.uri().path()) => {
             ApiError::bad_request("the path must be UTF-8").into_response()
@@ -441,6 +447,7 @@ async fn authorize(
         Ok(name) => {
             let id = request_id(request.headers()).cloned();
             let call = ApiCall::of(&request);
+            request.extensions_mut().insert(CallerName(name.into()));
             let mut response = spans::run_traced(&node, name, request, next).await;
             call.log(name, response.status(), id.as_ref().and_then(utf8));
             if let Some(id) = id {

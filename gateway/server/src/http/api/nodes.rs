@@ -3,15 +3,15 @@
 use std::sync::Arc;
 
 use axum::{
-    Json,
+    Extension, Json,
     extract::{Path, State},
 };
 use serde::{Deserialize, Serialize};
 use skein_protocol::{error::ErrorCode, ids::NodeId};
 use utoipa::ToSchema;
 
-use super::{ApiError, AppliedNodes, CommonResponses, await_bus, parse_name};
-use crate::http::Node;
+use super::{ApiError, AppliedNodes, CallerName, CommonResponses, await_bus, parse_name};
+use crate::{http::Node, reload::ReloadReport};
 use skein_core::{
     bus::{
         commands::{ControlCommand, NodeQuery},
@@ -188,6 +188,40 @@ async fn answering_node(node: &Node, id: &str) -> Result<NodeId, ApiError> {
     } else {
         Err(ApiError::new(ErrorCode::NotFound, "no node with this id has answered"))
     }
+}
+
+/// What the nodes have reloaded.
+#[derive(Debug, Serialize, ToSchema)]
+pub(super) struct ReloadReports {
+    /// Reports of the nodes that have answered, ordered by id.
+    nodes: Vec<ReloadReport>,
+}
+
+/// Reload the configuration of a node, or with `*` of all nodes. Keys, secrets of tokens, origins,
+/// limits and the log level apply at once; `needs_restart` lists what does not. A configuration with
+/// a mistake changes nothing.
+#[utoipa::path(
+    post, path = "/api/v1/nodes/{id}/reload", tag = "nodes",
+    operation_id = "reload_node",
+    params(("id" = String, Path, description = "Id of the node, or `*` for all nodes", pattern = "^([A-Za-z0-9_.:-]{1,64}|[*])$")),
+    responses((status = 200, description = "What each node has done.", body = ReloadReports), CommonResponses)
+)]
+pub(super) async fn reload(
+    State(node): State<Arc<Node>>,
+    Extension(CallerName(caller)): Extension<CallerName>,
+    Path(id): Path<String>,
+) -> Result<Json<ReloadReports>, ApiError> {
+    let id: Option<NodeId> = if id == "*" { None } else { Some(parse_name(&id)?) };
+    let by = format!("API key {caller}");
+    let query = NodeQuery::Reload { node: id.clone(), by };
+    let (replies, _) = node.control.query_nodes(query).await?;
+    let mut nodes: Vec<ReloadReport> =
+        replies.iter().filter_map(|reply| serde_json::from_str(reply).ok()).collect();
+    if nodes.is_empty() && id.is_some() {
+        return Err(ApiError::new(ErrorCode::NotFound, "no node with this id has answered"));
+    }
+    nodes.sort_unstable_by(|a, b| a.node.cmp(&b.node));
+    Ok(Json(ReloadReports { nodes }))
 }
 
 /// Get sums over the cluster.

@@ -110,7 +110,7 @@ pub(super) struct BroadcastResult {
 }
 
 fn check_payload(node: &Node, payload: &RawValue) -> Result<(), ApiError> {
-    let bytes_max = node.options.limits.message_bytes_max;
+    let bytes_max = node.access.load().limits.message_bytes_max;
     if payload.get().len() > bytes_max {
         let text = format!("`payload` must be at most {bytes_max} bytes");
         return Err(ApiError::new(ErrorCode::TooLarge, text));
