@@ -205,7 +205,7 @@ mod tests {
         metrics.handshakes.of(HandshakeResult::RateLimited).inc();
         let text = metrics.render();
         assert!(text.contains("gateway_handshakes_total{result=\"rate_limited\"} 1\n"), "{text}");
-        assert!(!text.contains("outcome="), "{text}");
+        assert!(!text.contains("gateway_handshakes_total{outcome="), "{text}");
 
         let text = metrics.with_legacy_names(true).render();
         let both = "gateway_handshakes_total{outcome=\"limited\",result=\"rate_limited\"} 1\n";
