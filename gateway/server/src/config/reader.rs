@@ -196,7 +196,7 @@ impl OptionDoc {
     pub fn shown(&self) -> String {
         match self.secret {
             Some(kind) => kind.shown(&self.value.text),
-            None => self.value.text.clone(),
+            None => without_login(&self.value.text).to_owned(),
         }
     }
 
@@ -279,7 +279,7 @@ impl OptionReader {
 
     /// Reads an option.
     pub(super) fn value<T: FromStr<Err: Display>>(&mut self, option: OptionDoc) -> T {
-        self.parse(option, |value, error| format!("`{value}`: {error}"))
+        self.parse(option, |value, error| format!("`{}`: {error}", without_login(value)))
     }
 
     /// Reads an option whose value appears neither in errors nor anywhere else. A file may hold it,
@@ -432,6 +432,12 @@ fn variables(errors: &mut Vec<ConfigError>) -> Map<String, String> {
         }
     }
     variables
+}
+
+/// The text, unless it is a URL with what may be a user and a password.
+fn without_login(text: &str) -> &str {
+    let is_url = text.split_once("://").is_some_and(|(_, rest)| rest.contains('@'));
+    if is_url { "…" } else { text }
 }
 
 /// The text of an error without the line of the file that it concerns, which may be a secret.

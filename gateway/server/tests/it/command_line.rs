@@ -190,6 +190,7 @@ async fn no_output_repeats_a_secret() {
         &["--set", &format!("api.keys=a:{HUSH},b:{HUSH}")],
         &["--set", "auth.mode=jwt", "--set", "auth.jwt_secret_file=two-lines"],
         &["--set", "auth.jwt_secret=hush", "--set", "auth.jwt_secret_file=two-lines"],
+        &["--set", &format!("telemetry.otlp_endpoint=http://me:{HUSH}@h:4318")],
         &["--config", "open.toml"],
         &["--config", "bare.toml"],
         &["--config", "list.toml"],
