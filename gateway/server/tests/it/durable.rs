@@ -349,8 +349,8 @@ const MEMORY: u64 = 64 << 20;
 
 /// Keys without expiry: of the nodes, which remove the fields of ended processes, and of the
 /// cluster.
-const KEPT: &str =
-    "gw:barrier gw:leases gw:partitions gw:incarnations gw:told gw:online:seen gw:rooms";
+const KEPT: &str = "gw:barrier gw:leases gw:partitions gw:incarnations gw:told gw:online:seen gw:rooms gw:nodes \
+     gw:schema";
 
 /// Floods a Redis of 64 MB with each kind of state in turn, while other users publish. `filled`
 /// bytes are in use already.
