@@ -10,7 +10,7 @@ use crate::{
     cluster::{ClusterNodes, OwnNode},
     config::Config,
     http::{
-        self, Node,
+        self, Node, NodeSetup,
         listen::{self, ListenerKind},
     },
     otlp,
@@ -183,9 +183,7 @@ impl Server {
         let proxies = &config.http.trusted_proxies;
         let cluster = Arc::new(ClusterNodes::new(nodes, own, listen, proxies));
         let node = Node::new(
-            config.node,
-            config.http,
-            config.access,
+            NodeSetup { id: config.node, http: config.http, access: config.access },
             services,
             control,
             cluster,

@@ -210,12 +210,20 @@ pub struct ConnectInfo {
     pub local: SocketAddr,
 }
 
+/// What the configuration says about a node.
+pub struct NodeSetup {
+    /// Name of the node.
+    pub id: NodeId,
+    /// Options that hold until the node stops.
+    pub http: HttpOptions,
+    /// Options that a reload may replace.
+    pub access: AccessOptions,
+}
+
 impl Node {
     /// Creates the shared state.
     pub fn new(
-        id: NodeId,
-        options: HttpOptions,
-        access: AccessOptions,
+        NodeSetup { id, http: options, access }: NodeSetup,
         services: Arc<Services>,
         control: Control,
         cluster: Arc<ClusterNodes>,
