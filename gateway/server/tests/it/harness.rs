@@ -52,7 +52,7 @@ pub const PATIENCE: Duration = Duration::from_secs(30);
 
 /// Options that every gateway of a test has: free ports, no limits for the one address that all
 /// come from.
-const DEFAULTS: [(&str, &str); 11] = [
+const DEFAULTS: [(&str, &str); 12] = [
     ("server.listen", "127.0.0.1:0"),
     ("admin.listen", "127.0.0.1:0"),
     ("drain.delay", "1ms"),
@@ -64,6 +64,8 @@ const DEFAULTS: [(&str, &str); 11] = [
     ("limits.new_rooms_per_minute", "0"),
     ("limits.http_requests_per_second_per_ip", "0"),
     ("limits.api_key_failures_per_second_per_ip", "0"),
+    // Tests put their clients where they like, and a busy machine gives nodes time to move them.
+    ("rebalance.per_second", "0"),
 ];
 
 /// The option for a lease that a test waits for: longer than what a busy machine takes to renew it.
