@@ -160,7 +160,7 @@ impl ClusterNodes {
     }
 
     /// Waits until this node has announced itself after this call, and so knows the others as they
-    /// are now; at most for [`STOP_TIMEOUT`]. Cancel-safe.
+    /// are now; at most for 0.5 s. Cancel-safe.
     pub async fn refresh(&self) {
         let (before, mut announced) =
             (self.begun.load(Ordering::Acquire), self.announced.subscribe());
