@@ -234,11 +234,12 @@ const RELOAD_SIGNAL: &str = "SIGHUP";
 
 impl Signals {
     fn listen() -> std::io::Result<Self> {
+        // The reload first: of signals that arrive together it is handled before the stop.
         let named = [
+            (RELOAD_SIGNAL, SignalKind::hangup()),
             ("SIGTERM", SignalKind::terminate()),
             ("SIGINT", SignalKind::interrupt()),
             ("SIGQUIT", SignalKind::quit()),
-            (RELOAD_SIGNAL, SignalKind::hangup()),
         ];
         let handled = named.into_iter().map(|(name, kind)| Ok((name, signal(kind)?)));
         Ok(Self {
