@@ -205,8 +205,7 @@ fn set_position(span: &mut OpenSpan, result: Result<&Appended, &BusError>) {
     if let Ok(Appended { position, duplicate, .. }) = result
         && !position.epoch.is_none()
     {
-        span.set("skein.epoch", position.epoch.to_string());
-        span.set("skein.seq", i64::try_from(position.seq).unwrap_or(i64::MAX));
+        span.set_position(position);
         span.set("skein.duplicate", *duplicate);
     }
 }

@@ -117,8 +117,7 @@ impl ShardBatch {
         span: Option<OpenSpan>,
     ) {
         if let Some(mut span) = span {
-            span.set("skein.epoch", entry.position.epoch.to_string());
-            span.set("skein.seq", i64::try_from(entry.position.seq).unwrap_or(i64::MAX));
+            span.set_position(&entry.position);
             span.set("skein.queued", i64::from(counts.queued));
             span.set("skein.lagged", i64::from(counts.lagged));
             span.set("skein.behind", i64::from(counts.behind));

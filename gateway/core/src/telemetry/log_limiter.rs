@@ -7,6 +7,8 @@ use std::time::Duration;
 use parking_lot::Mutex;
 use tokio::time::Instant;
 
+use super::period_count::PeriodCount;
+
 /// Minimum time between two lines of one kind, unless the kind has another rate.
 pub const LOG_INTERVAL: Duration = Duration::from_secs(60);
 
@@ -20,10 +22,7 @@ pub struct LogLimiter {
 
 #[derive(Debug)]
 struct LimiterState {
-    /// Start of the period that is counted.
-    since: Option<Instant>,
-    /// Lines of this period.
-    lines: u32,
+    lines: PeriodCount,
     /// Lines suppressed since the last one.
     suppressed: u64,
 }
@@ -40,7 +39,7 @@ impl LogLimiter {
     }
 
     const fn with_rate(lines_max: u32, period: Duration) -> Self {
-        let state = LimiterState { since: None, lines: 0, suppressed: 0 };
+        let state = LimiterState { lines: PeriodCount::new(), suppressed: 0 };
         Self { period, lines_max, state: Mutex::new(state) }
     }
 
@@ -49,14 +48,10 @@ impl LogLimiter {
     pub fn should_log(&self) -> Option<u64> {
         let now = Instant::now();
         let state = &mut *self.state.lock();
-        if state.since.is_none_or(|since| now.saturating_duration_since(since) >= self.period) {
-            (state.since, state.lines) = (Some(now), 0);
-        }
-        if state.lines >= self.lines_max {
+        if !state.lines.take(self.lines_max, self.period, now) {
             state.suppressed += 1;
             return None;
         }
-        state.lines += 1;
         Some(std::mem::take(&mut state.suppressed))
     }
 }

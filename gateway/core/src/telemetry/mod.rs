@@ -4,6 +4,7 @@ mod legacy;
 mod log;
 pub mod metrics;
 pub mod log_limiter;
+mod period_count;
 pub mod top;
 pub mod trail;
 pub mod traces;

@@ -25,9 +25,13 @@ use opentelemetry_sdk::{
     trace::{SpanEvents, SpanLinks},
 };
 use parking_lot::Mutex;
+use skein_protocol::position::Position;
 use tokio::{sync::mpsc, time::Instant};
 
-use super::metrics::{Metrics, SpanResult};
+use super::{
+    metrics::{Metrics, SpanResult},
+    period_count::PeriodCount,
+};
 
 /// The most spans that wait for the exporter; further ones are dropped.
 pub const QUEUE_LEN_MAX: usize = 2048;
@@ -127,27 +131,8 @@ struct Sampler {
     spans: mpsc::Sender<SpanData>,
     metrics: Arc<Metrics>,
     scope: InstrumentationScope,
-    by_clients: Mutex<SecondCount>,
-    by_application: Mutex<SecondCount>,
-}
-
-/// Events of the present second.
-#[derive(Debug, Default)]
-struct SecondCount {
-    since: Option<Instant>,
-    count: u32,
-}
-
-impl SecondCount {
-    /// Counts an event, unless there were `count_max` within this second.
-    fn take(&mut self, count_max: u32, now: Instant) -> bool {
-        if self.since.is_none_or(|since| now.saturating_duration_since(since) >= SECOND) {
-            *self = Self { since: Some(now), count: 0 };
-        }
-        let is_below = self.count < count_max;
-        self.count += u32::from(is_below);
-        is_below
-    }
+    by_clients: Mutex<PeriodCount>,
+    by_application: Mutex<PeriodCount>,
 }
 
 impl Tracer {
@@ -160,8 +145,8 @@ impl Tracer {
             spans,
             metrics,
             scope: InstrumentationScope::builder("skein").build(),
-            by_clients: Mutex::default(),
-            by_application: Mutex::default(),
+            by_clients: Mutex::new(PeriodCount::new()),
+            by_application: Mutex::new(PeriodCount::new()),
         };
         (Self(Some(Arc::new(sampler))), queue)
     }
@@ -181,7 +166,7 @@ impl Tracer {
             TraceCaller::Client => (&sampler.by_clients, CLIENT_TRACES_PER_SECOND_MAX),
             TraceCaller::Application => (&sampler.by_application, API_TRACES_PER_SECOND_MAX),
         };
-        if parent.is_sampled && !taken.lock().take(count_max, Instant::now()) {
+        if parent.is_sampled && !taken.lock().take(count_max, SECOND, Instant::now()) {
             sampler.metrics.trace_requests_ignored.inc();
             return None;
         }
@@ -281,6 +266,12 @@ impl OpenSpan {
     /// token.
     pub fn set(&mut self, key: &'static str, value: impl Into<Value>) {
         self.attributes.push(KeyValue::new(key, value));
+    }
+
+    /// Adds the position of an entry in its log.
+    pub fn set_position(&mut self, position: &Position) {
+        self.set("skein.epoch", position.epoch.to_string());
+        self.set("skein.seq", i64::try_from(position.seq).unwrap_or(i64::MAX));
     }
 
     /// Ends the span now and queues it for the exporter. `error`: the reason why its work failed.
