@@ -113,7 +113,6 @@ macro_rules! metrics {
         const DECLARED: &[(&str, &str, &str)] =
             &[$(($exported, stringify!($kind), concat!($($help),+))),+];
 
-
         /// All metrics of one node.
         #[derive(Debug)]
         pub struct Metrics {
@@ -502,21 +501,11 @@ impl Metrics {
 
     /// Returns the table of all metrics in `docs/metrics.md`.
     pub fn table() -> String {
-        let row = |(name, kind, help)| {
-            format!(
-                "| `{name}` | {kind} | {help} |
-"
-            )
-        };
-        let rows = Self::describe().into_iter().map(row);
-        std::iter::once(
-            "| metric | kind | what |
-| --- | --- | --- |
-"
-            .to_owned(),
-        )
-        .chain(rows)
-        .collect()
+        let mut table = String::from("| metric | kind | what |\n| --- | --- | --- |\n");
+        for (name, kind, help) in Self::describe() {
+            table += &format!("| `{name}` | {kind} | {help} |\n");
+        }
+        table
     }
 }
 
