@@ -3,7 +3,8 @@
 use std::{collections::BTreeSet, sync::Arc};
 
 use redis::{
-    AsyncConnectionConfig, ErrorKind, RedisError, ToRedisArgs, aio::MultiplexedConnection,
+    AsyncConnectionConfig, ErrorKind, FromRedisValue, RedisError, ToRedisArgs, ToSingleRedisArg,
+    aio::MultiplexedConnection,
 };
 use skein_protocol::{ids::RoomId, position::Position};
 use tokio::sync::{Notify, watch};
@@ -111,34 +112,38 @@ impl RedisServer {
 
     /// The number of partitions that the first node recorded.
     pub(super) async fn recorded_partition_count(&self) -> Result<u16, RedisError> {
+        self.recorded(self.keyspace.partition_count(), self.keyspace.partitions).await
+    }
+
+    /// The schema of the stored data that the first node recorded. A value that no gateway wrote
+    /// is replaced.
+    pub(super) async fn recorded_schema(&self) -> Result<u32, RedisError> {
+        let key = self.keyspace.schema();
+        let Lossy(recorded) = self.recorded(key.clone(), SCHEMA).await?;
+        if let Ok(recorded) = recorded.parse() {
+            return Ok(recorded);
+        }
         let (mut connection, _) = self.connect(connection_config()).await?;
-        let key = self.keyspace.partition_count();
+        redis::cmd("SET").arg(&key).arg(SCHEMA).query_async::<()>(&mut connection).await?;
+        Ok(SCHEMA)
+    }
+
+    /// The value of `key`, which is `own` if there was none: of nodes that start at once, one
+    /// records it.
+    async fn recorded<T: FromRedisValue>(
+        &self,
+        key: String,
+        own: impl ToSingleRedisArg,
+    ) -> Result<T, RedisError> {
+        let (mut connection, _) = self.connect(connection_config()).await?;
         // Read first: a full Redis takes no SET, not even one without effect.
         let get = redis::cmd("GET").arg(&key).to_owned();
         if let Some(recorded) = get.query_async(&mut connection).await? {
             return Ok(recorded);
         }
-        redis::cmd("SET")
-            .arg(&key)
-            .arg(self.keyspace.partitions)
-            .arg("NX")
-            .query_async::<()>(&mut connection)
-            .await?;
+        let mut set = redis::cmd("SET");
+        set.arg(&key).arg(own).arg("NX").query_async::<()>(&mut connection).await?;
         get.query_async(&mut connection).await
-    }
-
-    /// The schema of the stored data; the first node records its own. A value that no gateway wrote
-    /// counts as absent.
-    pub(super) async fn recorded_schema(&self) -> Result<u32, RedisError> {
-        let (mut connection, _) = self.connect(connection_config()).await?;
-        let key = self.keyspace.schema();
-        let get = redis::cmd("GET").arg(&key).to_owned();
-        let recorded: Option<Lossy> = get.query_async(&mut connection).await?;
-        if let Some(recorded) = recorded.and_then(|Lossy(text)| text.parse().ok()) {
-            return Ok(recorded);
-        }
-        redis::cmd("SET").arg(&key).arg(SCHEMA).query_async::<()>(&mut connection).await?;
-        Ok(SCHEMA)
     }
 
     /// Makes a connection, which does not reconnect by itself. Returns it with the server it leads
