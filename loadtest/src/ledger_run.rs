@@ -10,6 +10,7 @@ use skein_testkit::{
         clients::TestClients,
         report::DeliveryReport,
     },
+    servers::ServerError,
     timeline::{self, Timeline},
 };
 use tokio::{
@@ -33,6 +34,20 @@ const JOIN_MAX: Duration = Duration::from_secs(60);
 const POLL_INTERVAL: Duration = Duration::from_millis(10);
 /// Interval at which the lateness of this program is measured.
 const LAG_PROBE_INTERVAL: Duration = Duration::from_millis(1);
+
+/// Why a run against a cluster has no result.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum ClusterRunError {
+    /// The cluster failed.
+    #[error(transparent)]
+    Cluster(#[from] ServerError),
+    /// The test clients failed.
+    #[error(transparent)]
+    LedgerRun(#[from] LedgerRunError),
+    /// A signal ended the run.
+    #[error("interrupted")]
+    Interrupted,
+}
 
 /// Why a ledger run has no result.
 #[derive(Debug, thiserror::Error)]

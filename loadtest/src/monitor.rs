@@ -130,8 +130,8 @@ fn sample(pids: &[u32], samples: &Mutex<MonitorSamples>, stopped: &mpsc::Receive
     }
 }
 
-/// Fetches a metrics page.
-fn fetch(url: &str) -> io::Result<String> {
+/// Fetches a metrics page. Blocks, at most for some seconds.
+pub(crate) fn fetch(url: &str) -> io::Result<String> {
     let rest = url.strip_prefix("http://").ok_or(io::ErrorKind::InvalidInput)?;
     let (host, path) = rest.split_once('/').unwrap_or((rest, "metrics"));
     let address = host.to_socket_addrs()?.next().ok_or(io::ErrorKind::NotFound)?;

@@ -13,7 +13,7 @@ use self::{
 };
 use crate::{
     args::{ChaosArgs, LoadArgs},
-    ledger_run::{LedgerRun, LedgerRunError},
+    ledger_run::{ClusterRunError, LedgerRun},
     report::{FaultWindow, Report},
     signals,
 };
@@ -21,20 +21,6 @@ use crate::{
 pub(crate) mod cluster;
 mod external;
 mod plan;
-
-/// Why a run has no result.
-#[derive(Debug, thiserror::Error)]
-pub(crate) enum ChaosError {
-    /// The cluster failed.
-    #[error(transparent)]
-    Cluster(#[from] ServerError),
-    /// The test clients failed.
-    #[error(transparent)]
-    LedgerRun(#[from] LedgerRunError),
-    /// A signal ended the run.
-    #[error("interrupted")]
-    Interrupted,
-}
 
 /// The cluster that clients use and faults are injected into.
 enum ChaosTarget {
@@ -57,7 +43,7 @@ impl ChaosTarget {
 }
 
 /// Runs `loadtest chaos`.
-pub(crate) async fn run(args: ChaosArgs) -> Result<Report, ChaosError> {
+pub(crate) async fn run(args: ChaosArgs) -> Result<Report, ClusterRunError> {
     let ChaosArgs { seed, external, load, .. } = args;
     if external.url.is_empty() {
         let faults = plan::plan(seed, load.duration, args.nodes, &FaultKind::ALL);
@@ -65,7 +51,7 @@ pub(crate) async fn run(args: ChaosArgs) -> Result<Report, ChaosError> {
         // If it is cancelled, dropping it ends the started processes.
         let cluster = tokio::select! {
             cluster = LocalCluster::start(programs, args.nodes) => Box::new(cluster?),
-            () = signals::interrupted() => return Err(ChaosError::Interrupted),
+            () = signals::interrupted() => return Err(ClusterRunError::Interrupted),
         };
         let (urls, mut target) = (cluster.urls(), ChaosTarget::Local(cluster));
         let report = run_faults(&mut target, urls, &faults, seed, &load).await;
@@ -91,7 +77,7 @@ async fn run_faults(
     faults: &[PlannedFault],
     seed: u64,
     load: &LoadArgs,
-) -> Result<Report, ChaosError> {
+) -> Result<Report, ClusterRunError> {
     let run = LedgerRun::start(urls, load).await?;
     let began = run.began();
     let (mut windows, mut failed) = (Vec::new(), None);
@@ -107,7 +93,7 @@ async fn run_faults(
     }
     if is_interrupted {
         // Interrupted faults were not ended, and messages cannot be counted.
-        return Err(ChaosError::Interrupted);
+        return Err(ClusterRunError::Interrupted);
     }
     let mut report = run.finish("chaos", &load.thresholds).await?;
     (report.faults, report.seed) = (windows, Some(seed));

@@ -1,18 +1,12 @@
 //! A local cluster whose gateways are started and stopped one by one: Redis, nginx with a slot for
 //! each address, and gateways in some of the slots.
 
-use std::{collections::VecDeque, io, net::SocketAddr, path::Path, time::Duration};
+use std::{collections::VecDeque, io, net::SocketAddr, path::Path};
 
 use skein_testkit::servers::{self, ServerError, ServerProcess, free_address};
 use tempfile::TempDir;
-use tokio::{
-    io::{AsyncReadExt as _, AsyncWriteExt as _},
-    net::TcpStream,
-    time::timeout,
-};
 
-/// Time limit of a metrics request.
-const METRICS_TIMEOUT: Duration = Duration::from_secs(2);
+use crate::{monitor, report::servers::gauges};
 
 /// An address of a gateway.
 #[derive(Debug)]
@@ -128,9 +122,11 @@ impl SlotCluster {
         let mut counts = Vec::new();
         for (number, slot) in self.slots.iter().enumerate() {
             if self.running.contains(&number) {
-                let page = timeout(METRICS_TIMEOUT, metrics(slot.admin)).await;
+                let url = format!("http://{}/metrics", slot.admin);
+                let page = tokio::task::spawn_blocking(move || monitor::fetch(&url)).await;
                 let page = page.ok().and_then(Result::ok).unwrap_or_default();
-                counts.push(gauge(&page, "gateway_connections").unwrap_or_default());
+                let count = gauges(&page).remove("gateway_connections");
+                counts.push(count.unwrap_or_default() as u64);
             }
         }
         counts
@@ -158,18 +154,4 @@ impl Drop for SlotCluster {
         // SIGKILL, which the other processes get, would leave nginx' worker behind.
         self.nginx.stop_blocking();
     }
-}
-
-async fn metrics(address: SocketAddr) -> io::Result<String> {
-    let mut stream = TcpStream::connect(address).await?;
-    stream.write_all(b"GET /metrics HTTP/1.0\r\nHost: loadtest\r\n\r\n").await?;
-    let mut page = String::new();
-    stream.read_to_string(&mut page).await?;
-    Ok(page)
-}
-
-/// The value of a gauge without labels.
-fn gauge(page: &str, name: &str) -> Option<u64> {
-    let value = |line: &str| line.strip_prefix(name)?.strip_prefix(' ')?.trim().parse().ok();
-    page.lines().find_map(value)
 }

@@ -10,7 +10,7 @@ use tokio::time::{Instant, sleep};
 use self::cluster::SlotCluster;
 use crate::{
     args::{DeployArgs, DeployScheme, LoadArgs, ScaleArgs},
-    ledger_run::{LedgerRun, LedgerRunError},
+    ledger_run::{ClusterRunError, LedgerRun},
     report::{Report, StepResult},
     signals,
 };
@@ -33,20 +33,6 @@ const AWAY_MAX_US: u64 = 600_000_000;
 /// How often the connections of each gateway are counted.
 const COUNT_INTERVAL: Duration = Duration::from_secs(5);
 
-/// Why a run has no result.
-#[derive(Debug, thiserror::Error)]
-pub(crate) enum DeployError {
-    /// The cluster failed.
-    #[error(transparent)]
-    Cluster(#[from] ServerError),
-    /// The test clients failed.
-    #[error(transparent)]
-    LedgerRun(#[from] LedgerRunError),
-    /// A signal ended the run.
-    #[error("interrupted")]
-    Interrupted,
-}
-
 /// Counts of connections, in the order of the gateways.
 struct Counts<'a>(&'a [u64]);
 
@@ -67,7 +53,7 @@ impl fmt::Display for Counts<'_> {
 }
 
 /// Runs `loadtest deploy`.
-pub(crate) async fn run(args: DeployArgs) -> Result<Report, DeployError> {
+pub(crate) async fn run(args: DeployArgs) -> Result<Report, ClusterRunError> {
     let slots = match args.scheme {
         DeployScheme::Surge => args.nodes + 1,
         DeployScheme::InPlace => args.nodes,
@@ -82,7 +68,7 @@ pub(crate) async fn run(args: DeployArgs) -> Result<Report, DeployError> {
     // If it is cancelled, dropping it ends the started processes.
     let mut cluster = tokio::select! {
         cluster = start => cluster?,
-        () = signals::interrupted() => return Err(DeployError::Interrupted),
+        () = signals::interrupted() => return Err(ClusterRunError::Interrupted),
     };
     let report = run_deploys(&mut cluster, &args).await;
     // Whether the run succeeded or not.
@@ -90,7 +76,10 @@ pub(crate) async fn run(args: DeployArgs) -> Result<Report, DeployError> {
     report
 }
 
-async fn run_deploys(cluster: &mut SlotCluster, args: &DeployArgs) -> Result<Report, DeployError> {
+async fn run_deploys(
+    cluster: &mut SlotCluster,
+    args: &DeployArgs,
+) -> Result<Report, ClusterRunError> {
     let run = LedgerRun::start(vec![cluster.url()], &args.load).await?;
     let mut failed = None;
     let deploys = async {
@@ -113,7 +102,7 @@ async fn run_deploys(cluster: &mut SlotCluster, args: &DeployArgs) -> Result<Rep
         return Err(error.into());
     }
     if is_interrupted {
-        return Err(DeployError::Interrupted);
+        return Err(ClusterRunError::Interrupted);
     }
     // A gateway counts a connection a moment after its client has `connected`.
     let clients = (args.load.rooms * args.load.members) as u64;
@@ -216,18 +205,18 @@ fn move_steps(run: &LedgerRun, args: &DeployArgs, counts: &[u64]) -> Vec<StepRes
 }
 
 /// Runs `loadtest scale`.
-pub(crate) async fn scale(args: ScaleArgs) -> Result<Report, DeployError> {
+pub(crate) async fn scale(args: ScaleArgs) -> Result<Report, ClusterRunError> {
     let start = SlotCluster::start(&args.gateway, &args.nginx_render, args.to, args.from, vec![]);
     let mut cluster = tokio::select! {
         cluster = start => cluster?,
-        () = signals::interrupted() => return Err(DeployError::Interrupted),
+        () = signals::interrupted() => return Err(ClusterRunError::Interrupted),
     };
     let report = run_scale(&mut cluster, &args).await;
     cluster.stop().await;
     report
 }
 
-async fn run_scale(cluster: &mut SlotCluster, args: &ScaleArgs) -> Result<Report, DeployError> {
+async fn run_scale(cluster: &mut SlotCluster, args: &ScaleArgs) -> Result<Report, ClusterRunError> {
     let load: &LoadArgs = &args.load;
     let run = LedgerRun::start(vec![cluster.url()], load).await?;
     let (mut failed, mut steps) = (None, Vec::new());
@@ -260,7 +249,7 @@ async fn run_scale(cluster: &mut SlotCluster, args: &ScaleArgs) -> Result<Report
         return Err(error.into());
     }
     if is_interrupted {
-        return Err(DeployError::Interrupted);
+        return Err(ClusterRunError::Interrupted);
     }
     let moves = run.reconnects().len() as f64 / (load.rooms * load.members) as f64;
     let result = format!("{moves:.3}");
