@@ -12,7 +12,7 @@ use skein_protocol::ids::ConnectionId;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
-use super::targets::DrainTargets;
+use super::targets::{DrainTargets, duration_for};
 
 /// The number of batches, for any number of clients.
 const BATCHES: usize = 256;
@@ -54,8 +54,7 @@ impl DrainRate {
             }
             DrainTargets::Others(_) => (targets.time_for(clients as u64), JITTER),
             DrainTargets::Unknown => {
-                let needed = clients as f64 / f64::from(self.per_second.max(1));
-                (Duration::from_secs(1).mul_f64(needed), JITTER_WITHOUT_TARGETS)
+                (duration_for(clients as u64, self.per_second), JITTER_WITHOUT_TARGETS)
             }
         };
         let after = if needed > self.window { needed } else { Duration::ZERO };
@@ -80,7 +79,7 @@ pub struct DrainNotice<'a> {
     due: CancellationToken,
 }
 
-/// What a client that must leave is told.
+/// Advice to a client that must leave.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct MoveAdvice {
     /// The time after which it reconnects, ms.

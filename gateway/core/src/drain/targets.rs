@@ -117,7 +117,8 @@ pub fn next_of(targets: &mut [DrainTarget]) -> Option<String> {
     target.route.clone()
 }
 
-fn duration_for(clients: u64, per_second: u32) -> Duration {
+/// The time in which a node takes so many clients.
+pub(super) fn duration_for(clients: u64, per_second: u32) -> Duration {
     Duration::from_secs(1).mul_f64(clients as f64 / f64::from(per_second.max(1)))
 }
 
