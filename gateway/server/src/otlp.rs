@@ -70,7 +70,7 @@ pub(crate) fn start(
     let resource = Resource::builder_empty().with_attributes([
         KeyValue::new("service.name", "skein-gateway"),
         KeyValue::new("service.instance.id", node.to_string()),
-        KeyValue::new("service.version", env!("CARGO_PKG_VERSION")),
+        KeyValue::new("service.version", crate::version::VERSION),
     ]);
     exporter.set_resource(&resource.build());
     let (tracer, spans) = Tracer::new(options.sample_ratio, metrics.clone());
