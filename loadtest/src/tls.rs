@@ -73,7 +73,7 @@ impl TlsArgs {
     }
 }
 
-/// What a connection to a `wss://` URL needs.
+/// The TLS of connections to one `wss://` URL.
 #[derive(Clone, Debug)]
 pub(crate) struct TlsConnector {
     config: Arc<ClientConfig>,

@@ -10,7 +10,7 @@ use skein_core::telemetry::metrics::{Metrics, Persistence};
 /// The most bytes of a version that are exported: the server chooses it.
 const VERSION_BYTES_MAX: usize = 32;
 
-/// What a server reports about itself.
+/// The report of a server about itself.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(super) struct ServerReport {
     version: String,

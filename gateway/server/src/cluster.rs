@@ -37,7 +37,7 @@ const STOP_TIMEOUT: Duration = Duration::from_millis(500);
 /// How long the announcements that were read last count, if Redis does not answer.
 const NODES_VALID_FOR: Duration = Duration::from_secs(10);
 
-/// What this node is, for its announcements.
+/// The facts about this node that its announcements need from the configuration.
 #[derive(Clone, Debug)]
 pub struct OwnNode {
     /// Its id.
@@ -57,7 +57,7 @@ pub struct ClusterNodes {
     started: Instant,
     /// The own route, and whether a proxy has confirmed it.
     route: Mutex<(Option<String>, bool)>,
-    /// What the nodes announced, and when that was read.
+    /// The announcements of the nodes, and when they were read.
     nodes: Mutex<(Vec<AnnouncedNode>, Option<Instant>)>,
     /// Clients that are expected back: their number, and until when.
     expected: Mutex<Option<(u64, Instant)>>,
@@ -140,7 +140,7 @@ impl ClusterNodes {
         self.route.lock().0.clone()
     }
 
-    /// What the nodes announced last, ordered by id; empty if that is not known.
+    /// The last announcements of the nodes, ordered by id; empty if they are not known.
     pub fn nodes(&self) -> Vec<AnnouncedNode> {
         let nodes = self.nodes.lock();
         match nodes.1 {

@@ -69,7 +69,7 @@ struct BalanceControl {
     is_active: bool,
 }
 
-/// What a node does about its number of connections now.
+/// The action of a node on its number of connections now.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum BalanceStep {
     /// Nothing: the node has its share.

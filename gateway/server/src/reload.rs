@@ -27,7 +27,7 @@ pub struct Reloader {
     target: OnceLock<Weak<Node>>,
 }
 
-/// What a reload has done on a node.
+/// The changes of a reload on a node.
 #[derive(Clone, Debug, Default, Serialize, Deserialize, ToSchema)]
 pub struct ReloadReport {
     /// Id of the node.

@@ -11,7 +11,7 @@ use skein_protocol::ids::NodeId;
 
 use super::{BoxFuture, BusError, presence_store::UnixMillis};
 
-/// What a node publishes of itself.
+/// The facts about a node that it publishes.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct NodeAnnouncement {
     /// The node.
@@ -66,7 +66,7 @@ pub enum NodeCondition {
 /// A node as the announcements show it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct AnnouncedNode {
-    /// What it last announced.
+    /// Its last announcement.
     pub announcement: NodeAnnouncement,
     /// Whether it is this node.
     pub is_own: bool,

@@ -138,7 +138,7 @@ impl Quotas {
         Self { bytes, inboxes, rooms }
     }
 
-    /// Replaces the options. What was used stays used.
+    /// Replaces the options. Quotas that were used stay used.
     pub fn set_options(&self, options: QuotaOptions) {
         let quotas = [&self.bytes, &self.inboxes, &self.rooms];
         for (quota, rates) in quotas.into_iter().zip(QuotaRates::of(options)) {

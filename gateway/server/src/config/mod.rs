@@ -90,7 +90,7 @@ pub struct Config {
     pub auth: Auth,
     /// HTTP listener, handshakes and connections.
     pub http: HttpOptions,
-    /// Who may connect and call.
+    /// The clients and applications that may connect and call.
     pub access: AccessOptions,
     /// Limits of sessions.
     pub session: SessionLimits,

@@ -13,7 +13,7 @@ use super::auth::{JwtSecretEntry, NamedKey};
 /// Largest file of a secret, in bytes.
 const FILE_BYTES_MAX: u64 = 64 * 1024;
 
-/// What a secret consists of, so that it can be shown without the secret part.
+/// The form of a secret, so that it can be shown without the secret part.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum SecretKind {
     /// A text.

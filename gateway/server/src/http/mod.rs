@@ -98,7 +98,7 @@ pub struct HttpOptions {
     pub moves_per_second: u32,
 }
 
-/// Who may connect and call, and how much. A reload may replace it.
+/// The clients and applications that may connect and call, and how much. A reload may replace it.
 #[derive(Clone)]
 pub struct AccessOptions {
     /// Origins of other web pages that may connect.
@@ -138,7 +138,7 @@ pub struct Node {
     pub id: NodeId,
     /// Options of the HTTP server.
     pub options: HttpOptions,
-    /// Who may connect and call. A request reads it once, without a lock.
+    /// Options that a reload may replace. A request reads them once, without a lock.
     pub access: ArcSwap<AccessOptions>,
     /// Permits of the public listener.
     pub(crate) tcp_permits: listen::TcpPermits,
@@ -210,7 +210,7 @@ pub struct ConnectInfo {
     pub local: SocketAddr,
 }
 
-/// What the configuration says about a node.
+/// The name and the options of a node.
 pub struct NodeSetup {
     /// Name of the node.
     pub id: NodeId,

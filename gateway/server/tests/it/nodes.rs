@@ -1,4 +1,4 @@
-//! What the nodes of a cluster know of each other: their announcements, and which are missing.
+//! The knowledge of nodes about each other: their announcements, and which are missing.
 
 use serde_json::Value;
 use skein_client::connection::{ClientConnection, ReceivedMessage};
@@ -20,7 +20,7 @@ async fn list(node: &Node) -> Value {
     serde_json::from_str(&answer.body).unwrap()
 }
 
-/// What a node announces, as another one lists it.
+/// The announcement of a node, as another one lists it.
 fn announced(list: &Value, id: &str) -> Value {
     let nodes = list["nodes"].as_array().unwrap();
     nodes.iter().find(|node| node["node"] == id).cloned().unwrap_or_default()

@@ -1,4 +1,4 @@
-//! What docs/operations.md tells operators to do: a backup of Redis and its restore, and nodes in
+//! The recipes of docs/operations.md: a backup of Redis and its restore, and nodes in
 //! another region.
 
 use std::time::Duration;

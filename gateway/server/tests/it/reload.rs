@@ -117,7 +117,7 @@ async fn alone_sighup_applies_what_it_can_and_names_the_rest() {
     say(&mut ann, &lobby, "still here").await;
     assert!(ann.join(&other).await.is_err(), "the limit of rooms did not change");
 
-    // What needs a restart is reported again.
+    // Options that need a restart are reported again.
     let again = configured.call("POST", "nodes/*/reload", NEW_KEY).await;
     assert_eq!(again.status, 200, "{}", again.body);
     let report: Value = serde_json::from_str(&again.body).unwrap();
@@ -232,7 +232,7 @@ fn recipe() -> Vec<String> {
         .collect()
 }
 
-/// What clients and applications present: 0 the old, 1 both, 2 the new.
+/// The credentials of clients and applications: 0 the old, 1 both, 2 the new.
 struct Load {
     phase: AtomicUsize,
     /// Handshakes and calls that were answered, and refusals of them.

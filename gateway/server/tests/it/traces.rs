@@ -306,7 +306,7 @@ async fn a_trace_continues_from_an_api_call_and_from_a_frame() {
     let spans = receiver.wait_for(4, |_| true).await;
     println!("a message of a client that traces it");
     check_trace(&spans, CALLER);
-    // What was not sampled is not there.
+    // Messages that were not sampled are not there.
     n0.stop().await;
     n1.stop().await;
     assert_eq!(receiver.spans.lock().len(), 4);

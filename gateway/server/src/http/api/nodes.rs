@@ -23,7 +23,7 @@ use skein_core::{
 /// State of a node.
 #[derive(Debug, Serialize, Deserialize, ToSchema)]
 pub(super) struct NodeInfo {
-    /// What it announces; absent if it has announced nothing yet, or is of a version that does not.
+    /// Its announcement; absent if it has announced nothing yet, or is of a version that does not.
     #[serde(flatten)]
     announced: Option<AnnouncedInfo>,
     /// Id of the node.
@@ -40,7 +40,7 @@ pub(super) struct NodeInfo {
     deliveries: u64,
 }
 
-/// What a node announces of itself beside its lease.
+/// The announcement of a node, beside its lease.
 #[derive(Debug, Serialize, Deserialize, ToSchema)]
 struct AnnouncedInfo {
     /// `accepting`, `draining`, `full`, `unavailable` (not ready), or `unknown` to the node that
@@ -190,7 +190,7 @@ async fn answering_node(node: &Node, id: &str) -> Result<NodeId, ApiError> {
     }
 }
 
-/// What the nodes have reloaded.
+/// The reports of a reload.
 #[derive(Debug, Serialize, ToSchema)]
 pub(super) struct ReloadReports {
     /// Reports of the nodes that have answered, ordered by id.
@@ -204,7 +204,7 @@ pub(super) struct ReloadReports {
     post, path = "/api/v1/nodes/{id}/reload", tag = "nodes",
     operation_id = "reload_node",
     params(("id" = String, Path, description = "Id of the node, or `*` for all nodes", pattern = "^([A-Za-z0-9_.:-]{1,64}|[*])$")),
-    responses((status = 200, description = "What each node has done.", body = ReloadReports), CommonResponses)
+    responses((status = 200, description = "The changes on each node.", body = ReloadReports), CommonResponses)
 )]
 pub(super) async fn reload(
     State(node): State<Arc<Node>>,

@@ -152,7 +152,7 @@ async fn every_alert_fires_and_clears_on_a_live_cluster() {
     let uneven = Instant::now();
     let crowd = idle(cluster.nodes[0].address, 150).await;
 
-    // What disturbs nothing else, at once.
+    // Conditions that disturb nothing else, at once.
     tokio::join!(
         bugs_fire_alerts(&prometheus, &faulty.node),
         limits_fire_alerts(&prometheus, &small),

@@ -1,4 +1,4 @@
-//! What operators watch: alerts, runbook and dashboards. They name metrics that exist, alerts fire
+//! The views of operators: alerts, runbook and dashboards. They name metrics that exist, alerts fire
 //! on a live cluster, and every query of a panel returns data.
 
 use std::{collections::BTreeSet, process::Command};

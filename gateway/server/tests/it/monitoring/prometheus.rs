@@ -73,7 +73,7 @@ pub struct Prometheus {
     targets: PathBuf,
     firings: Arc<Mutex<Vec<Firing>>>,
     cured: Mutex<Vec<(Expected, Instant)>>,
-    /// What did not happen, or too late; a trial goes on, so that one run shows all of it.
+    /// Events that did not happen, or too late; a trial goes on, so that one run shows all of it.
     misses: Mutex<Vec<String>>,
 }
 
