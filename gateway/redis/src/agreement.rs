@@ -723,7 +723,7 @@ impl Agreement {
             deregistration.query_async::<()>(&mut connection).await?;
             let mut leave = self.leave.key(keyspace.leases());
             leave.key(keyspace.barrier(0)).arg(&self.process.name).arg(server_id.to_string());
-            leave.arg(if self.has_all_acknowledged(server_id) { "1" } else { "" });
+            leave.arg(self.holdings(server_id));
             leave.invoke_async::<bool>(&mut connection).await
         };
         match deregistration.await {
@@ -734,6 +734,17 @@ impl Agreement {
             Err(error) => {
                 tracing::debug!(%error, "cannot deregister: the other nodes wait for this one until its lease expires");
             }
+        }
+    }
+
+    /// The argument of `leave.lua`: `all` if the server has everything that this process holds,
+    /// `none` if it holds nothing, else empty.
+    fn holdings(&self, server_id: ServerId) -> &'static str {
+        let has_never_agreed = self.process.state.lock().may_hold.is_empty();
+        match has_never_agreed {
+            true => "none",
+            false if self.has_all_acknowledged(server_id) => "all",
+            false => "",
         }
     }
 

@@ -168,13 +168,13 @@ async fn run(config: Config) -> ExitCode {
         }
     };
     let cluster = config.redis.is_some();
-    let starting = Server::start(config);
-    let server = tokio::select! {
-        server = starting => server,
-        _ = signals.stop() => return ExitCode::SUCCESS,
-    };
-    let server = match server {
-        Ok(server) => server,
+    let started = Server::start_unless(config, async {
+        signals.stop().await;
+    })
+    .await;
+    let server = match started {
+        Ok(Some(server)) => server,
+        Ok(None) => return ExitCode::SUCCESS,
         Err(StartError::Failed(failure)) => {
             tracing::error!(%failure, "cannot start");
             return ExitCode::from(EXIT_FAILED);

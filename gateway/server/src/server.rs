@@ -36,6 +36,8 @@ use skein_redis::{RedisBus, RedisStartError};
 
 /// Timeout of each step of a stop: closing the connections, then ending the other tasks.
 const STOP_STEP_TIMEOUT: Duration = Duration::from_secs(20);
+/// Timeout of each step of a stop while the gateway starts, without clients.
+const STARTING_STOP_TIMEOUT: Duration = Duration::from_secs(2);
 /// Time for disconnecting the clients of a gateway that has failed.
 const ABANDON_TIMEOUT: Duration = Duration::from_secs(1);
 
@@ -83,7 +85,32 @@ impl Server {
     ///
     /// [`StartError`]. An unavailable Redis is no error: the start waits for it.
     pub async fn start(config: Config) -> Result<Self, StartError> {
+        Self::start_with(config, Tasks::default()).await
+    }
+
+    /// As [`Server::start`], unless `stop` resolves before the gateway is ready: then what has
+    /// started ends in order, so that no other node waits for this one, and the result is `None`.
+    ///
+    /// # Errors
+    ///
+    /// [`StartError`].
+    pub async fn start_unless(
+        config: Config,
+        stop: impl Future<Output = ()>,
+    ) -> Result<Option<Self>, StartError> {
         let tasks = Tasks::default();
+        // A dropped start leaves its tasks, which end in order.
+        tokio::select! {
+            biased;
+            server = Self::start_with(config, tasks.clone()) => server.map(Some),
+            () = stop => {
+                tasks.finish(STARTING_STOP_TIMEOUT).await;
+                Ok(None)
+            }
+        }
+    }
+
+    async fn start_with(config: Config, tasks: Tasks) -> Result<Self, StartError> {
         let metrics = Arc::new(Metrics::new().with_legacy_names(config.legacy_metric_names));
         metrics.set_info(config.node.as_str(), version::VERSION, version::COMMIT);
         let tracer = match &config.otlp {

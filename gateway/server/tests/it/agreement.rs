@@ -1,6 +1,6 @@
 //! Nodes agree on a Redis server, and clients receive `status` frames about it.
 
-use std::time::Duration;
+use std::{process::Stdio, time::Duration};
 
 use skein_client::{
     connection::{ClientConnection, ReceivedMessage},
@@ -11,10 +11,12 @@ use skein_protocol::{
     position::Position,
     protocol::server_frame::{BusState, HistoryEntry, JoinedFrame, ServerFrame, StatusFrame},
 };
-use tokio::time::Instant;
+use tempfile::TempDir;
+use tokio::{process::Command, time::Instant};
 
 use crate::harness::{
-    Gateway, Node, Redis, SHORT_LEASE_OPTION, connect, next_message, room, say, until, within,
+    Gateway, Node, Process, Redis, SHORT_LEASE_OPTION, connect, gateway_binary, next_message, room,
+    say, until, within,
 };
 
 /// The next `status` that arrives.
@@ -159,6 +161,25 @@ async fn a_planned_restart_of_the_whole_cluster_keeps_the_epoch() {
     one.stop().await;
     assert_eq!(left(&redis).await, ":0", "the other one is still there");
     two.stop().await;
+    assert_eq!(left(&redis).await, ":1");
+    redis.stop().await;
+    redis.restart().await;
+
+    // Gateways that are stopped before they have agreed on the new server change nothing.
+    let url = redis.url();
+    let mut early = Command::new(gateway_binary());
+    for (key, value) in [options[0], ("cluster.redis_url", &url), ("auth.allow_anonymous", "true")]
+    {
+        early.args(["--set", &format!("{key}={value}")]);
+    }
+    let listen = ["--set", "server.listen=127.0.0.1:0", "--set", "admin.listen=127.0.0.1:0"];
+    let folder = TempDir::new().unwrap();
+    early.args(listen).current_dir(folder.path()).stderr(Stdio::null()).kill_on_drop(true);
+    let mut early = Process::of(early.spawn().unwrap(), folder);
+    until("it has checked in", async || left(&redis).await == ":0").await;
+    early.signal("TERM");
+    assert_eq!(early.end().await, Some(0));
+    assert_eq!(redis.command("HEXISTS gw:barrier open").await.unwrap(), ":0");
     assert_eq!(left(&redis).await, ":1");
     redis.stop().await;
     redis.restart().await;

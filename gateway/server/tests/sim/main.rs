@@ -86,6 +86,7 @@ fn seeds_of_fixed_bugs_stay_clean() {
         (SimShape::abrupt(), 44),
         (SimShape::planned(), 2320),
         (SimShape::planned(), 2446),
+        (SimShape::planned(), 1834),
     ];
     for (shape, seed) in found {
         let name = shape.name;
