@@ -278,6 +278,26 @@ mod tests {
     }
 
     #[test]
+    fn permission_check_has_every_command_of_the_scripts() {
+        let scripts = concat!(env!("CARGO_MANIFEST_DIR"), "/src/scripts");
+        let check = include_str!("scripts/check_permissions.lua");
+        let mut called = 0;
+        for file in std::fs::read_dir(scripts).unwrap() {
+            let path = file.unwrap().path();
+            let script = std::fs::read_to_string(&path).unwrap();
+            for call in script.split("redis.call('").chain(script.split("redis.pcall('")).skip(1) {
+                let command = call.split('\'').next().unwrap();
+                if !command.is_empty() && command.chars().all(|c| c.is_ascii_uppercase()) {
+                    called += 1;
+                    let listed = check.contains(&format!("{{ '{command}'"));
+                    assert!(listed, "{command} of {}", path.display());
+                }
+            }
+        }
+        assert!(called > 100, "{called}");
+    }
+
+    #[test]
     fn a_permission_is_denied_until_its_detector_finds_it_granted() {
         let requirements = Requirements::default();
         let denied = redis::make_extension_error("NOPERM".to_owned(), None);

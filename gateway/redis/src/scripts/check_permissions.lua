@@ -5,20 +5,21 @@
 -- ARGV  1 a channel below `gw:`
 -- Returns the names of the commands.
 --
--- Redis checks permissions before anything else, so that other errors of a show nothing about
--- call them.
+-- Redis checks permissions before anything else: a call that fails with another error is permitted.
 
 local calls = {
     { 'HSET', KEYS[1], 'f', '1' }, { 'HGET', KEYS[1], 'f' }, { 'HMGET', KEYS[1], 'f' },
-    { 'HGETALL', KEYS[1] }, { 'HKEYS', KEYS[1] }, { 'HLEN', KEYS[1] }, { 'HEXISTS', KEYS[1], 'f' },
-    { 'HSETNX', KEYS[1], 'f', '1' }, { 'HSCAN', KEYS[1], '0' }, { 'HDEL', KEYS[1], 'g' },
-    { 'EXISTS', KEYS[1] }, { 'TYPE', KEYS[1] }, { 'PEXPIRE', KEYS[1], '60000' },
+    { 'HGETALL', KEYS[1] }, { 'HKEYS', KEYS[1] }, { 'HVALS', KEYS[1] }, { 'HLEN', KEYS[1] },
+    { 'HEXISTS', KEYS[1], 'f' }, { 'HSETNX', KEYS[1], 'f', '1' }, { 'HSCAN', KEYS[1], '0' },
+    { 'HDEL', KEYS[1], 'g' }, { 'EXISTS', KEYS[1] }, { 'TYPE', KEYS[1] },
+    { 'PEXPIRE', KEYS[1], '60000' }, { 'PTTL', KEYS[1] },
     { 'PEXPIREAT', KEYS[1], '4102444800000' }, { 'PERSIST', KEYS[1] },
     { 'XADD', KEYS[1], '1-0', 'f', '1' }, { 'XRANGE', KEYS[1], '-', '+' },
     { 'XREVRANGE', KEYS[1], '+', '-' }, { 'XLEN', KEYS[1] }, { 'XTRIM', KEYS[1], 'MAXLEN', '1' },
     { 'ZADD', KEYS[1], '0', 'm' }, { 'ZREM', KEYS[1], 'm' }, { 'ZCARD', KEYS[1] },
     { 'ZREMRANGEBYSCORE', KEYS[1], '0', '0' }, { 'ZREMRANGEBYRANK', KEYS[1], '0', '0' },
-    { 'ZRANGEBYLEX', KEYS[1], '-', '+' }, { 'ZMSCORE', KEYS[1], 'm' }, { 'GET', KEYS[1] },
+    { 'ZRANGEBYLEX', KEYS[1], '-', '+' }, { 'ZMSCORE', KEYS[1], 'm' },
+    { 'ZSCORE', KEYS[1], 'm' }, { 'ZRANGE', KEYS[1], '0', '0' }, { 'GET', KEYS[1] },
     { 'SET', KEYS[1], '1', 'NX' }, { 'RPUSH', KEYS[1], '1' }, { 'LRANGE', KEYS[1], '0', '0' },
     { 'MEMORY', 'USAGE', KEYS[1] }, { 'TIME' }, { 'INFO', 'server' }, { 'PUBLISH', ARGV[1], '' },
     { 'DEL', KEYS[1] },
