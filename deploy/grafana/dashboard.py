@@ -199,7 +199,7 @@ panel(
 panel(
     "Publish p99",
     "99 of 100 messages are acknowledged within this time.",
-    quantile(0.99, "gateway_publish_seconds", more='outcome="acknowledged"'),
+    quantile(0.99, "gateway_publish_seconds", more='result="acknowledged"'),
     kind="stat",
     unit="s",
     w=4,
@@ -237,8 +237,8 @@ panel(
 )
 
 row("Objective")
-within = select("gateway_publish_seconds_bucket", 'outcome="acknowledged",le="0.5"')
-every = select("gateway_publish_seconds_count", 'outcome!="rejected"')
+within = select("gateway_publish_seconds_bucket", 'result="acknowledged",le="0.5"')
+every = select("gateway_publish_seconds_count", 'result!="rejected"')
 panel(
     "Messages acknowledged within 0.5 s",
     "Share of the messages that are acknowledged within 0.5 s. The objective is 99.9 % over 30 days.",
@@ -418,7 +418,7 @@ row("Messages")
 panel(
     "Time to acknowledge",
     "Time from publishing a message to its acknowledgement, as a heatmap: the way to Redis and back.",
-    rate("gateway_publish_seconds_bucket", "le", 'outcome="acknowledged"'),
+    rate("gateway_publish_seconds_bucket", "le", 'result="acknowledged"'),
     kind="heatmap",
     unit="s",
     w=12,
@@ -427,7 +427,7 @@ panel(
 panel(
     "Publish p99 per gateway",
     "Which node is slow? One line above the others: its link or its CPU. All lines together: Redis.",
-    (quantile(0.99, "gateway_publish_seconds", "instance", 'outcome="acknowledged"'), INSTANCE),
+    (quantile(0.99, "gateway_publish_seconds", "instance", 'result="acknowledged"'), INSTANCE),
     unit="s",
     w=12,
     log=True,
@@ -443,9 +443,9 @@ panel(
 panel(
     "Publish p50 and p99",
     "Time from publishing a message to its acknowledgement, and to its failure.",
-    (quantile(0.5, "gateway_publish_seconds", more='outcome="acknowledged"'), "p50"),
-    (quantile(0.99, "gateway_publish_seconds", more='outcome="acknowledged"'), "p99"),
-    (quantile(0.99, "gateway_publish_seconds", more='outcome!="acknowledged"'), "p99 of failures"),
+    (quantile(0.5, "gateway_publish_seconds", more='result="acknowledged"'), "p50"),
+    (quantile(0.99, "gateway_publish_seconds", more='result="acknowledged"'), "p99"),
+    (quantile(0.99, "gateway_publish_seconds", more='result!="acknowledged"'), "p99 of failures"),
     unit="s",
     log=True,
 )

@@ -239,11 +239,11 @@ metrics! {
     pub delivery_seconds: Histogram = histogram("gateway_delivery_seconds", &LATENCY_BUCKETS);
     /// Bytes of publishes that wait for Redis
     pub publish_queue_bytes: IntGauge = gauge("gateway_publish_queue_bytes");
-    /// Seconds from publishing a message to the result of the bus, by `outcome`: `failed` are
+    /// Seconds from publishing a message to the result of the bus, by `result`: `failed` are
     /// timeouts and errors of the bus, `rejected` are limits; a rising 99th percentile of
     /// `acknowledged` means that Redis is slow
     pub publish_seconds: Histograms<PublishOutcome> =
-        histograms("gateway_publish_seconds", "outcome", &LATENCY_BUCKETS);
+        histograms("gateway_publish_seconds", "result", &LATENCY_BUCKETS);
     /// Log entries received from the bus, by `result`; each `gap` causes a read of the log,
     /// `no_lease` means that delivery is suspended
     pub bus_entries_received: Counters<EntryResult> =

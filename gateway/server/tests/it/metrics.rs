@@ -235,8 +235,8 @@ async fn frames_messages_and_errors_are_counted_by_kind() {
         ("gateway_frame_seconds_count{type=\"direct\"}", 1.0),
         ("gateway_errors_total{code=\"not_joined\",fault=\"client\"}", 1.0),
         ("gateway_errors_total{code=\"internal\",fault=\"server\"}", 0.0),
-        ("gateway_publish_seconds_count{outcome=\"acknowledged\"}", 4.0),
-        ("gateway_publish_seconds_count{outcome=\"failed\"}", 0.0),
+        ("gateway_publish_seconds_count{result=\"acknowledged\"}", 4.0),
+        ("gateway_publish_seconds_count{result=\"failed\"}", 0.0),
         ("gateway_mailbox_messages", 0.0),
         ("gateway_outbox_bytes", 0.0),
     ] {
