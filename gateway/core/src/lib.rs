@@ -14,6 +14,7 @@ pub mod envelope;
 pub mod limits;
 pub mod delivery;
 pub mod bus;
+pub mod archive;
 pub mod rooms;
 pub mod presence;
 pub mod publisher;
