@@ -5,7 +5,7 @@
 set -eu
 
 [ $# -gt 0 ] || set -- gcc libc6-dev redis-server nginx chromium chromium-driver openssl python3 valkey-server iproute2 git \
-    prometheus prometheus-blackbox-exporter faketime haproxy caddy
+    prometheus prometheus-blackbox-exporter faketime haproxy caddy postgresql
 
 missing=
 backports=

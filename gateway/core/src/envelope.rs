@@ -73,6 +73,11 @@ impl AuthorHash {
         &self.0
     }
 
+    /// The hash with these bytes, as they stand in an envelope.
+    pub fn from_bytes(bytes: [u8; 8]) -> Self {
+        Self(bytes)
+    }
+
     /// The hash of `user`.
     pub fn of(user: &UserId) -> Self {
         let digest = Sha1::digest(user.as_str().as_bytes());
@@ -226,6 +231,28 @@ impl Envelope {
         let end = start + fields[start..].iter().position(|byte| *byte == b'"')?;
         let text = std::str::from_utf8(&fields[start..end]).ok()?;
         skein_protocol::parse_timestamp(text)
+    }
+
+    /// The author.
+    pub fn author(&self) -> AuthorHash {
+        let mut author = [0; 8];
+        author.copy_from_slice(&self.0[2..10]);
+        AuthorHash(author)
+    }
+
+    /// The connection of the sender.
+    pub fn connection(&self) -> ConnectionId {
+        ConnectionId(self.uuid_at(26))
+    }
+
+    /// Whether the sender's connection receives a copy.
+    pub fn echo(&self) -> bool {
+        self.0[1] & NO_ECHO == 0
+    }
+
+    /// The content of a binary message; `None` if the content is one of the fields.
+    pub fn binary_payload(&self) -> Option<&[u8]> {
+        self.is_binary().then(|| self.fields_and_payload().1)
     }
 
     /// Whether `author` sent the message.
@@ -449,6 +476,11 @@ mod tests {
         assert_eq!(again.id(), MessageId(Uuid::from_u128(1)));
         assert_eq!(again.sender_without_echo(), Some(ConnectionId(Uuid::from_u128(2))));
         assert_eq!(again.dedup_key()[8..], *again.id().0.as_bytes());
+        assert_eq!((again.connection(), again.echo()), (ConnectionId(Uuid::from_u128(2)), false));
+        assert_eq!(again.author(), AuthorHash::of(&"ann".parse().unwrap()));
+        assert_eq!(AuthorHash::from_bytes(*again.author().as_bytes()), again.author());
+        assert_eq!(again.binary_payload(), None);
+        assert_eq!(pack(Some(b"")).binary_payload(), Some(&[][..]));
         for cut in 0..envelope.as_bytes().len() {
             assert!(Envelope::from_packed(envelope.as_bytes().slice(..cut)).is_err());
         }
