@@ -208,7 +208,7 @@ mod tests {
 
     use super::*;
 
-    const SHARDED: Keyspace = Keyspace { partitions: 256, sharded: true };
+    const SHARDED: Keyspace = Keyspace { partitions: 256, sharded: true, archive_backlog_max: 0 };
 
     /// The envelope of a message whose id is made of `number`.
     fn envelope(number: u64) -> Envelope {

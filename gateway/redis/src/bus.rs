@@ -23,6 +23,7 @@ use super::{
     topology::{self, Dial, Topology},
 };
 use skein_core::{
+    archive::Archive,
     bus::{
         Append, BoxFuture, Bus, BusError, Mailboxes, ReadRange,
         commands::{CommandBatch, CommandId, CommandProgress, ControlCommand, ControlQueue},
@@ -59,15 +60,16 @@ impl RedisBus {
     /// [`RedisStartError::Open`].
     pub fn start(
         options: RedisOptions,
+        archive: Option<Arc<dyn Archive>>,
         mailboxes: Mailboxes,
         metrics: Arc<Metrics>,
         tasks: &Tasks,
     ) -> Result<Self, RedisStartError> {
         let topology = topology::open(options.url.expose_secret(), &options.tls)?;
-        Ok(Self::start_on(topology, options, mailboxes, metrics, tasks))
+        Ok(Self::start_on(topology, options, archive, mailboxes, metrics, tasks))
     }
 
-    /// Starts with connections to one server that `dial` makes.
+    /// Starts without an archive, with connections to one server that `dial` makes.
     pub fn start_with(
         dial: Arc<dyn Dial>,
         options: RedisOptions,
@@ -75,18 +77,19 @@ impl RedisBus {
         metrics: Arc<Metrics>,
         tasks: &Tasks,
     ) -> Self {
-        Self::start_on(Topology::Single(dial), options, mailboxes, metrics, tasks)
+        Self::start_on(Topology::Single(dial), options, None, mailboxes, metrics, tasks)
     }
 
     fn start_on(
         topology: Topology,
         options: RedisOptions,
+        archive: Option<Arc<dyn Archive>>,
         mailboxes: Mailboxes,
         metrics: Arc<Metrics>,
         tasks: &Tasks,
     ) -> Self {
         let (rooms, sessions) = (options.rooms.clone(), options.sessions.clone());
-        let router = Router::start(topology, options, mailboxes, metrics, tasks);
+        let router = Router::start(topology, options, archive, mailboxes, metrics, tasks);
         let store = StoreWorker::start(router.clone(), rooms, sessions, tasks);
         let commands = Arc::new(RedisControlQueue::new(store.clone()));
         Self { router, store, commands }

@@ -24,6 +24,8 @@ pub(super) struct Keyspace {
     pub(super) partitions: u16,
     /// Whether this is a Redis Cluster, with pub/sub per slot.
     pub(super) sharded: bool,
+    /// The most entries of a group that wait for the archive; 0 without an archive.
+    pub(super) archive_backlog_max: u32,
 }
 
 impl Keyspace {
@@ -103,12 +105,22 @@ impl Keyspace {
     }
 
     /// The keys of a room's scripts, in their order: log, meta, both hashes of ids, the barrier of
-    /// its group, and unconfirmed publishes.
-    pub(super) fn keys(self, room: &RoomId) -> [String; 6] {
-        let channel = self.channel(room);
+    /// its group, unconfirmed publishes, and the archive stream of its group.
+    pub(super) fn keys(self, room: &RoomId) -> [String; 7] {
+        let (channel, group) = (self.channel(room), self.group_of(room));
         let key = |part| format!("{channel}:{part}");
-        let barrier = self.barrier(self.group_of(room));
-        [key("log"), key("meta"), key("ids0"), key("ids1"), barrier, key("unheard")]
+        let (barrier, archive) = (self.barrier(group), self.archive(group));
+        [key("log"), key("meta"), key("ids0"), key("ids1"), barrier, key("unheard"), archive]
+    }
+
+    /// The stream of entries that wait for the archive.
+    pub(super) fn archive(self, group: u16) -> String {
+        self.key(group, "archive")
+    }
+
+    /// The channels of the rooms that have entries for which the archive stream had no space.
+    pub(super) fn archive_behind(self, group: u16) -> String {
+        self.key(group, "archive:behind")
     }
 
     /// The keys that tell whether the user of an inbox was ever connected: when offline users were
@@ -151,7 +163,10 @@ impl Keyspace {
         let text = &text[flags.len()..];
         // The body of every script is a function, which `run` of the prelude calls.
         let shared = include_str!("scripts/prelude.lua");
-        let text = format!("{flags}{shared}\nreturn run(function()\n{text}\nend)\n");
+        let backlog_max = self.archive_backlog_max;
+        let text = format!(
+            "{flags}local archive_backlog_max = {backlog_max}\n{shared}\nreturn run(function()\n{text}\nend)\n"
+        );
         #[cfg(debug_assertions)]
         let text = skein_core::fault_injection::script(text);
         redis::Script::new(&text.replace("'PUBLISH'", &format!("'{}'", self.publish())))
@@ -270,8 +285,8 @@ impl ScopeKeys {
 mod tests {
     use super::*;
 
-    const ALONE: Keyspace = Keyspace { partitions: 256, sharded: false };
-    const SHARDED: Keyspace = Keyspace { partitions: 256, sharded: true };
+    const ALONE: Keyspace = Keyspace { partitions: 256, sharded: false, archive_backlog_max: 0 };
+    const SHARDED: Keyspace = Keyspace { sharded: true, ..ALONE };
 
     #[test]
     fn a_channel_names_its_room() {

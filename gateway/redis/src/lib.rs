@@ -13,6 +13,8 @@ mod bus;
 mod options;
 mod agreement;
 mod appender;
+mod archiver;
+mod floors;
 mod canary;
 mod requirements;
 mod error;

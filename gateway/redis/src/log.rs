@@ -53,6 +53,7 @@ impl RedisLog {
         let log = self.clone();
         Box::pin(async move {
             let server_id = log.agreed(&room).await;
+            log.find_floor(&room).await?;
             let mut page = log
                 .server
                 .query(async |connection| log.read_by(connection, &room, range, server_id).await)
@@ -64,10 +65,37 @@ impl RedisLog {
         })
     }
 
+    /// Whether Redis has a log of the room, or at least its head.
+    pub(super) fn has(&self, room: RoomId) -> BoxFuture<Result<bool, BusError>> {
+        let log = self.clone();
+        Box::pin(async move {
+            log.agreed(&room).await;
+            let meta = format!("{}:meta", log.server.keyspace.channel(&room));
+            let has = async |connection: &mut ReadConnection| {
+                let mut has = redis::cmd("HEXISTS");
+                has.arg(&meta).arg("e").query_async(&mut **connection).await
+            };
+            let found = log.server.query(has).await?;
+            if found {
+                log.server.floors.exists(&room);
+            }
+            Ok(found)
+        })
+    }
+
+    /// Finds out where the log of a room begins if Redis does not have it.
+    async fn find_floor(&self, room: &RoomId) -> Result<(), BusError> {
+        if !self.server.floors.is_known(room) && !self.has(room.clone()).await? {
+            self.server.floors.ask(room).await;
+        }
+        Ok(())
+    }
+
     pub(super) fn delete(&self, room: RoomId) -> BoxFuture<Result<(), BusError>> {
         let log = self.clone();
         Box::pin(async move {
             let server_id = log.agreed(&room).await;
+            log.find_floor(&room).await?;
             log.server
                 .query(async |connection| log.delete_by(connection, &room, server_id, None).await)
                 .await?;
@@ -85,6 +113,7 @@ impl RedisLog {
         let log = self.clone();
         Box::pin(async move {
             let server_id = log.agreed(&room).await;
+            log.find_floor(&room).await?;
             let room_deletion = Some(RoomDeletion { owner, by });
             log.server
                 .query(async |connection| {

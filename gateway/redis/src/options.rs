@@ -33,6 +33,8 @@ pub struct RedisOptions {
     pub sessions: SessionOptions,
     /// The id of this node.
     pub node: String,
+    /// The most entries that wait in Redis for the archive; 0 without an archive.
+    pub archive_backlog_max: u32,
 }
 
 impl RedisOptions {

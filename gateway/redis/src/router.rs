@@ -17,7 +17,7 @@
 //! ([`agreement`](super::agreement)).
 
 use std::{
-    collections::{BTreeMap, BTreeSet, VecDeque},
+    collections::{BTreeMap, BTreeSet, HashMap, VecDeque},
     sync::{
         Arc,
         atomic::{AtomicBool, Ordering},
@@ -36,6 +36,8 @@ use super::{
     agreement::{self, ProcessIdentity},
     append_queue::QueuedAppend,
     appender::{self, Appender},
+    archiver::{self, ArchiveLags},
+    floors::Floors,
     keyspace::Keyspace,
     lease::LeaseTimes,
     links::LinkStates,
@@ -49,6 +51,7 @@ use super::{
     topology::{Dial, RedisCluster, Topology, url::Address},
 };
 use skein_core::{
+    archive::Archive,
     bus::{Append, BoxFuture, BusError, Mailboxes, Retention, node_state::NodeState},
     delivery::ServerId,
     drain::Tasks,
@@ -60,6 +63,8 @@ use skein_core::{
 const QUEUE_BYTES_MAX: usize = 64 << 20;
 /// Bytes that count for each entry beside its own, so that the number of small ones is bounded.
 const ENTRY_OVERHEAD_BYTES: usize = 512;
+/// How long a publish waits for the floor of its room.
+const FLOOR_TIMEOUT: Duration = Duration::from_secs(2);
 /// How often a Redis Cluster is asked for its slots, unless an answer shows a change.
 const POLL_INTERVAL: Duration = Duration::from_secs(1);
 /// The shortest time between two such requests.
@@ -96,6 +101,9 @@ struct ConnectionContext {
     process: Arc<ProcessIdentity>,
     topology_stale: Arc<Notify>,
     memory_of_all: Arc<MemoryOfAllServers>,
+    floors: Floors,
+    archive: Option<Arc<dyn Archive>>,
+    archive_lags: Arc<ArchiveLags>,
     tasks: Tasks,
 }
 
@@ -103,6 +111,8 @@ struct ConnectionContext {
 pub(super) struct Router {
     context: ConnectionContext,
     routes: Mutex<Vec<Route>>,
+    /// Publishes to rooms of which it is not known yet where their log begins.
+    opening: Mutex<HashMap<RoomId, Vec<QueuedAppend>>>,
     /// Changes when a route does.
     changed: watch::Sender<()>,
     /// The free capacity of the queues, bytes.
@@ -114,12 +124,14 @@ impl Router {
     pub(super) fn start(
         topology: Topology,
         options: RedisOptions,
+        archive: Option<Arc<dyn Archive>>,
         mailboxes: Mailboxes,
         metrics: Arc<Metrics>,
         tasks: &Tasks,
     ) -> Arc<Self> {
         let sharded = matches!(topology, Topology::Cluster(_));
-        let keyspace = Keyspace { partitions: options.partitions, sharded };
+        let archive_backlog_max = if archive.is_some() { options.archive_backlog_max } else { 0 };
+        let keyspace = Keyspace { partitions: options.partitions, sharded, archive_backlog_max };
         let node_state = mailboxes.node_state();
         node_state.drop_lease();
         node_state.begin_agreement(keyspace.groups());
@@ -135,8 +147,12 @@ impl Router {
                 )),
                 topology_stale: Arc::default(),
                 memory_of_all: Arc::default(),
+                floors: Floors::new(archive.clone()),
+                archive,
+                archive_lags: Arc::default(),
                 tasks: tasks.clone(),
             },
+            opening: Mutex::default(),
             routes: Mutex::new((0..keyspace.groups()).map(|_| Route::default()).collect()),
             changed: watch::Sender::default(),
             capacity: Arc::new(Semaphore::new(QUEUE_BYTES_MAX)),
@@ -263,13 +279,51 @@ impl Router {
         all_connections
     }
 
-    pub(super) fn append(&self, append: Append) {
+    pub(super) fn append(self: &Arc<Self>, append: Append) {
         let bytes = append.envelope.as_bytes().len() + ENTRY_OVERHEAD_BYTES;
         let Ok(permit) = self.capacity.clone().try_acquire_many_owned(bytes as u32) else {
             return append.ticket.complete(Err(BusError::Overloaded));
         };
-        let group = usize::from(self.keyspace().group_of(&append.room));
+        let room = append.room.clone();
         let queued = QueuedAppend::new(append, permit);
+        if self.context.archive.is_none() {
+            return self.route(queued);
+        }
+        let opening = &mut *self.opening.lock();
+        if let Some(waiting) = opening.get_mut(&room) {
+            waiting.push(queued);
+        } else if self.context.floors.is_known(&room) {
+            self.route(queued);
+        } else {
+            opening.insert(room.clone(), vec![queued]);
+            let router = self.clone();
+            self.context.tasks.spawn_job("redis_floor", async move {
+                router.find_floor(&room).await;
+                // Under the lock, so that later publishes follow.
+                let opening = &mut *router.opening.lock();
+                let waiting = opening.remove(&room);
+                waiting.into_iter().flatten().for_each(|queued| router.route(queued));
+            });
+        }
+    }
+
+    /// Finds out where the log of a room begins if Redis does not have it, as far as that is
+    /// possible in time.
+    async fn find_floor(self: &Arc<Self>, room: &RoomId) {
+        let group = self.keyspace().group_of(room);
+        let find = async {
+            let found =
+                self.clone().query(group, |log| log.has(room.clone())).await.unwrap_or(false);
+            if !found {
+                self.context.floors.ask(room).await;
+            }
+        };
+        // Afterwards the publish waits for Redis like any other.
+        let _ = tokio::time::timeout(FLOOR_TIMEOUT, find).await;
+    }
+
+    fn route(&self, queued: QueuedAppend) {
+        let group = usize::from(self.keyspace().group_of(&queued.append.room));
         let rejected = {
             let route = &mut self.routes.lock()[group];
             match &route.connections {
@@ -549,6 +603,7 @@ impl ConnectionContext {
             dial,
             keyspace: self.keyspace,
             retention: self.retention.clone(),
+            floors: self.floors.clone(),
             memory: Default::default(),
             owned: watch::Sender::new(groups.iter().copied().collect()),
             agreed: watch::Sender::new(AgreedServer::default()),
@@ -566,6 +621,10 @@ impl ConnectionContext {
         let process = self.process.clone();
         agreement::start(server.clone(), links.clone(), mailboxes, process, &tasks);
         memory::start(server.clone(), self.memory_of_all.clone(), self.metrics.clone(), &tasks);
+        if let Some(archive) = &self.archive {
+            let (archive, lags) = (archive.clone(), self.archive_lags.clone());
+            archiver::start(server.clone(), archive, lags, node, &self.metrics, &tasks);
+        }
         Arc::new(ServerConnections { server, links, appender, subscriber, log, tasks })
     }
 }

@@ -12,6 +12,7 @@ use tokio::sync::{Notify, watch};
 use super::{
     SCHEMA,
     error::{is_slot_error, is_unagreed, to_bus_error},
+    floors::Floors,
     keyspace::Keyspace,
     memory::ServerMemory,
     requirements::{Detector, Requirements},
@@ -30,6 +31,8 @@ pub(super) struct RedisServer {
     pub(super) dial: Arc<dyn Dial>,
     pub(super) keyspace: Keyspace,
     pub(super) retention: Retention,
+    /// Where the logs of rooms begin that the server does not have.
+    pub(super) floors: Floors,
     /// The memory pressure of the server.
     pub(super) memory: ServerMemory,
     /// The groups that it serves.
@@ -82,7 +85,8 @@ impl RedisServer {
         let (ttl, dedup_window) = (self.retention.of(room).ttl, self.retention.dedup_window);
         let channel = self.keyspace.channel(room);
         let meta_ttl = self.meta_ttl_ms(room);
-        (server_id.to_string(), channel, random_epoch(), ms(ttl), meta_ttl, ms(dedup_window))
+        let epoch = random_epoch() + &self.floors.argument(room);
+        (server_id.to_string(), channel, epoch, ms(ttl), meta_ttl, ms(dedup_window))
     }
 
     /// A call of a room's script by its hash, with the common keys and arguments.
@@ -242,6 +246,9 @@ impl RedisServer {
                 if agreed.id == Some(server_id) { &agreed.groups } else { &Arc::default() };
             let all = before.iter().chain(groups).copied().collect();
             let times = agreed.count + 1;
+            if agreed.id != Some(server_id) {
+                self.floors.clear();
+            }
             *agreed = AgreedServer { id: Some(server_id), groups: Arc::new(all), count: times };
         });
     }

@@ -1,7 +1,7 @@
 -- Appends an entry to a room's log and publishes it, in one atomic step.
 --
 -- KEYS, ARGV to 6 as in the prelude
--- KEYS  7 of an inbox: last activity of offline users (sorted set)  8 online users (hash)
+-- KEYS  8 of an inbox: last activity of offline users (sorted set)  9 online users (hash)
 -- ARGV  7 dedup key: author and id  8 envelope
 --       9 retention: entries kept in any case  10 window of further entries, ms  11 bytes of the log
 --       12, 13 epoch and seq that were acknowledged for this entry before, or empty
@@ -87,12 +87,13 @@ local function append_to_limited()
     redis.call('PEXPIRE', KEYS[1], ARGV[19])
     redis.call('PEXPIRE', KEYS[2], ARGV[19])
     redis.call('PUBLISH', ARGV[2], epoch .. ':' .. number .. ':' .. ARGV[1] .. '\n' .. ARGV[8])
+    archive(epoch .. ':' .. number, ARGV[8], ARGV[14] ~= '')
     return { epoch, number, #entries == 0 and 2 or 0 }
 end
 
-if KEYS[7] and not meta[9] then
-    local is_unlimited = ARGV[16] == 'unlimited' or redis.call('ZSCORE', KEYS[7], ARGV[15])
-        or redis.call('HEXISTS', KEYS[8], ARGV[15]) == 1
+if KEYS[8] and not meta[9] then
+    local is_unlimited = ARGV[16] == 'unlimited' or redis.call('ZSCORE', KEYS[8], ARGV[15])
+        or redis.call('HEXISTS', KEYS[9], ARGV[15]) == 1
         -- A gateway of an earlier version has kept it without limits.
         or redis.call('XLEN', KEYS[1]) > tonumber(ARGV[17])
     if not is_unlimited then
@@ -183,4 +184,5 @@ redis.call('PEXPIREAT', newer, expires)
 redis.call('PEXPIRE', KEYS[1], ARGV[4])
 redis.call('PEXPIRE', KEYS[2], ARGV[5])
 redis.call('PUBLISH', ARGV[2], epoch .. ':' .. number .. ':' .. ARGV[1] .. '\n' .. ARGV[8])
+archive(epoch .. ':' .. number, ARGV[8], ARGV[14] ~= '')
 return { epoch, number, 0 }

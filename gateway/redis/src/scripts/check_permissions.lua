@@ -24,6 +24,16 @@ local calls = {
     { 'MEMORY', 'USAGE', KEYS[1] }, { 'TIME' }, { 'INFO', 'server' }, { 'PUBLISH', ARGV[1], '' },
     { 'DEL', KEYS[1] },
 }
+if archive_backlog_max > 0 then
+    for _, call in ipairs({
+        { 'XREADGROUP', 'GROUP', 'g', 'c', 'STREAMS', KEYS[1], '>' }, { 'XACK', KEYS[1], 'g', '1-0' },
+        { 'XDEL', KEYS[1], '1-0' }, { 'XAUTOCLAIM', KEYS[1], 'g', 'c', '1', '0-0' },
+        { 'XGROUP', 'CREATE', KEYS[1], 'g', '0' }, { 'SADD', KEYS[1], 'm' }, { 'SCARD', KEYS[1] },
+        { 'SRANDMEMBER', KEYS[1] }, { 'SREM', KEYS[1], 'm' }, { 'DEL', KEYS[1] },
+    }) do
+        calls[#calls + 1] = call
+    end
+end
 local denied = {}
 for _, call in ipairs(calls) do
     local reply = redis.pcall(unpack(call))

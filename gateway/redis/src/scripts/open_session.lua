@@ -2,8 +2,8 @@
 -- Resumes or creates the session of a connection, and reads the state of the user's inbox.
 --
 -- KEYS, ARGV to 6 as in the prelude, of the inbox
--- KEYS  7 sessions (hash): "<digest> <created> <used> <connection or -> <connection info>" of each
---       8 data of sessions (hash)
+-- KEYS  8 sessions (hash): "<digest> <created> <used> <connection or -> <connection info>" of each
+--       9 data of sessions (hash)
 -- ARGV  7 author: the user's hash, as in envelopes  8 session to resume or empty  9 its digest
 --       10 session to create otherwise  11 its digest  12 connection  13 connection info
 --       14 retention of a session, ms  15 the most sessions
@@ -33,7 +33,7 @@ local function parse_row(row)
 end
 
 local session, former, created
-local row = ARGV[8] ~= '' and redis.call('HGET', KEYS[7], ARGV[8])
+local row = ARGV[8] ~= '' and redis.call('HGET', KEYS[8], ARGV[8])
 if row then
     local digest, row_created, used, connection, about = parse_row(row)
     if digest and digest == ARGV[9] and used + ttl > now then
@@ -48,7 +48,7 @@ if not session then
     session, digest, created = ARGV[10], ARGV[11], digits(now)
     -- Expired sessions are removed, and the least recently used one if there are too
     -- many.
-    local rows = redis.call('HGETALL', KEYS[7])
+    local rows = redis.call('HGETALL', KEYS[8])
     local count, oldest, oldest_used = 0
     for i = 1, #rows, 2 do
         local _, _, used, connection = parse_row(rows[i + 1])
@@ -56,8 +56,8 @@ if not session then
         local rank = used and used + (connection == '-' and 0 or ttl)
         -- Rows that no gateway wrote are removed as well.
         if not used or used + ttl <= now then
-            redis.call('HDEL', KEYS[7], rows[i])
             redis.call('HDEL', KEYS[8], rows[i])
+            redis.call('HDEL', KEYS[9], rows[i])
         else
             count = count + 1
             if not oldest or rank < oldest_used then
@@ -66,13 +66,13 @@ if not session then
         end
     end
     if count >= tonumber(ARGV[15]) then
-        redis.call('HDEL', KEYS[7], oldest)
         redis.call('HDEL', KEYS[8], oldest)
+        redis.call('HDEL', KEYS[9], oldest)
     end
 end
-redis.call('HSET', KEYS[7], session,
+redis.call('HSET', KEYS[8], session,
     digest .. ' ' .. created .. ' ' .. digits(now) .. ' ' .. ARGV[12] .. ' ' .. ARGV[13])
-expire_sessions(KEYS[7], KEYS[8], ARGV[14], ARGV[16])
+expire_sessions(KEYS[8], KEYS[9], ARGV[14], ARGV[16])
 
 local acked = math.min(int(redis.call('HGET', KEYS[2], 'a'), 0, 'log_meta'), top)
 -- At most a MiB of entries is checked: those behind it count as written by others.

@@ -1,4 +1,5 @@
--- The prelude: shared functions, which precede every script.
+-- The prelude: shared functions, which precede every script. The gateway puts `archive_backlog_max` in
+-- front of it.
 --
 -- Values in Redis are untrusted: an operator, a restore or another program may have written them. A
 -- value that no gateway wrote counts as absent, and is repaired where a script has a better one. It
@@ -32,7 +33,7 @@ end
 -- The type that gateways give a key, by the last part of its name.
 local function type_of(key)
     local part = string.match(key, '([^:]*)$')
-    if part == 'log' or part == 'orders' then
+    if part == 'log' or part == 'orders' or part == 'archive' then
         return 'stream'
     elseif part == 'rooms' or part == 'users' or part == 'seen' then
         return 'zset'
@@ -141,15 +142,17 @@ local function is_epoch(text)
     return #text <= 32 and string.find(text, '^[%w_-]+$') ~= nil
 end
 
+-- An epoch with the ordinal above `number`. `random` is ARGV 3 of the scripts of a room.
 local function epoch_above(number, random)
-    return digits(number + 1) .. '-' .. random
+    return digits(number + 1) .. '-' .. string.match(random, '^%w*')
 end
 
 -- Keys and arguments that the scripts of a room share:
 --
 -- KEYS  1 log (stream)  2 meta (hash)  3, 4 ids (two hashes that take turns)  5 barrier
---       6 unconfirmed publishes (hash), from restore_unconfirmed.lua
--- ARGV  1 server id  2 channel  3 random part of an epoch  4 ttl of the log, ms  5 ttl of the meta, ms
+--       6 unconfirmed publishes (hash), from restore_unconfirmed.lua  7 archive (stream)
+-- ARGV  1 server id  2 channel  3 random part of an epoch; with an archive also "<ordinal> <seq>", above
+--       which a room begins that Redis does not have  4 ttl of the log, ms  5 ttl of the meta, ms
 --       6 dedup window, ms; arguments of a script of its own from 7 on
 --
 -- Bytes 3 to 26 of an envelope are its dedup key.
@@ -182,6 +185,19 @@ local function entry_at(seq)
     end
 end
 
+-- Adds a record of a room, not of an inbox, to the archive stream, from which the gateways copy it to the archive: `p` envelope of
+-- the entry at `position`, or the position that a deletion began, without an envelope. If the stream
+-- has no space for an entry, notes the room, whose log is copied later.
+local function archive(position, envelope, has_no_space)
+    if archive_backlog_max == 0 or string.find(ARGV[2], '}:u:', 1, true) then
+        return
+    elseif envelope and (has_no_space or redis.call('XLEN', KEYS[7]) >= archive_backlog_max) then
+        redis.call('SADD', KEYS[7] .. ':behind', ARGV[2])
+    else
+        redis.call('XADD', KEYS[7], '*', 'c', ARGV[2], 'n', position, 'p', envelope or '')
+    end
+end
+
 -- `ids`: `newer`, `older` and `expires` of id_hashes.
 local function append(epoch, seq, entry, ids)
     local position = epoch .. ':' .. digits(seq)
@@ -191,6 +207,7 @@ local function append(epoch, seq, entry, ids)
     redis.call('PEXPIREAT', ids.newer, ids.expires)
     redis.call('PEXPIRE', KEYS[1], ARGV[4])
     redis.call('PUBLISH', ARGV[2], position .. ':' .. entry.origin .. '\n' .. entry.envelope)
+    archive(position, entry.envelope)
 end
 
 -- Keeps an inbox like any other from now on, which was limited as that of an unseen user. Its ids
@@ -384,8 +401,9 @@ local function open_room()
     elseif not epoch then
         -- The numbers are lost, so that the entries that may be left cannot be continued.
         redis.call('DEL', KEYS[1])
-        epoch, top = epoch_above(0, ARGV[3]), 0
-        redis.call('HSET', KEYS[2], 'e', epoch, 's', '0', 'r', server_id, 'n', digits(generation))
+        local archived_ordinal, archived_seq = string.match(ARGV[3], ' (%d+) (%d+)$')
+        epoch, top = epoch_above(tonumber(archived_ordinal or 0), ARGV[3]), tonumber(archived_seq or 0)
+        redis.call('HSET', KEYS[2], 'e', epoch, 's', digits(top), 'r', server_id, 'n', digits(generation))
     else
         local is_complete = int(meta[4], 0, 'log_meta') >= last_incomplete
         local ids, is_restored, remaining = {}

@@ -153,6 +153,7 @@ for _, entry in ipairs(entries) do
             return conflict(math.max(ordinal(log_epoch or epoch), ordinal(epoch)))
         end
         redis.call('PUBLISH', ARGV[2], position .. ':' .. entry.origin .. '\n' .. entry.envelope)
+        archive(position, entry.envelope)
         added = true
     end
     if redis.call('HEXISTS', older, entry.key) == 0 then
