@@ -12,11 +12,13 @@ pub struct RoomRules {
     pub ephemeral: Vec<String>,
     /// Whether joining a nonexistent room creates it.
     pub create_on_join: bool,
+    /// Whether there is an archive, which keeps the entries of logs.
+    pub archived: bool,
 }
 
 impl Default for RoomRules {
     fn default() -> Self {
-        Self { ephemeral: Vec::new(), create_on_join: true }
+        Self { ephemeral: Vec::new(), create_on_join: true, archived: false }
     }
 }
 
@@ -32,6 +34,11 @@ impl RoomRules {
             None => pattern == name,
         })
     }
+
+    /// Whether the archive keeps the entries of a room's log.
+    pub fn is_archived(&self, room: &RoomId) -> bool {
+        self.archived && room.kind() == RoomKind::Room && self.is_durable(room)
+    }
 }
 
 #[cfg(test)]
@@ -41,7 +48,7 @@ mod tests {
     #[test]
     fn ephemeral_patterns_match_names_and_prefixes() {
         let ephemeral = vec!["cursors".to_owned(), "live:*".to_owned()];
-        let rules = RoomRules { ephemeral, create_on_join: true };
+        let rules = RoomRules { ephemeral, ..RoomRules::default() };
         let is_durable = |room: &str| rules.is_durable(&room.parse().unwrap());
         assert!(!is_durable("cursors") && !is_durable("live:1"));
         assert!(is_durable("cursors2") && is_durable("live"));

@@ -15,11 +15,14 @@ use skein_protocol::{
 };
 use tokio::{sync::Notify, time::Instant};
 
+mod archive;
 mod commands;
 mod nodes;
 mod store;
 mod sessions;
 
+pub use archive::MemoryArchive;
+use archive::{ArchiveLink, ArchivedRooms};
 use sessions::SessionTable;
 use store::StoreState;
 
@@ -36,6 +39,7 @@ use crate::{
     delivery::{Entry, ReplicaSnapshot, ServerId, ordinal, page::LogPage},
     drain::Tasks,
     envelope::DedupKey,
+    telemetry::metrics::Metrics,
 };
 
 /// Memory of a log, and of a known id, beside the entries, roughly.
@@ -59,6 +63,7 @@ pub struct MemoryBus {
     empty_ttl: Duration,
     session_ttl: Duration,
     mailboxes: Mailboxes,
+    archive: Option<ArchiveLink>,
 }
 
 struct MemoryLogs {
@@ -73,12 +78,14 @@ struct MemoryLogs {
     bytes: u64,
     /// When memory was freed last: that visits every log.
     last_freed: Option<Instant>,
+    /// The rooms of the archive, if there is one.
+    archived: Option<ArchivedRooms>,
 }
 
 impl Default for MemoryLogs {
     fn default() -> Self {
         let (logs, subscribed, empty_epoch) = (HashMap::new(), HashMap::new(), epoch_of(0));
-        Self { logs, subscribed, empty_epoch, bytes: 0, last_freed: None }
+        Self { logs, subscribed, empty_epoch, bytes: 0, last_freed: None, archived: None }
     }
 }
 
@@ -97,6 +104,9 @@ struct MemoryLog {
     /// The ordinal of the epoch that the last deletion began, 0 for none.
     deleted: u64,
     top: Seq,
+    /// The number up to which the archive has the log, and the deletion that it knows.
+    archived: Seq,
+    archived_deletion: u64,
     /// The acknowledged number of an inbox.
     acked: Seq,
     entries: VecDeque<(Instant, Entry)>,
@@ -124,8 +134,47 @@ impl MemoryBus {
         mailboxes: Mailboxes,
         tasks: &Tasks,
     ) -> Self {
+        Self::start_on(
+            MemoryLogs::default(),
+            None,
+            retention,
+            room_options,
+            sessions,
+            mailboxes,
+            tasks,
+        )
+    }
+
+    /// A bus whose entries are copied to `archive`, and whose rooms continue above the entries that
+    /// it has.
+    pub fn start_archived(
+        archive: MemoryArchive,
+        metrics: Arc<Metrics>,
+        retention: Retention,
+        room_options: &RoomStoreOptions,
+        sessions: &SessionOptions,
+        mailboxes: Mailboxes,
+        tasks: &Tasks,
+    ) -> Self {
+        let (rooms, link) = ArchivedRooms::new(archive);
+        let logs = MemoryLogs { archived: Some(rooms), ..MemoryLogs::default() };
+        let bus =
+            Self::start_on(logs, Some(link), retention, room_options, sessions, mailboxes, tasks);
+        bus.start_archiver(metrics, tasks);
+        bus
+    }
+
+    fn start_on(
+        logs: MemoryLogs,
+        archive: Option<ArchiveLink>,
+        retention: Retention,
+        room_options: &RoomStoreOptions,
+        sessions: &SessionOptions,
+        mailboxes: Mailboxes,
+        tasks: &Tasks,
+    ) -> Self {
         let bus = Self {
-            logs: Arc::default(),
+            logs: Arc::new(Mutex::new(logs)),
             store: Arc::default(),
             sessions: Arc::default(),
             commands: Arc::default(),
@@ -134,6 +183,7 @@ impl MemoryBus {
             empty_ttl: room_options.empty_ttl,
             session_ttl: sessions.ttl,
             mailboxes,
+            archive,
         };
         let (sweeper, stopped) = (bus.clone(), tasks.stopped().clone());
         // Sessions with a short retention are swept as often.
@@ -158,7 +208,7 @@ impl MemoryBus {
         let unseen_ttl = self.retention.limits.unseen.ttl;
         let mut guard = self.logs.lock();
         let all = &mut *guard;
-        let MemoryLogs { logs, subscribed, empty_epoch, .. } = all;
+        let MemoryLogs { logs, subscribed, empty_epoch, archived, .. } = all;
         let before = logs.len();
         logs.retain(|room, log| {
             let (idle, kept) = (now - log.used, self.retention.of(room));
@@ -168,7 +218,11 @@ impl MemoryBus {
                 log.bytes = 0;
             }
             let head_ttl = if log.unseen { unseen_ttl } else { kept.head_ttl() };
-            subscribed.contains_key(room) || idle <= head_ttl
+            let stays = subscribed.contains_key(room) || idle <= head_ttl;
+            if !stays && let Some(archived) = archived {
+                archived.keep_head(room, log);
+            }
+            stays
         });
         if logs.len() < before {
             *empty_epoch = epoch_of(0);
@@ -202,7 +256,9 @@ impl MemoryBus {
                 log.bytes = 0;
                 all.bytes += log.cost();
             } else {
-                all.logs.remove(&room);
+                if let (Some(log), Some(archived)) = (all.logs.remove(&room), &mut all.archived) {
+                    archived.keep_head(&room, &log);
+                }
                 all.empty_epoch = epoch_of(0);
             }
         }
@@ -220,7 +276,8 @@ impl MemoryBus {
             Self::free_memory(all, self.retention.memory_bytes_max);
             all.last_freed = Some(now);
         }
-        let MemoryLogs { logs, subscribed, bytes, empty_epoch, .. } = all;
+        all.open_archived(&append.room, now);
+        let MemoryLogs { logs, subscribed, bytes, empty_epoch, archived, .. } = all;
         let had_entries = logs.get(&append.room).is_some_and(|log| !log.entries.is_empty());
         // An inbox that was kept like any other stays so.
         let unseen = unseen && logs.get(&append.room).is_none_or(|log| log.unseen || log.top == 0);
@@ -256,13 +313,19 @@ impl MemoryBus {
         };
         log.bytes += entry.bytes() as u64;
         log.entries.push_back((now, entry.clone()));
-        log.trim(&self.retention, self.retention.of(&append.room), now);
+        if let Some(archived) = archived {
+            archived.note(&append.room, 1, now);
+        }
+        log.trim(&self.retention, self.retention.of(&append.room), self.archive.is_some(), now);
         if unseen {
             log.trim_unseen(&limits);
         }
         *bytes = (*bytes + log.cost()).saturating_sub(before);
         if subscribed.contains_key(&append.room) {
             self.mailboxes.send_entry(append.room.clone(), entry);
+        }
+        if let Some(archive) = &self.archive {
+            archive.wake();
         }
         Ok(Appended { position, duplicate: false, opened_inbox: unseen && !had_entries })
     }
@@ -274,6 +337,7 @@ impl MemoryBus {
 
     fn read_now(&self, room: &RoomId, range: ReadRange, now: Instant) -> LogPage {
         let all = &mut *self.logs.lock();
+        all.open_archived(room, now);
         match all.logs.get(room) {
             Some(log) => log.page(range),
             None => MemoryLog::begin(all.epoch_of_empty(room), now).page(range),
@@ -294,8 +358,9 @@ impl MemoryLogs {
 
 impl MemoryBus {
     fn delete_log(&self, room: &RoomId) {
-        let MemoryLogs { logs, subscribed, bytes, .. } = &mut *self.logs.lock();
-        let now = Instant::now();
+        let (all, now) = (&mut *self.logs.lock(), Instant::now());
+        all.open_archived(room, now);
+        let MemoryLogs { logs, subscribed, bytes, archived, .. } = all;
         if subscribed.contains_key(room) && !logs.contains_key(room) {
             // Subscribers have read an epoch of the room.
             *bytes += LOG_BYTES;
@@ -305,6 +370,10 @@ impl MemoryBus {
             let before = log.cost();
             *log = MemoryLog::begin_after_deletion(ordinal(&log.epoch) + 1, now);
             *bytes = (*bytes + log.cost()).saturating_sub(before);
+            if let (Some(archived), Some(archive)) = (archived, &self.archive) {
+                archived.note(room, 0, now);
+                archive.wake();
+            }
         }
     }
 }
@@ -316,8 +385,15 @@ impl Bus for MemoryBus {
     }
 
     fn subscribe(&self, room: RoomId) -> BoxFuture<Result<(), BusError>> {
-        self.logs.lock().subscribed.entry(room).or_default();
-        ready(Ok(()))
+        self.logs.lock().subscribed.entry(room.clone()).or_default();
+        if self.archive.is_none() {
+            return ready(Ok(()));
+        }
+        let bus = self.clone();
+        Box::pin(async move {
+            bus.load_archived(room).await;
+            Ok(())
+        })
     }
 
     fn unsubscribe(&self, room: RoomId) {
@@ -338,7 +414,8 @@ impl Bus for MemoryBus {
     }
 
     fn heads(&self, names: Vec<RoomId>) -> BoxFuture<Result<Vec<Option<Position>>, BusError>> {
-        let all = &mut *self.logs.lock();
+        let (all, now) = (&mut *self.logs.lock(), Instant::now());
+        names.iter().for_each(|name| all.open_archived(name, now));
         let head = |name| match all.logs.get(name) {
             Some(log) => Some(Position::new(log.epoch.clone(), log.top)),
             None => Some(Position::new(all.epoch_of_empty(name), 0)),
@@ -367,6 +444,8 @@ impl MemoryLog {
             epoch,
             deleted: 0,
             top: 0,
+            archived: 0,
+            archived_deletion: 0,
             acked: 0,
             entries: VecDeque::new(),
             bytes: 0,
@@ -383,10 +462,11 @@ impl MemoryLog {
     }
 
     /// Drops the oldest entries past retention.
-    fn trim(&mut self, retention: &Retention, kept: LogRetention, now: Instant) {
+    fn trim(&mut self, retention: &Retention, kept: LogRetention, is_archived: bool, now: Instant) {
         while let Some((since, oldest)) = self.entries.front() {
             let above = self.entries.len() > kept.entries_min as usize;
-            let old = now - *since > retention.window;
+            let waits = is_archived && oldest.position.seq > self.archived;
+            let old = now - *since > retention.window && !waits;
             let large = self.bytes > kept.bytes_max && self.entries.len() > 1;
             if !(above && old || large) {
                 break;

@@ -76,6 +76,8 @@ pub struct JoinReply {
     pub cursor: Position,
     /// The entries in the frame, oldest first.
     pub history: Vec<Box<RawValue>>,
+    /// The number of the first of them, or the one that follows if there are none.
+    pub begins: Seq,
     /// Whether the log holds entries before those.
     pub more: bool,
     /// The source of the missed entries, if the connection resumes.
@@ -89,7 +91,8 @@ impl JoinReply {
     /// `cursor`.
     pub fn again(cursor: Position) -> Self {
         let (history, resumed) = (Vec::new(), Some(ResumeSource::Ring));
-        Self { at: cursor.clone(), cursor, history, more: false, resumed, lost: None }
+        let begins = cursor.seq + 1;
+        Self { at: cursor.clone(), cursor, history, begins, more: false, resumed, lost: None }
     }
 }
 
@@ -216,9 +219,10 @@ impl JoinPlan {
         };
         let history = history_within(RESUMED_BYTES_MAX, entries.iter());
         let last = history.len().checked_sub(1).and_then(|last| entries.get(last));
+        let begins = since.seq + 1;
         let cursor = last.map_or(since, |last| last.position.clone());
         let (more, resumed, lost) = (false, Some(source), None);
-        JoinStep::Admit(JoinReply { at: until, cursor, history, more, resumed, lost })
+        JoinStep::Admit(JoinReply { at: until, cursor, history, begins, more, resumed, lost })
     }
 
     /// Continues from now, with the newest entries of the ring as history, or of the log if the
@@ -265,7 +269,8 @@ impl JoinPlan {
         let first = shown.map_or(top.seq + 1, |entry| entry.position.seq);
         let more = oldest != 0 && oldest < first;
         let (cursor, resumed, lost) = (top.clone(), None, self.lost);
-        JoinStep::Admit(JoinReply { at: top, cursor, history, more, resumed, lost })
+        let begins = first;
+        JoinStep::Admit(JoinReply { at: top, cursor, history, begins, more, resumed, lost })
     }
 }
 

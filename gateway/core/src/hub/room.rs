@@ -29,6 +29,7 @@ use crate::{
         replica::{DeliverySink, NextAction, ReplicaEntryClass, RoomReplica},
     },
     presence::PresenceOptions,
+    rooms::RoomRules,
     telemetry::{
         metrics::{EntryResult, JoinResult, LogRepairResult, ResumeSource},
         trail::{FanOutCounts, MISSED_MAX, MissReason, MissedDelivery},
@@ -44,6 +45,8 @@ pub(super) struct Room {
     pub(super) replica: RoomReplica,
     /// Whether the room keeps a log.
     pub(super) durable: bool,
+    /// Whether the archive keeps the entries of its log.
+    archived: bool,
     /// The ordinal of the epoch that the last known deletion of the room began.
     deleted: u64,
     pub(super) presence: RoomPresence,
@@ -151,14 +154,15 @@ fn peer_of_direct(inbox: &RoomId, entry: &Entry) -> Option<UserId> {
 }
 
 impl Room {
-    pub(super) fn opening(name: RoomId, subscription: u64, durable: bool) -> Self {
+    pub(super) fn opening(name: RoomId, subscription: u64, rules: &RoomRules) -> Self {
         let mut replica = RoomReplica::default();
         replica.begin_read();
         Self {
+            durable: rules.is_durable(&name),
+            archived: rules.is_archived(&name),
             name,
             subscription,
             replica,
-            durable,
             deleted: 0,
             presence: RoomPresence::default(),
             received: true,
@@ -340,7 +344,7 @@ impl Room {
     }
 
     fn send_joined(&self, join: &PendingJoin, reply: JoinReply) {
-        let JoinReply { at, cursor, history, more, resumed, lost } = reply;
+        let JoinReply { at, cursor, history, begins, more, resumed, lost } = reply;
         let snapshot = join.grant.snapshot;
         let joined = ServerFrame::Joined(Box::new(JoinedFrame {
             reference: join.reference.clone(),
@@ -351,7 +355,8 @@ impl Room {
             recovered: resumed.is_some(),
             reason: lost,
             history,
-            more,
+            // Numbers begin at 1, and the archive has what the log has forgotten.
+            more: more || self.archived && resumed.is_none() && begins > 1,
             read: snapshot.read,
             durable: self.durable,
         }));

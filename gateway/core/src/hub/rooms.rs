@@ -12,6 +12,7 @@ use super::{
     member::ShardBatch,
     room::Room,
 };
+use crate::rooms::RoomRules;
 
 /// The rooms that a shard is subscribed to.
 pub(super) struct Rooms {
@@ -78,10 +79,10 @@ impl Rooms {
     }
 
     /// Adds a room that is being opened.
-    pub(super) fn open(&mut self, name: &RoomId, durable: bool) -> &mut Room {
+    pub(super) fn open(&mut self, name: &RoomId, rules: &RoomRules) -> &mut Room {
         self.joined += usize::from(name.kind() == RoomKind::Room);
         self.subscriptions += 1;
-        let room = Room::opening(name.clone(), self.subscriptions, durable);
+        let room = Room::opening(name.clone(), self.subscriptions, rules);
         self.rooms.entry(name.clone()).or_insert(Box::new(room))
     }
 
@@ -198,7 +199,7 @@ mod tests {
     fn room_lingers_only_while_it_is_empty() {
         let (mut rooms, batch) = (rooms(1 << 20), batch());
         let (name, now) = ("r".parse().unwrap(), batch.retention.now);
-        let room = rooms.open(&name, true);
+        let room = rooms.open(&name, &RoomRules::default());
         room.members.add(member(1, position("1-e", 0)));
         let connection = room.members.iter().next().unwrap().handle.connection;
         assert!(rooms.is_full());
@@ -218,7 +219,7 @@ mod tests {
     fn rings_shrink_while_all_exceed_the_budget() {
         let (mut rooms, mut batch) = (rooms(5_000), batch());
         let name = "r".parse().unwrap();
-        let subscription = rooms.open(&name, true).subscription;
+        let subscription = rooms.open(&name, &RoomRules::default()).subscription;
         let read = |room: &mut Room, batch: &mut ShardBatch| {
             room.apply_page(page("1-e", 1..=200, 200), batch)
         };

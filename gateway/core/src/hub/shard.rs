@@ -352,7 +352,7 @@ impl Shard {
             let _ = join.done.send(JoinOutcome::TooManyRooms);
             return;
         }
-        let room = self.rooms.open(name, self.rules.is_durable(name));
+        let room = self.rooms.open(name, &self.rules);
         room.joins.wait(join);
         self.reads.open(room);
         self.batch.count_room(name, 1);

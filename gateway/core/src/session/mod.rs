@@ -47,6 +47,7 @@ use crate::{
         signals::Signal,
     },
     envelope::AuthorHash,
+    history::HistoryReader,
     hub::{Hub, presence::TYPING_EVERY},
     limits::{
         meter::{Meter, MeterRates},
@@ -71,7 +72,6 @@ mod rooms;
 
 use auth::{Auth, Identity};
 use peer_index::PeerIndex;
-pub use requests::history_of;
 pub use rooms::{info_of, name_of as room_name};
 
 /// The services that all sessions share.
@@ -82,6 +82,8 @@ pub struct Services {
     pub hub: Hub,
     /// For reads of a log.
     pub bus: Arc<dyn Bus>,
+    /// Pages of rooms, from their logs and the archive.
+    pub history: HistoryReader,
     /// The presence of this node's connections.
     pub presence: Arc<PresenceTracker>,
     /// The store of rooms.

@@ -1,7 +1,6 @@
 //! Execution of the requests that wait for the hub or the bus. Each ends with its reply.
 
 use std::{
-    future::ready,
     net::IpAddr,
     sync::Arc,
     time::{Duration, SystemTime},
@@ -23,6 +22,7 @@ use tokio::time::Instant;
 
 use super::{RequestOutcome, Services, error_frame, reject, with_outage_delay, with_retry_after};
 use crate::{
+    archive::TimeRange,
     bus::{
         BoxFuture, BusError, ReadRange,
         presence_store::{
@@ -31,10 +31,8 @@ use crate::{
         },
     },
     connection::handle::ConnectionHandle,
-    delivery::{
-        join::{JoinStart, history as whole_frames},
-        page::LogPage,
-    },
+    delivery::join::JoinStart,
+    history::{HistoryPage, HistoryQuery, HistoryRange},
     hub::{
         JoinOutcome,
         join::JoinGrant,
@@ -431,55 +429,36 @@ pub(super) fn range_of(wanted: &client_frame::HistoryFrame) -> ReadRange {
     }
 }
 
+/// The page that a `history` frame of a room requests.
+fn query_of(wanted: &client_frame::HistoryFrame) -> HistoryQuery {
+    let range = match wanted.around {
+        Some(seq) => HistoryRange::Around { seq, limit: wanted.limit },
+        None => HistoryRange::Read(range_of(wanted)),
+    };
+    HistoryQuery { range, time: TimeRange { since: wanted.since, until: wanted.until } }
+}
+
 pub(super) async fn history(
     context: RequestContext,
     room: RoomId,
     wanted: client_frame::HistoryFrame,
 ) -> RequestOutcome {
-    let range = range_of(&wanted);
-    let read: BoxFuture<_> = if context.services.rules.is_durable(&room) {
-        context.services.bus.read(room.clone(), range)
-    } else {
-        Box::pin(ready(Ok(LogPage::without_log())))
+    let services = context.services.clone();
+    let page = async {
+        match services.rules.is_durable(&room) {
+            true => services.history.page(&room, query_of(&wanted)).await,
+            false => Ok(HistoryPage::without_log()),
+        }
     };
-    match context.read(read, LogPage::bytes).await {
-        Ok(page) => context.send(&answer(context.reference.clone(), room, range, &page)),
+    match context.read(page, HistoryPage::bytes).await {
+        Ok(page) => {
+            let (messages, more) = page.frames();
+            let (reference, epoch) = (context.reference.clone(), page.epoch);
+            let room = Some(room);
+            let page = HistoryPageFrame { reference, room, with: None, epoch, messages, more };
+            context.send(&ServerFrame::History(Box::new(page)));
+        }
         Err((code, text)) => drop(context.reject("history", Some(&room), code, text)),
     }
     RequestOutcome::Done
-}
-
-/// The frames of a page that fit into one reply, and whether more exist in the requested direction.
-pub fn history_of(range: ReadRange, page: &LogPage) -> (Vec<Box<RawValue>>, bool) {
-    let entries = &page.entries;
-    if range.keeps_newest() {
-        let mut messages = whole_frames(entries.iter().rev());
-        messages.reverse();
-        let first = entries.get(entries.len() - messages.len());
-        let more = first.is_some_and(|first| page.oldest < first.position.seq);
-        (messages, more)
-    } else {
-        let messages = whole_frames(entries.iter());
-        let last = messages.len().checked_sub(1).map(|last| &entries[last]);
-        let more = last.is_some_and(|last| last.position.seq < page.top);
-        (messages, more)
-    }
-}
-
-fn answer(
-    reference: Option<FrameRef>,
-    room: RoomId,
-    range: ReadRange,
-    page: &LogPage,
-) -> ServerFrame<Box<RawValue>> {
-    let (messages, more) = history_of(range, page);
-    let (epoch, room) = (page.epoch.clone(), Some(room));
-    ServerFrame::History(Box::new(HistoryPageFrame {
-        reference,
-        room,
-        with: None,
-        epoch,
-        messages,
-        more,
-    }))
 }

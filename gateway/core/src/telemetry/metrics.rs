@@ -20,8 +20,8 @@ mod labels;
 mod process;
 
 pub use labels::{
-    ApiRejection, CloseSide, DropReason, EntryKind, EntryResult, ErrorFault, FrameKind,
-    HandshakeRefusal, HandshakeResult, InvalidValue, JoinResult, Label, LogRepairResult,
+    ApiRejection, ArchiveResult, CloseSide, DropReason, EntryKind, EntryResult, ErrorFault,
+    FrameKind, HandshakeRefusal, HandshakeResult, InvalidValue, JoinResult, Label, LogRepairResult,
     PasswordResult, Persistence, PublishOutcome, PublishResult, RestoreResult, ResumeSource,
     SpanResult, StorageLimit, ThrottleReason, Transport, UnreadyReason,
 };
@@ -280,6 +280,20 @@ metrics! {
     pub mailbox_messages: IntGauge = gauge("gateway_mailbox_messages");
     /// Messages of the bus that wait in the mailbox that has most; it drops them above 16,384
     pub mailbox_largest_messages: IntGauge = gauge("gateway_mailbox_largest_messages");
+    /// 1 while the archive takes entries, 0 while it is unavailable, -1 without an archive
+    pub archive_up: IntGauge = gauge("gateway_archive_up");
+    /// Entries that wait for the archive, in Redis or in this node's memory
+    pub archive_lag_entries: IntGauge = gauge("gateway_archive_lag_entries");
+    /// Age of the oldest entry that waits for the archive
+    pub archive_oldest_seconds: Gauge = float_gauge("gateway_archive_oldest_seconds");
+    /// Rooms with entries for which the archive stream had no space: their logs are copied later
+    pub archive_rooms_behind: IntGauge = gauge("gateway_archive_rooms_behind");
+    /// Entries handled for the archive by this node, by `result`; `rejected` ones are not in it
+    pub archive_entries: Counters<ArchiveResult> =
+        counters("gateway_archive_entries_total", "result");
+    /// Seconds until the archive has committed a batch of entries, while it is away included
+    pub archive_write_seconds: Histogram =
+        histogram("gateway_archive_write_seconds", &LATENCY_BUCKETS);
     /// Rooms that this node is subscribed to
     pub rooms: IntGauge = gauge("gateway_rooms");
     /// Inboxes that this node is subscribed to, of users who are connected to it or were until a

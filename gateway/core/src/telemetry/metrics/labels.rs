@@ -359,6 +359,17 @@ pub enum ResumeSource {
     Log,
 }
 
+/// Result of copying an entry to the archive.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum ArchiveResult {
+    /// The archive has the entry.
+    Copied,
+    /// The archive rejected the entry, which it will not have.
+    Rejected,
+    /// No gateway wrote the entry.
+    Invalid,
+}
+
 /// Result of comparing a log with a Redis server that may have lost entries.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum RestoreResult {
@@ -490,6 +501,7 @@ labels!(HandshakeRefusal: Invalid "invalid", Origin "origin", HandshakeRate "han
     ConnectionsPerUser "connections_per_user");
 labels!(Transport: WebSocket "websocket", EventStream "sse");
 labels!(CloseSide: Client "client", Gateway "gateway", Network "network");
+labels!(ArchiveResult: Copied "copied", Rejected "rejected", Invalid "invalid");
 labels!(EntryKind: Message "message", Direct "direct", Notification "notification");
 labels!(JoinResult: New "new", Resumed "resumed", NotResumed "not_resumed");
 labels!(ErrorFault: Client "client", Server "server");
