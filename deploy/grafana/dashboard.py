@@ -730,6 +730,43 @@ panel(
 )
 panel("Redis version", "Versions of the Redis servers.", select("gateway_redis_info"), kind="table")
 
+row("Archive")
+panel(
+    "Waiting for the archive",
+    "Messages that wait for the database, and rooms whose messages have no space in Redis.",
+    (f"max({select('gateway_archive_lag_entries')})", "messages"),
+    (f"max({select('gateway_archive_rooms_behind')})", "rooms behind"),
+    runbook=["GatewayArchiveBehind"],
+)
+panel(
+    "Age of the oldest",
+    "How long the oldest message has waited for the archive.",
+    f"max({select('gateway_archive_oldest_seconds')})",
+    unit="s",
+    runbook=["GatewayArchiveBehind"],
+)
+panel(
+    "Archive reached",
+    "1 if a gateway reaches the database of the archive, 0 if not, -1 if it has none.",
+    (select("gateway_archive_up"), INSTANCE),
+    signed=True,
+    runbook=["GatewayArchiveDown"],
+)
+panel(
+    "Archived per second",
+    "Messages that gateways have copied to the archive, and those that it rejected or that no gateway wrote.",
+    (rate("gateway_archive_entries_total", "result"), "{{result}}"),
+    unit="ops",
+)
+panel(
+    "Write p50 and p99",
+    "Time until the database has committed a batch of messages, with the time that it is away.",
+    (quantile(0.5, "gateway_archive_write_seconds"), "p50"),
+    (quantile(0.99, "gateway_archive_write_seconds"), "p99"),
+    unit="s",
+    log=True,
+)
+
 row("Cost")
 panel(
     "CPU per delivery",

@@ -1,6 +1,12 @@
 //! Start and stop of a gateway: builds all parts in order, and ends them in reverse.
 
-use std::{io, net::SocketAddr, sync::Arc, time::Duration};
+use std::{
+    fs::File,
+    io,
+    net::SocketAddr,
+    sync::Arc,
+    time::{Duration, SystemTime},
+};
 
 use arc_swap::ArcSwap;
 use opentelemetry_otlp::ExporterBuildError;
@@ -8,7 +14,7 @@ use tokio::net::{TcpListener, TcpSocket};
 
 use crate::{
     cluster::{ClusterNodes, OwnNode},
-    config::Config,
+    config::{ArchiveOptions, Config},
     http::{
         self, Node, NodeSetup,
         listen::{self, ListenerKind},
@@ -17,18 +23,26 @@ use crate::{
     reload::{ReloadReport, Reloader},
     version,
 };
+use skein_archive::OpenError;
 use skein_core::{
+    archive::{Archive, ArchiveError},
     bus::{
-        Bus, Mailboxes, commands::ControlQueue, memory::MemoryBus, nodes::NodeRegistry,
-        presence_store::PresenceStore, room_store::RoomStore, sessions::SessionStore,
+        Bus, Mailboxes,
+        commands::ControlQueue,
+        memory::{MemoryArchive, MemoryBus},
+        nodes::NodeRegistry,
+        presence_store::PresenceStore,
+        room_store::RoomStore,
+        sessions::SessionStore,
     },
     control::Control,
     drain::{Tasks, supervision::TaskFailure},
+    history::HistoryReader,
     hub::{Hub, HubServices, MAILBOX_LEN},
     limits::{quotas::Quotas, reads::ReadLimiter},
     presence::PresenceTracker,
     publisher::Publisher,
-    rooms::passwords::Passwords,
+    rooms::{RoomRules, passwords::Passwords},
     session::{Services, peer_index::PeerIndex},
     telemetry::{metrics::Metrics, traces::Tracer, trail::MessageTrails},
 };
@@ -38,6 +52,8 @@ use skein_redis::{RedisBus, RedisStartError};
 const STOP_STEP_TIMEOUT: Duration = Duration::from_secs(20);
 /// Timeout of each step of a stop while the gateway starts, without clients.
 const STARTING_STOP_TIMEOUT: Duration = Duration::from_secs(2);
+/// How often old messages are removed from the archive.
+const RETENTION_INTERVAL: Duration = Duration::from_secs(60 * 60);
 /// Time for disconnecting the clients of a gateway that has failed.
 const ABANDON_TIMEOUT: Duration = Duration::from_secs(1);
 
@@ -51,6 +67,8 @@ pub struct Server {
     reloader: Arc<Reloader>,
     tasks: Tasks,
     drain_delay: Duration,
+    /// Reserves the archive of a single node.
+    _archive_lock: Option<File>,
 }
 
 /// Reason for which a gateway does not start.
@@ -69,6 +87,14 @@ pub enum StartError {
     /// Redis cannot be used as configured.
     #[error(transparent)]
     Redis(#[from] RedisStartError),
+    /// The archive cannot be used as configured.
+    #[error("archive.url: {0}")]
+    Archive(#[from] OpenError),
+    /// The archive of a single node cannot be read.
+    #[error(
+        "archive.url: {0}; repair the database, or set archive.url = \"\" to start without history"
+    )]
+    ArchiveHeads(ArchiveError),
     /// The collector of traces cannot be used as configured.
     #[error("telemetry.otlp_endpoint: {0}")]
     Traces(#[from] ExporterBuildError),
@@ -121,10 +147,26 @@ impl Server {
         let (public, listen) = bind("server.listen", config.listen)?;
 
         let (mailboxes, receivers) = Mailboxes::new(config.shards, MAILBOX_LEN, metrics.clone());
+        let (archive, archive_lock) = match &config.archive {
+            Some(options) => match open_archive(options, &tasks).await {
+                Ok((archive, lock)) => (Some(archive), lock),
+                Err(error) if options.is_default => {
+                    tracing::warn!(
+                        "messages are forgotten when this gateway stops: {error}; or set \
+                         archive.url = \"\" if that is wanted"
+                    );
+                    (None, None)
+                }
+                Err(error) => return Err(error.into()),
+            },
+            None => (None, None),
+        };
+        metrics.archive_up.set(if archive.is_some() { 1 } else { -1 });
         let redis = match config.redis {
             Some(options) => {
-                let (mailboxes, metrics) = (mailboxes.clone(), metrics.clone());
-                Some(Arc::new(RedisBus::start(options, mailboxes, metrics, &tasks)?))
+                let (archive, mailboxes, metrics) =
+                    (archive.clone(), mailboxes.clone(), metrics.clone());
+                Some(Arc::new(RedisBus::start(options, archive, mailboxes, metrics, &tasks)?))
             }
             None => None,
         };
@@ -133,14 +175,23 @@ impl Server {
             None => {
                 let (rooms, sessions) = (&config.room_store, &config.sessions);
                 let (retention, mailboxes) = (config.retention, mailboxes.clone());
-                Stores::of(Arc::new(MemoryBus::start(
-                    retention, rooms, sessions, mailboxes, &tasks,
-                )))
+                let bus = match &archive {
+                    Some(archive) => {
+                        let opened = MemoryArchive::open(archive.clone()).await;
+                        let archive = opened.map_err(StartError::ArchiveHeads)?;
+                        let metrics = metrics.clone();
+                        MemoryBus::start_archived(
+                            archive, metrics, retention, rooms, sessions, mailboxes, &tasks,
+                        )
+                    }
+                    None => MemoryBus::start(retention, rooms, sessions, mailboxes, &tasks),
+                };
+                Stores::of(Arc::new(bus))
             }
         };
         let presence_store = presence;
         let presence = PresenceTracker::start(presence_store.clone(), config.presence, &tasks);
-        let rules = Arc::new(config.rooms);
+        let rules = Arc::new(RoomRules { archived: archive.is_some(), ..config.rooms });
         metrics.bus_up.set(i64::from(redis.is_none()));
         let bus_status = mailboxes.node_state().status();
         let trails = Arc::<MessageTrails>::default();
@@ -186,6 +237,7 @@ impl Server {
         let services = Services {
             publisher,
             hub,
+            history: HistoryReader::new(bus.clone(), archive),
             bus,
             presence,
             rooms,
@@ -259,7 +311,15 @@ impl Server {
         let public = listen::serve(public, router, node.clone(), ListenerKind::Public);
         tasks.spawn_service("public", public);
         let drain_delay = config.drain_delay;
-        Ok(Self { listen, admin_listen, node, reloader, tasks, drain_delay })
+        Ok(Self {
+            listen,
+            admin_listen,
+            node,
+            reloader,
+            tasks,
+            drain_delay,
+            _archive_lock: archive_lock,
+        })
     }
 
     /// Reads the configuration again, and applies what can be applied while the gateway runs. `by`
@@ -314,6 +374,45 @@ impl Stores {
         let (sessions, commands) = (store.clone(), store.clone());
         Self { bus, presence, rooms, sessions, commands, nodes: store }
     }
+}
+
+/// Opens the archive, and removes what is older than its retention every hour.
+async fn open_archive(
+    options: &ArchiveOptions,
+    tasks: &Tasks,
+) -> Result<(Arc<dyn Archive>, Option<File>), OpenError> {
+    let lock = skein_archive::reserve(&options.url)?;
+    let archive = skein_archive::open(&options.url, Default::default()).await?;
+    tracing::info!(url = options.shown_url, "messages of rooms are kept in the archive");
+    let retention = options.retention;
+    if !retention.is_zero() {
+        let (expiring, stopped) = (archive.clone(), tasks.stopped().clone());
+        tasks.spawn_service("archive_retention", async move {
+            let expire = async {
+                let mut every = tokio::time::interval(RETENTION_INTERVAL);
+                loop {
+                    every.tick().await;
+                    let Some(before) = SystemTime::now().checked_sub(retention) else { continue };
+                    match expiring.expire(before).await {
+                        Ok(0) => {}
+                        Ok(removed) => {
+                            tracing::info!(removed, "removed old messages from the archive")
+                        }
+                        Err(error) => {
+                            tracing::warn!(%error, "cannot remove old messages from the archive")
+                        }
+                    }
+                }
+            };
+            // Both arms are cancel-safe.
+            tokio::select! {
+                biased;
+                () = stopped.cancelled() => {}
+                () = expire => {}
+            }
+        });
+    }
+    Ok((archive, lock))
 }
 
 /// Drains the node while a control command requests it: rejects new clients and sends the others to

@@ -213,8 +213,12 @@ impl BenchEnvironment {
                 command.env("REDIS", redis);
             }
             (Candidate::Skein | Candidate::Previous, redis) => {
-                let own =
-                    ["server.listen=127.0.0.1:0", "admin.listen=127.0.0.1:0", "log.format=json"];
+                let own = [
+                    "server.listen=127.0.0.1:0",
+                    "admin.listen=127.0.0.1:0",
+                    "log.format=json",
+                    "archive.url=",
+                ];
                 let mut options: Vec<String> =
                     own.into_iter().chain(GATEWAY_OPTIONS).map(str::to_owned).collect();
                 if let Some(redis) = redis {

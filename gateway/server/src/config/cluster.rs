@@ -95,6 +95,7 @@ impl ClusterSection {
         retention: &Retention,
         rooms: RoomStoreOptions,
         sessions: &SessionOptions,
+        archive_backlog_max: u32,
     ) -> Option<RedisOptions> {
         let identity = self.redis_cert_file.0.zip(self.redis_key_file.0);
         Some(RedisOptions {
@@ -106,6 +107,7 @@ impl ClusterSection {
             rooms,
             sessions: sessions.clone(),
             node: node.to_string(),
+            archive_backlog_max,
         })
     }
 }

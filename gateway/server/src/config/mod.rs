@@ -19,6 +19,7 @@ use skein_protocol::ids::NodeId;
 use skein_redis::RedisOptions;
 
 use self::{
+    archive::ArchiveSection,
     auth::{ApiSection, AuthSection},
     cluster::ClusterSection,
     connections::{DrainSection, HeartbeatSection, RebalanceSection, TransportSection},
@@ -41,6 +42,7 @@ mod values;
 mod secrets;
 mod template;
 mod server;
+mod archive;
 mod auth;
 mod cluster;
 mod rooms;
@@ -52,6 +54,7 @@ mod telemetry;
 #[cfg(test)]
 mod tests;
 
+pub use archive::ArchiveOptions;
 pub use reader::{ConfigErrors, ConfigSources, DEFAULT_FILE, OptionDoc, ValueSource};
 pub use template::FreshSecrets;
 
@@ -74,6 +77,8 @@ pub struct Config {
     pub otlp: Option<OtlpOptions>,
     /// Redis of the cluster; `None` for a single node in memory.
     pub redis: Option<RedisOptions>,
+    /// Database of the archive; `None` without one.
+    pub archive: Option<ArchiveOptions>,
     /// Retention of logs and inboxes.
     pub retention: Retention,
     /// Retention of managed rooms.
@@ -185,6 +190,7 @@ impl Config {
         let auth = AuthSection::read(r);
         let api = ApiSection::read(r);
         let cluster = ClusterSection::read(r);
+        let archive = ArchiveSection::read(r);
         let rooms = RoomsSection::read(r);
         let presence = PresenceSection::read(r);
         let publish = PublishSection::read(r);
@@ -206,6 +212,8 @@ impl Config {
         api.check(r);
         cluster.check(r);
         limits.check(r);
+        let archive_backlog_max = archive.backlog_max;
+        let archive = archive.archive(is_cluster, r);
         let http_limits = limits.http(r);
         if history.ttl > rooms.empty_ttl {
             r.warn(
@@ -282,7 +290,13 @@ impl Config {
             log_format: log.format,
             log_level: log.level.0,
             otlp: telemetry.otlp(),
-            redis: cluster.redis(&node, &retention, room_store.clone(), &sessions),
+            redis: cluster.redis(
+                &node,
+                &retention,
+                room_store.clone(),
+                &sessions,
+                archive_backlog_max,
+            ),
             node,
             room_store,
             sessions,
@@ -308,6 +322,7 @@ impl Config {
             },
             client_limits: limits.clients(),
             rooms: rooms.rules(),
+            archive,
             quotas: limits.quotas(),
             shards: hub.shards(),
             hub: hub.hub(*dedup.window, *history.ttl),

@@ -57,7 +57,8 @@ impl RoomsSection {
     /// Rules that depend on the name of a room.
     pub(super) fn rules(self) -> RoomRules {
         let ephemeral = self.ephemeral.0.into_iter().map(|RoomPattern(text)| text).collect();
-        RoomRules { ephemeral, create_on_join: self.create_on_join }
+        // The server knows whether the archive can be used.
+        RoomRules { ephemeral, create_on_join: self.create_on_join, archived: false }
     }
 }
 

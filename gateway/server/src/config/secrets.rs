@@ -18,8 +18,10 @@ const FILE_BYTES_MAX: u64 = 64 * 1024;
 pub(super) enum SecretKind {
     /// A text.
     Text,
-    /// A URL with a password.
+    /// A URL of Redis with a password.
     Url,
+    /// A URL of a database with a password.
+    DatabaseUrl,
     /// A list of secrets, some with a `kid`.
     JwtSecrets,
     /// A list of keys with names.
@@ -39,7 +41,7 @@ impl SecretKind {
     /// How the lines of a file form a value.
     pub(super) fn lines(self) -> SecretLines {
         match self {
-            Self::Text | Self::Url => SecretLines::One,
+            Self::Text | Self::Url | Self::DatabaseUrl => SecretLines::One,
             Self::JwtSecrets | Self::ApiKeys => SecretLines::List,
         }
     }
@@ -59,6 +61,9 @@ impl SecretKind {
                 let url = text.parse::<RedisUrl>();
                 vec![url.map_or(HIDDEN.to_owned(), |url| url.to_string())]
             }
+            Self::DatabaseUrl => {
+                vec![database_url(text).unwrap_or_else(|| HIDDEN.to_owned())]
+            }
             Self::JwtSecrets => {
                 let kid = |entry: &str| entry.parse::<JwtSecretEntry>().ok()?.kid;
                 entries().map(|entry| named(kid(entry))).collect()
@@ -69,6 +74,27 @@ impl SecretKind {
             }
         };
         entries.join(",")
+    }
+}
+
+/// A URL of a database without its password; `None` if it has another form.
+fn database_url(text: &str) -> Option<String> {
+    let Some((scheme, rest)) = text.split_once("://") else {
+        return (text == "auto").then(|| text.to_owned());
+    };
+    match scheme {
+        "sqlite" => Some(text.to_owned()),
+        // Options may have a password as well.
+        "postgres" | "postgresql" if !rest.contains('?') => {
+            let (login, place) = rest.rsplit_once('@').unwrap_or(("", rest));
+            let shown = match login.split_once(':') {
+                Some((user, _)) => format!("{user}:…@"),
+                None if login.is_empty() => String::new(),
+                None => format!("{login}@"),
+            };
+            Some(format!("{scheme}://{shown}{place}"))
+        }
+        _ => None,
     }
 }
 
@@ -141,6 +167,11 @@ mod tests {
             (SecretKind::Text, String::new(), ""),
             (SecretKind::Url, format!("redis://me:{secret}@h:1/2"), "redis://me:…@h:1/2"),
             (SecretKind::Url, format!("nonsense {secret}"), "(hidden)"),
+            (SecretKind::DatabaseUrl, "auto".to_owned(), "auto"),
+            (SecretKind::DatabaseUrl, "sqlite://a/b.db".to_owned(), "sqlite://a/b.db"),
+            (SecretKind::DatabaseUrl, format!("postgres://me:{secret}@h/d"), "postgres://me:…@h/d"),
+            (SecretKind::DatabaseUrl, format!("postgres://h/d?password={secret}"), "(hidden)"),
+            (SecretKind::DatabaseUrl, format!("mysql://me:{secret}@h/d"), "(hidden)"),
             (SecretKind::JwtSecrets, format!("k2:{secret},{secret}"), "k2:(hidden),(hidden)"),
             (SecretKind::ApiKeys, format!("web:{secret}, {secret}"), "web:(hidden),(hidden)"),
         ] {

@@ -75,7 +75,7 @@ async fn redis_at(url: String, retention: Retention) -> BusFixture {
     let (mailboxes, received) = mailbox();
     let tasks = Tasks::default();
     let options = RedisOptions { retention, ..redis_options(url, PARTITIONS, "n") };
-    let bus = RedisBus::start(options, mailboxes, Arc::new(Metrics::new()), &tasks).unwrap();
+    let bus = RedisBus::start(options, None, mailboxes, Arc::new(Metrics::new()), &tasks).unwrap();
     within(bus.reached()).await.unwrap();
     BusFixture { bus: Arc::new(bus), received, tasks }
 }

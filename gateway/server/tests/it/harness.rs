@@ -52,7 +52,7 @@ pub const PATIENCE: Duration = Duration::from_secs(30);
 
 /// Options that every gateway of a test has: free ports, no limits for the one address that all
 /// come from.
-const DEFAULTS: [(&str, &str); 12] = [
+const DEFAULTS: [(&str, &str); 13] = [
     ("server.listen", "127.0.0.1:0"),
     ("admin.listen", "127.0.0.1:0"),
     ("drain.delay", "1ms"),
@@ -66,6 +66,7 @@ const DEFAULTS: [(&str, &str); 12] = [
     ("limits.api_key_failures_per_second_per_ip", "0"),
     // Tests put their clients where they like, and a busy machine gives nodes time to move them.
     ("rebalance.per_second", "0"),
+    ("archive.url", ""),
 ];
 
 /// The option for a lease that a test waits for: longer than what a busy machine takes to renew it.
@@ -191,6 +192,7 @@ pub fn redis_options(url: String, partitions: u16, node: &str) -> RedisOptions {
         rooms: RoomStoreOptions::default(),
         sessions: Default::default(),
         node: node.to_owned(),
+        archive_backlog_max: 0,
     }
 }
 
@@ -714,6 +716,99 @@ impl Node {
         let said = within(self.log).await.unwrap();
         (self.process.end().await, said)
     }
+}
+
+/// A PostgreSQL server that keeps its data over a restart.
+pub struct Postgres {
+    process: ServerProcess,
+    folder: TempDir,
+    port: u16,
+}
+
+impl Postgres {
+    /// A new server with an empty database `skein`.
+    pub async fn start() -> Self {
+        let (folder, port) = (TempDir::new().unwrap(), free_port());
+        let data = folder.path().join("data");
+        // It refuses to run as root.
+        if is_root() {
+            let owner = folder.path().to_str().unwrap();
+            let owned = Command::new("chown").args(["postgres", owner]).status().await.unwrap();
+            assert!(owned.success());
+        }
+        let mut init = postgres("initdb");
+        init.arg("-D").arg(&data).args(["-A", "trust", "-U", "skein", "--no-sync", "-E", "UTF8"]);
+        let init = init.current_dir(folder.path()).output().await.unwrap();
+        assert!(init.status.success(), "{}", String::from_utf8_lossy(&init.stderr));
+        let process = Self::launch(&folder, port);
+        let server = Self { process, folder, port };
+        server.wait().await;
+        server
+    }
+
+    fn launch(folder: &TempDir, port: u16) -> ServerProcess {
+        let mut server = postgres("postgres");
+        server.arg("-D").arg(folder.path().join("data")).args(["-p", &port.to_string()]);
+        server.args(["-c", "listen_addresses=127.0.0.1", "-c", "fsync=off", "-k"]);
+        server.arg(folder.path()).current_dir(folder.path());
+        ServerProcess::start("postgres".to_owned(), server, folder.path()).unwrap()
+    }
+
+    async fn wait(&self) {
+        until("postgres answers", async || self.is_ready().await).await;
+    }
+
+    async fn is_ready(&self) -> bool {
+        let mut ready = postgres("pg_isready");
+        ready.args(["-q", "-h", "127.0.0.1", "-p", &self.port.to_string()]);
+        ready.current_dir(self.folder.path()).status().await.unwrap().success()
+    }
+
+    /// The URL of its database.
+    pub fn url(&self) -> String {
+        format!("postgres://skein@127.0.0.1:{}/postgres", self.port)
+    }
+
+    /// SIGKILL.
+    pub async fn kill(&mut self) {
+        self.process.kill().await;
+    }
+
+    /// Starts it again on the same port, with its data.
+    pub async fn restart(&mut self) {
+        // The processes of its connections end a moment later, and it does not start before.
+        until("postgres starts again", async || {
+            let _ = std::fs::remove_file(self.folder.path().join("data/postmaster.pid"));
+            self.process = Self::launch(&self.folder, self.port);
+            while !self.process.has_ended() {
+                if self.is_ready().await {
+                    return true;
+                }
+                poll_pause().await;
+            }
+            false
+        })
+        .await;
+    }
+}
+
+/// Whether this process runs as root.
+fn is_root() -> bool {
+    use std::os::unix::fs::MetadataExt as _;
+    std::fs::metadata("/proc/self").unwrap().uid() == 0
+}
+
+/// A program of the newest PostgreSQL that is installed, as a user that may run it.
+fn postgres(program: &str) -> Command {
+    let versions = std::fs::read_dir("/usr/lib/postgresql").expect("installed by `make setup`");
+    let newest = versions.map(|version| version.unwrap().path()).max().unwrap();
+    let program = newest.join("bin").join(program);
+    if !is_root() {
+        return Command::new(program);
+    }
+    let mut command = Command::new("setpriv");
+    command.args(["--reuid=postgres", "--regid=postgres", "--clear-groups"]).arg(program);
+    command
 }
 
 /// An nginx in front of nodes, rendered from the project's template.

@@ -19,6 +19,7 @@ mod metrics;
 mod directs;
 mod api;
 mod api_clients;
+mod archive;
 mod sse;
 mod auth;
 mod command_line;

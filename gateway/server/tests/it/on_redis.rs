@@ -72,7 +72,7 @@ impl RedisRegistry {
         let tasks = Tasks::default();
         let options = redis_options(server.url(), PARTITIONS, node);
         let (mailboxes, metrics) = (mailbox().0, Arc::new(Metrics::new()));
-        let bus = Arc::new(RedisBus::start(options, mailboxes, metrics, &tasks).unwrap());
+        let bus = Arc::new(RedisBus::start(options, None, mailboxes, metrics, &tasks).unwrap());
         within(bus.reached()).await.unwrap();
         Self { bus, tasks }
     }
@@ -84,7 +84,8 @@ async fn a_node_with_a_different_partition_count_does_not_start() {
     let first = redis(&server, retention()).await;
     let tasks = Tasks::default();
     let options = redis_options(server.url(), 17, "n");
-    let bus = RedisBus::start(options, mailbox().0, Arc::new(Metrics::new()), &tasks).unwrap();
+    let bus =
+        RedisBus::start(options, None, mailbox().0, Arc::new(Metrics::new()), &tasks).unwrap();
     let error = within(bus.reached()).await.unwrap_err();
     assert!(
         matches!(error, RedisStartError::Partitions { configured: 17, recorded: 16 }),

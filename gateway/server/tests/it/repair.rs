@@ -121,7 +121,7 @@ async fn a_thousand_rooms_are_repaired_after_a_link_outage() {
     let (metrics, tasks) = (Arc::new(Metrics::new()), Tasks::default());
     let (mailboxes, letters) = Mailboxes::new(2, MAILBOX_LEN, metrics.clone());
     let options = redis_options(redis.url(), 16, "n");
-    let bus = RedisBus::start(options, mailboxes.clone(), metrics.clone(), &tasks).unwrap();
+    let bus = RedisBus::start(options, None, mailboxes.clone(), metrics.clone(), &tasks).unwrap();
     within(bus.reached()).await.unwrap();
     let bus: Arc<dyn Bus> = Arc::new(bus);
     let hub = start_hub(&bus, mailboxes, letters, &metrics, &tasks);

@@ -53,6 +53,7 @@ results = call("publish_messages", body=models.MessageBatch(messages=batch), sta
 assert isinstance(results[0], models.SendResult) and isinstance(results[1], models.Problem), results
 page = call("room_history", room, after=0, limit=1)
 assert page.more and page.messages[0].additional_properties["content"] == {"any": ["JSON"]}, page
+assert isinstance(call("search_messages", room=room, q="one", limit=1).messages, list)
 assert call("message_trail", str(message_id), user=user).asked == 1
 assert call("room_presence", room).count == 0
 assert call("remove_member", room, user).applied == 1

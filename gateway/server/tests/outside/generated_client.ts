@@ -45,6 +45,8 @@ const published = await ok("publish_messages", 201, POST("/api/v1/publish", { bo
 check("seq" in published.results[0]! && "error" in published.results[1]!, "publish_messages");
 const page = await ok("room_history", 200, GET("/api/v1/rooms/{room}/history", { params: { path: room, query: { limit: 1 } } }));
 check(page.more && page.messages.length === 1, "room_history");
+const found = await ok("search_messages", 200, GET("/api/v1/search", { params: { query: { room: "typed", q: "JSON" } } }));
+check(found.messages.length <= 1, "search_messages");
 await ok("message_trail", 200, GET("/api/v1/messages/{id}/trail", { params: { path: { id }, query: { user: "ann" } } }));
 await ok("room_presence", 200, GET("/api/v1/rooms/{room}/presence", { params: { path: room } }));
 await ok("remove_member", 200, DELETE("/api/v1/rooms/{room}/members/{user}", { params: { path: { ...room, ...user } } }));

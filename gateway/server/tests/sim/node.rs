@@ -16,6 +16,7 @@ use skein_core::{
     bus::{BoxFuture, Bus, Mailboxes, output_of},
     connection::{handle::ConnectionHandle, outbox::Outbox},
     drain::Tasks,
+    history::HistoryReader,
     hub::{Hub, HubOptions, HubServices, MAILBOX_LEN},
     limits::{
         meter::{Meter, MeterRates},
@@ -108,6 +109,7 @@ impl SimNode {
             retention: shape.retention.clone(),
             rooms: Default::default(),
             sessions: Default::default(),
+            archive_backlog_max: 0,
         };
         let bus_status = mailboxes.node_state().status();
         let redis = Arc::new(RedisBus::start_with(
@@ -159,6 +161,7 @@ impl SimNode {
             quotas: Arc::default(),
             publisher,
             hub,
+            history: HistoryReader::new(bus.clone(), None),
             bus,
             presence,
             rooms: redis.clone(),

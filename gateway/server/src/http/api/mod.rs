@@ -30,6 +30,7 @@ use super::{
     headers::{REQUEST_ID, bearer, request_id, utf8},
 };
 use skein_core::{
+    archive::ArchiveError,
     bus::{BusError, commands},
     telemetry::{log_limiter::LogLimiter, metrics::ApiRejection},
 };
@@ -38,6 +39,7 @@ mod messages;
 mod nodes;
 mod notifications;
 mod rooms;
+mod search;
 mod spans;
 mod top;
 mod users;
@@ -156,6 +158,19 @@ impl From<BusError> for ApiError {
             ),
             BusError::UnseenQuota => Self::new(ErrorCode::RateLimited, error.to_string()),
             BusError::UnseenBytes => Self::new(ErrorCode::LimitReached, error.to_string()),
+        }
+    }
+}
+
+impl From<ArchiveError> for ApiError {
+    fn from(error: ArchiveError) -> Self {
+        match error {
+            ArchiveError::Unavailable(_) => {
+                Self::new(ErrorCode::Unavailable, "the archive is unavailable; retry later")
+            }
+            ArchiveError::Rejected(_) => {
+                Self::new(ErrorCode::Internal, "the archive rejected the request")
+            }
         }
     }
 }
@@ -358,6 +373,7 @@ fn paths() -> OpenApiRouter<Arc<Node>> {
         .routes(routes!(rooms::list))
         .routes(routes!(rooms::info, rooms::create, rooms::delete))
         .routes(routes!(rooms::history))
+        .routes(routes!(search::search))
         .routes(routes!(rooms::presence))
         .routes(routes!(rooms::remove))
         .routes(routes!(notifications::notify))

@@ -1,6 +1,6 @@
 //! Server API: rooms, their history, their members.
 
-use std::{collections::BTreeMap, sync::Arc};
+use std::{collections::BTreeMap, sync::Arc, time::SystemTime};
 
 use axum::{
     Json,
@@ -22,15 +22,16 @@ use super::{
 };
 use crate::http::Node;
 use skein_core::{
+    archive::TimeRange,
     bus::{
         BusError, ReadRange,
         commands::ControlCommand,
         presence_store::{UserPresence, unix_millis_now},
         room_store::{CreateOutcome, DeleteOutcome, RoomConfig, RoomSummary},
     },
-    delivery::page::LogPage,
+    history::{self, HistoryRange},
     publisher::API_USER,
-    session::{history_of, info_of, room_name},
+    session::{info_of, room_name},
 };
 
 /// Details of a room.
@@ -136,6 +137,18 @@ pub(super) struct HistoryQuery {
     #[serde(default)]
     #[param(minimum = 0, maximum = 9007199254740991_u64)]
     after: Option<u64>,
+    /// The entries around this sequence number, half of them below it.
+    #[serde(default)]
+    #[param(minimum = 0, maximum = 9007199254740991_u64)]
+    around: Option<u64>,
+    /// Only entries accepted at this time or later, in RFC 3339.
+    #[serde(default)]
+    #[param(format = DateTime)]
+    since: Option<String>,
+    /// Only entries accepted before this time, in RFC 3339.
+    #[serde(default)]
+    #[param(format = DateTime)]
+    until: Option<String>,
     /// Entries per page, 1 to 200.
     #[serde(default)]
     #[param(minimum = 1, maximum = 200, default = 50)]
@@ -152,7 +165,8 @@ pub(super) struct HistoryPage {
     /// `message` frames, oldest first.
     #[schema(value_type = Vec<Object>)]
     messages: Vec<Box<RawValue>>,
-    /// Whether the log has more entries in this direction.
+    /// Whether the log or the archive has more entries in this direction; around a sequence number,
+    /// below the first message.
     more: bool,
 }
 
@@ -322,7 +336,7 @@ pub(super) async fn history(
     Path(room): Path<String>,
     which: Result<Query<HistoryQuery>, QueryRejection>,
 ) -> Result<Json<HistoryPage>, ApiError> {
-    let HistoryQuery { before, after, limit } = parse_query(which)?;
+    let HistoryQuery { before, after, around, since, until, limit } = parse_query(which)?;
     let (room, limit) = (parse_name::<RoomId>(&room)?, page_limit(limit, 50)?);
     let checked = |seq: Option<u64>| match seq {
         Some(seq) if seq > skein_protocol::position::SEQ_MAX => {
@@ -330,21 +344,35 @@ pub(super) async fn history(
         }
         seq => Ok(seq),
     };
-    let range = match (checked(before)?, checked(after)?) {
-        (Some(_), Some(_)) => {
-            return Err(ApiError::bad_request("`before` and `after` exclude each other"));
+    let range = match (checked(before)?, checked(after)?, checked(around)?) {
+        (None, None, Some(seq)) => HistoryRange::Around { seq, limit },
+        (Some(seq), None, None) => HistoryRange::Read(ReadRange::Before { seq, limit }),
+        (None, Some(seq), None) => HistoryRange::Read(ReadRange::After { seq, limit }),
+        (None, None, None) => HistoryRange::Read(ReadRange::Newest { limit }),
+        _ => {
+            let text = "`before`, `after` and `around` exclude each other";
+            return Err(ApiError::bad_request(text));
         }
-        (Some(seq), None) => ReadRange::Before { seq, limit },
-        (None, Some(seq)) => ReadRange::After { seq, limit },
-        (None, None) => ReadRange::Newest { limit },
     };
+    let time = TimeRange { since: parse_time(since)?, until: parse_time(until)? };
     let page = if node.services.rules.is_durable(&room) {
-        await_bus(&node, node.services.bus.read(room.clone(), range)).await?
+        let query = history::HistoryQuery { range, time };
+        await_bus(&node, node.services.history.page(&room, query)).await?
     } else {
-        LogPage::without_log()
+        history::HistoryPage::without_log()
     };
-    let (messages, more) = history_of(range, &page);
+    let (messages, more) = page.frames();
     Ok(Json(HistoryPage { room: room.to_string(), epoch: page.epoch.to_string(), messages, more }))
+}
+
+pub(super) fn parse_time(text: Option<String>) -> Result<Option<SystemTime>, ApiError> {
+    let parse = |text: String| {
+        let text = text.trim();
+        skein_protocol::parse_timestamp(text).ok_or_else(|| {
+            ApiError::bad_request("a time must be in RFC 3339, such as 2026-01-31T12:00:00Z")
+        })
+    };
+    text.map(parse).transpose()
 }
 
 /// Get a page of the members of a room.

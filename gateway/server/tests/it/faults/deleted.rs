@@ -32,7 +32,8 @@ impl NodeWithoutListener {
         let (metrics, tasks) = (Arc::new(Metrics::new()), Tasks::default());
         let (mailboxes, letters) = Mailboxes::new(1, MAILBOX_LEN, metrics.clone());
         let options = redis_options(redis.url(), 256, "bare");
-        let bus = RedisBus::start(options, mailboxes.clone(), metrics.clone(), &tasks).unwrap();
+        let bus =
+            RedisBus::start(options, None, mailboxes.clone(), metrics.clone(), &tasks).unwrap();
         within(bus.reached()).await.unwrap();
         let bus: Arc<dyn Bus> = Arc::new(bus);
         let hub = start_hub(&bus, mailboxes, letters, &metrics, &tasks);

@@ -1,6 +1,11 @@
 //! Checks of fields in JSON, and the texts of their errors.
 
-use serde::{Deserialize, Deserializer, de::Error as _};
+use std::time::SystemTime;
+
+use serde::{
+    Deserialize, Deserializer,
+    de::{Error as _, Unexpected},
+};
 use serde_json::value::RawValue;
 
 use super::{HISTORY_LIMIT_MAX, JOIN_HISTORY_MAX, WATCH_USERS_MAX};
@@ -138,6 +143,19 @@ pub(super) fn deserialize_optional_seq<'de, D: Deserializer<'de>>(
     #[derive(Deserialize)]
     struct InRange(#[serde(deserialize_with = "seq_in_range")] Seq);
     Ok(Option::<InRange>::deserialize(deserializer)?.map(|seq| seq.0))
+}
+
+/// A time in RFC 3339.
+pub(super) fn deserialize_optional_time<'de, D: Deserializer<'de>>(
+    deserializer: D,
+) -> Result<Option<SystemTime>, D::Error> {
+    let text = Option::<std::borrow::Cow<'_, str>>::deserialize(deserializer)?;
+    let parse = |text: &str| {
+        let wanted = "a time in RFC 3339, such as 2026-01-31T12:00:00Z";
+        let invalid = || D::Error::invalid_value(Unexpected::Str(text), &wanted);
+        crate::parse_timestamp(text).ok_or_else(invalid)
+    };
+    text.as_deref().map(parse).transpose()
 }
 
 /// An error of serde_json as one line of text, without the line number, which is always 1.

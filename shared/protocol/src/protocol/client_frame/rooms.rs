@@ -1,11 +1,14 @@
 //! Frames about a room, and lists of rooms and users.
 
+use std::time::SystemTime;
+
 use serde::Deserialize;
 use serde_json::value::RawValue;
 
 use super::json::{
     check_meta, default_true, describe, deserialize_history, deserialize_limit,
-    deserialize_optional_seq, deserialize_password, deserialize_short_text,
+    deserialize_optional_seq, deserialize_optional_time, deserialize_password,
+    deserialize_short_text,
 };
 use crate::{
     error::ErrorCode,
@@ -110,6 +113,15 @@ pub struct HistoryFrame {
     /// Only entries above this one, the oldest of them.
     #[serde(default, deserialize_with = "deserialize_optional_seq")]
     pub after: Option<Seq>,
+    /// Only entries around this one, half of them below it.
+    #[serde(default, deserialize_with = "deserialize_optional_seq")]
+    pub around: Option<Seq>,
+    /// Only entries of a room that a node accepted at this time or later.
+    #[serde(default, deserialize_with = "deserialize_optional_time")]
+    pub since: Option<SystemTime>,
+    /// Only entries of a room that a node accepted before this time.
+    #[serde(default, deserialize_with = "deserialize_optional_time")]
+    pub until: Option<SystemTime>,
     /// Page size, 1 to 200.
     #[serde(default = "history_default", deserialize_with = "deserialize_limit")]
     pub limit: u32,
@@ -182,8 +194,14 @@ pub(super) fn history(
     if history.room.is_some() == history.with.is_some() {
         return Err(bad_request("`history` needs either `room` or `with`".into()));
     }
-    if history.before.is_some() && history.after.is_some() {
-        return Err(bad_request("`before` and `after` must not be combined".into()));
+    let HistoryFrame { before, after, around, since, until, .. } = &history;
+    if [before, after, around].iter().filter(|seq| seq.is_some()).count() > 1 {
+        let text = "`before`, `after` and `around` must not be combined";
+        return Err(bad_request(text.into()));
+    }
+    if history.with.is_some() && (around.is_some() || since.is_some() || until.is_some()) {
+        let text = "`around`, `since` and `until` need `room`: directs have `before` and `after`";
+        return Err(bad_request(text.into()));
     }
     Ok(history)
 }
