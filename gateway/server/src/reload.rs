@@ -13,7 +13,7 @@ use skein_protocol::ids::NodeId;
 use utoipa::ToSchema;
 
 use crate::{
-    config::{Config, ConfigErrors, ConfigSources, OptionDoc},
+    config::{Config, ConfigErrors, ConfigSources, DEFAULT_FILE, OptionDoc},
     http::Node,
 };
 
@@ -119,8 +119,23 @@ impl Reloader {
         ReloadReport { node: self.node.to_string(), ..report }
     }
 
+    /// Rejects an empty file in place of one with options: a program that writes it anew in place has
+    /// emptied it and not written it yet.
+    fn check_file(&self, running: &[OptionDoc]) -> Result<(), ConfigErrors> {
+        let path = self.sources.file.clone().unwrap_or_else(|| DEFAULT_FILE.into());
+        let has_options = || running.iter().any(OptionDoc::is_from_file);
+        let is_empty = std::fs::metadata(&path).is_ok_and(|found| found.len() == 0);
+        if is_empty && has_options() {
+            let text = "it is empty: write another file and rename it to this one, so that a reload \
+                        never sees a part of it";
+            return Err(ConfigErrors::one(&path.display().to_string(), text.to_owned()));
+        }
+        Ok(())
+    }
+
     fn try_reload(&self) -> Result<ReloadReport, ConfigErrors> {
         let running = &mut *self.running.lock();
+        self.check_file(running)?;
         let new = Config::load(self.sources.clone())?;
         let mut report = ReloadReport::default();
         for (old, new) in running.iter().zip(&new.options).filter(|(old, new)| old.differs(new)) {

@@ -16,7 +16,7 @@ use config::{
 
 use super::{
     aliases,
-    secrets::{SecretKind, SecretLines, read_secret_file},
+    secrets::{SecretKind, SecretLines, check_regular, read_secret_file},
     values::Bounds,
 };
 
@@ -113,6 +113,11 @@ struct ConfigError {
 }
 
 impl ConfigErrors {
+    /// An error of a source as a whole.
+    pub fn one(source: &str, message: String) -> Self {
+        Self(vec![ConfigError { key: source.to_owned(), message }])
+    }
+
     /// The errors, one after the other.
     pub fn iter(&self) -> impl Iterator<Item = &(dyn Display + '_)> {
         self.0.iter().map(|error| error as &dyn Display)
@@ -187,6 +192,11 @@ impl OptionDoc {
         self.value.text != other.value.text
     }
 
+    /// Whether the configuration file has the option.
+    pub fn is_from_file(&self) -> bool {
+        matches!(self.value.source, ValueSource::File(_))
+    }
+
     /// Whether a source has the option.
     pub fn is_given(&self) -> bool {
         self.value.source != ValueSource::Default
@@ -233,6 +243,12 @@ pub(super) struct OptionReader {
 impl OptionReader {
     /// Reads all sources.
     pub(super) fn new(sources: ConfigSources) -> Result<Self, ConfigErrors> {
+        let path = sources.file.clone().unwrap_or_else(|| DEFAULT_FILE.into());
+        if path.exists()
+            && let Err(message) = check_regular(&path)
+        {
+            return Err(ConfigErrors::one(&path.display().to_string(), message));
+        }
         let mut builder = config::Config::builder();
         builder = match sources.file {
             Some(path) => builder.add_source(File::from(path).format(FileFormat::Toml)),

@@ -80,7 +80,7 @@ impl SecretKind {
 /// A URL of a database without its password; `None` if it has another form.
 fn database_url(text: &str) -> Option<String> {
     let Some((scheme, rest)) = text.split_once("://") else {
-        return (text == "auto").then(|| text.to_owned());
+        return matches!(text, "auto" | "off").then(|| text.to_owned());
     };
     match scheme {
         "sqlite" => Some(text.to_owned()),
@@ -104,6 +104,7 @@ fn database_url(text: &str) -> Option<String> {
 ///
 /// A text that does not contain the secret.
 pub(super) fn read_secret_file(path: &Path, lines: SecretLines) -> Result<String, String> {
+    check_regular(path)?;
     let mut bytes = Vec::new();
     let file = File::open(path).map_err(|error| cannot_read(&error))?;
     file.take(FILE_BYTES_MAX + 1).read_to_end(&mut bytes).map_err(|error| cannot_read(&error))?;
@@ -111,6 +112,11 @@ pub(super) fn read_secret_file(path: &Path, lines: SecretLines) -> Result<String
         return Err(format!("the file is larger than {FILE_BYTES_MAX} bytes"));
     }
     let text = String::from_utf8(bytes).map_err(|_| "the file is not UTF-8")?;
+    if text.starts_with('\u{feff}') {
+        return Err(
+            "the file begins with a byte order mark: save it as UTF-8 without one".to_owned()
+        );
+    }
     let text = text.trim_end_matches(['\r', '\n']);
     if text.is_empty() {
         return Err("the file is empty".to_owned());
@@ -121,6 +127,20 @@ pub(super) fn read_secret_file(path: &Path, lines: SecretLines) -> Result<String
         }
         SecretLines::One => Ok(text.to_owned()),
         SecretLines::List => Ok(text.lines().collect::<Vec<_>>().join(",")),
+    }
+}
+
+/// Checks that a path leads to a file, directly or by links: a pipe or a device would block the process
+/// until another one writes.
+///
+/// # Errors
+///
+/// A text for the operator.
+pub(super) fn check_regular(path: &Path) -> Result<(), String> {
+    match std::fs::metadata(path) {
+        Ok(found) if found.is_file() => Ok(()),
+        Ok(_) => Err("it is not a regular file".to_owned()),
+        Err(error) => Err(cannot_read(&error)),
     }
 }
 
@@ -150,6 +170,7 @@ mod tests {
             (b"\n", "empty"),
             (b"hush\nhush\n", "more than one line"),
             (b"hush\xFF", "not UTF-8"),
+            (b"\xEF\xBB\xBFhush", "byte order mark"),
             (&[b'x'; 70_000], "larger than 65536"),
         ] {
             let error = read(bytes, SecretLines::One).unwrap_err();
@@ -157,6 +178,15 @@ mod tests {
         }
         let missing = read_secret_file("/nonexistent/secret".as_ref(), SecretLines::One);
         assert!(missing.unwrap_err().contains("No such file"));
+        // A pipe without a writer would block for ever.
+        let folder = tempfile::tempdir().unwrap();
+        let pipe = folder.path().join("pipe");
+        let made = std::process::Command::new("mkfifo").arg(&pipe).status().unwrap();
+        assert!(made.success());
+        for other in [&pipe, folder.path()] {
+            let error = read_secret_file(other, SecretLines::One).unwrap_err();
+            assert!(error.contains("not a regular file"), "{error}");
+        }
     }
 
     #[test]

@@ -195,6 +195,10 @@ async fn answering_node(node: &Node, id: &str) -> Result<NodeId, ApiError> {
 pub(super) struct ReloadReports {
     /// Reports of the nodes that have answered, ordered by id.
     nodes: Vec<ReloadReport>,
+    /// Nodes that should answer: with `*` the nodes of the cluster, else 1.
+    asked: usize,
+    /// Nodes that have answered in time. One that has not may reload later, or not at all.
+    answered: usize,
 }
 
 /// Reload the configuration of a node, or with `*` of all nodes. Keys, secrets of tokens, origins,
@@ -214,14 +218,15 @@ pub(super) async fn reload(
     let id: Option<NodeId> = if id == "*" { None } else { Some(parse_name(&id)?) };
     let by = format!("API key {caller}");
     let query = NodeQuery::Reload { node: id.clone(), by };
-    let (replies, _) = node.control.query_nodes(query).await?;
+    let (replies, outcome) = node.control.query_nodes(query).await?;
     let mut nodes: Vec<ReloadReport> =
         replies.iter().filter_map(|reply| serde_json::from_str(reply).ok()).collect();
     if nodes.is_empty() && id.is_some() {
         return Err(ApiError::new(ErrorCode::NotFound, "no node with this id has answered"));
     }
     nodes.sort_unstable_by(|a, b| a.node.cmp(&b.node));
-    Ok(Json(ReloadReports { nodes }))
+    let (asked, answered) = (if id.is_some() { 1 } else { outcome.nodes }, nodes.len());
+    Ok(Json(ReloadReports { nodes, asked, answered }))
 }
 
 /// Get sums over the cluster.

@@ -86,6 +86,10 @@ pub(super) struct TopSenderList {
     users: Vec<TopUser>,
     /// Addresses, largest first.
     addresses: Vec<TopAddress>,
+    /// Nodes that were asked.
+    asked: usize,
+    /// Nodes that have answered in time.
+    answered: usize,
 }
 
 /// The reply of one node.
@@ -116,11 +120,13 @@ pub(super) async fn top(
         _ => return Err(ApiError::bad_request("`by` must be frames, bytes or refusals")),
     };
     let limit = page_limit(limit, 20)?;
-    let (replies, _) = node.control.query_nodes(NodeQuery::Top { by, limit }).await?;
+    let (replies, outcome) = node.control.query_nodes(NodeQuery::Top { by, limit }).await?;
+    let mut answered = 0;
     let (mut users, mut addresses) = (Vec::new(), Vec::new());
     for reply in replies {
         // A node of a version without this query does not reply.
         let Ok(reply) = serde_json::from_str::<TopReply>(&reply) else { continue };
+        answered += 1;
         let TopReply { node, users: of_users, addresses: of_addresses } = reply;
         users.extend(of_users.into_iter().map(|row| TopUser { node: node.clone(), ..row }));
         addresses
@@ -130,5 +136,6 @@ pub(super) async fn top(
     addresses.sort_by_key(|row| std::cmp::Reverse(row.input.by(by)));
     users.truncate(limit as usize);
     addresses.truncate(limit as usize);
-    Ok(Json(TopSenderList { seconds: WINDOW.as_secs(), users, addresses }))
+    let (seconds, asked) = (WINDOW.as_secs(), outcome.nodes);
+    Ok(Json(TopSenderList { seconds, users, addresses, asked, answered }))
 }
