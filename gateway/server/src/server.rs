@@ -396,10 +396,10 @@ async fn open_archive(
                     match expiring.expire(before).await {
                         Ok(0) => {}
                         Ok(removed) => {
-                            tracing::info!(removed, "removed old messages from the archive")
+                            tracing::info!(removed, "removed old messages from the archive");
                         }
                         Err(error) => {
-                            tracing::warn!(%error, "cannot remove old messages from the archive")
+                            tracing::warn!(%error, "cannot remove old messages from the archive");
                         }
                     }
                 }

@@ -11,6 +11,8 @@ use super::{
 
 /// Database of a single node unless configured, below the working directory.
 const DEFAULT_URL: &str = "sqlite://data/skein.db";
+/// Value of `archive.url` for no archive, since an empty environment variable counts as absent.
+const OFF: &str = "off";
 /// Value of `archive.url` that chooses by whether there are other nodes.
 const AUTO: &str = "auto";
 
@@ -19,8 +21,8 @@ options! {
     ArchiveSection in "archive" {
         /// Database that keeps the messages of rooms beyond the retention of logs:
         /// `sqlite://PATH` for a single node, `postgres://user:password@host/database` for a
-        /// cluster. `auto`: `sqlite://data/skein.db` for a single node, none for a cluster. Empty:
-        /// none.
+        /// cluster. `auto`: `sqlite://data/skein.db` for a single node, none for a cluster. `off` or
+        /// empty: none.
         url: Optional<String> = "auto", secret SecretKind::DatabaseUrl;
         /// Entries that wait in Redis, in a Redis Cluster per partition, while the database is
         /// away. Above it: entries are archived later from the logs, as long as those have them.
@@ -50,7 +52,7 @@ impl ArchiveSection {
         is_cluster: bool,
         reader: &mut OptionReader,
     ) -> Option<ArchiveOptions> {
-        let configured = self.url.0?;
+        let configured = self.url.0.filter(|url| url != OFF)?;
         let is_default = configured == AUTO;
         let url = match configured {
             _ if is_default && is_cluster => return None,
@@ -68,7 +70,7 @@ impl ArchiveSection {
             Some("sqlite" | "postgres" | "postgresql") => {}
             _ => reader.error(
                 "archive.url",
-                "must begin with sqlite:// or postgres://, or be `auto` or empty",
+                "must begin with sqlite:// or postgres://, or be `auto`, `off` or empty",
             ),
         }
         let shown_url = SecretKind::DatabaseUrl.shown(&url);

@@ -237,7 +237,7 @@ impl MemoryBus {
                 tracing::warn!(%room, %error, "a room begins without the entries that the archive has");
             }
             Err(_) => {
-                tracing::warn!(%room, "the archive did not return the entries of a room in time")
+                tracing::warn!(%room, "the archive did not return the entries of a room in time");
             }
         }
     }
