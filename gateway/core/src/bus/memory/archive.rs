@@ -142,12 +142,13 @@ impl MemoryBus {
                     bus.copy_waiting(&writer, &metrics).await;
                 }
             };
-            // Both arms are cancel-safe: a batch that was not committed is copied again.
+            // A batch that was under way is taken once more.
             tokio::select! {
                 biased;
                 () = stopped.cancelled() => {}
                 () = copy => {}
             }
+            bus.note_uncopied();
             let last = bus.copy_waiting(&writer, &metrics);
             if tokio::time::timeout(LAST_BATCHES_MAX, last).await.is_err() {
                 tracing::error!("the archive did not take the last entries in time");
@@ -164,6 +165,17 @@ impl MemoryBus {
             }
             writer.apply(batch.records).await;
             self.note_copied(&batch.rooms);
+        }
+    }
+
+    /// Notes every room with records that the archive has not committed.
+    fn note_uncopied(&self) {
+        let (logs, now) = (&mut *self.logs.lock(), Instant::now());
+        let Some(archived) = &mut logs.archived else { return };
+        for (room, log) in &logs.logs {
+            if log.archived < log.top || log.archived_deletion < log.deleted {
+                archived.note(room, 0, now);
+            }
         }
     }
 

@@ -25,7 +25,8 @@ use super::{
 };
 use crate::{
     harness::{
-        Node, Redis, closed, connect, free_port, get, next_message, poll_pause, room, say, until,
+        Node, Postgres, Redis, closed, connect, free_port, get, next_message, poll_pause, room,
+        say, until,
     },
     untrusted::{call, envelope, words},
 };
@@ -139,10 +140,14 @@ async fn every_alert_fires_and_clears_on_a_live_cluster() {
     let small = Node::start_within(100, &small_options).await;
     let mut site = TlsSite::start(cluster.nodes[0].address, 90).await;
     let replica = start_replica(cluster.redis.port, folder.path()).await;
+    let (archived_redis, mut postgres) = (Redis::start().await, Postgres::start().await);
+    let archive = postgres.url();
+    let own = [("archive.url", archive.as_str()), ("archive.backlog_max", "1000")];
+    let archiving = Node::start(&archived_redis, None, &[&OPTIONS[..], &own].concat()).await;
     let blackbox = Blackbox::start().await;
 
     let prometheus = Prometheus::start(Some(&site.watched_by(&blackbox))).await;
-    let sides = [clock.node.admin, faulty.node.admin, small.admin];
+    let sides = [clock.node.admin, faulty.node.admin, small.admin, archiving.admin];
     let targets = |cluster: &Cluster| [&cluster.admins()[..], &sides].concat();
     prometheus.set_targets(targets(&cluster));
     prometheus.until_scraped(6).await;
@@ -161,6 +166,7 @@ async fn every_alert_fires_and_clears_on_a_live_cluster() {
         foreign_values_fire_alerts(&prometheus, &cluster),
         slow_clients_fire_alerts(&prometheus, &cluster.nodes[1]),
         an_unreachable_site_fires_alerts(&prometheus, &mut site),
+        an_archive_that_is_away_fires_alerts(&prometheus, &archiving, &mut postgres),
     );
     drop(replica);
 
@@ -224,6 +230,25 @@ async fn limits_fire_alerts(prometheus: &Prometheus, node: &Node) {
     let connections = idle(node.address, 78).await;
     prometheus.fires(begun, &expected).await;
     drop(connections);
+    prometheus.cured(&expected);
+}
+
+/// The database of the archive ends, and more messages come than Redis has space for.
+async fn an_archive_that_is_away_fires_alerts(
+    prometheus: &Prometheus,
+    node: &Node,
+    postgres: &mut Postgres,
+) {
+    let begun = Instant::now();
+    let expected = [alert("GatewayArchiveDown", node.admin), alert("GatewayArchiveBehind", "")];
+    postgres.kill().await;
+    let (mut ann, lobby) = (connect(node.address, "ann").await, room("lobby"));
+    ann.join(&lobby).await.unwrap();
+    for number in 0..1_600 {
+        say(&mut ann, &lobby, &number.to_string()).await;
+    }
+    prometheus.fires(begun, &expected).await;
+    postgres.restart().await;
     prometheus.cured(&expected);
 }
 
