@@ -177,7 +177,7 @@ impl Archiver {
 
     /// Copies entries while the connection lasts.
     async fn copy_all(&self, mut connection: MultiplexedConnection) -> RedisResult<Infallible> {
-        // What this node had taken before comes first.
+        // Entries that this node had taken before come first.
         while self.copy_next(&mut connection, "0").await? > 0 {}
         let mut claimed = Instant::now();
         loop {
