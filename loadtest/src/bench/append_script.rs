@@ -14,8 +14,9 @@ use super::{
 };
 use crate::timestamp::SendTimestamp;
 
-/// The text of the gateway's script.
+/// The text of the gateway's script, without an archive.
 const SCRIPT: &str = concat!(
+    "local archive_backlog_max = 0\n",
     include_str!("../../../gateway/redis/src/scripts/prelude.lua"),
     "\n",
     include_str!("../../../gateway/redis/src/scripts/append.lua"),
@@ -79,13 +80,14 @@ fn call(sha: &str, room: usize, number: usize) -> Vec<String> {
     let arguments = [
         "EVALSHA",
         sha,
-        "6",
+        "7",
         &key("log"),
         &key("meta"),
         &key("ids0"),
         &key("ids1"),
         "gw:barrier",
         &key("unheard"),
+        "gw:archive",
         SERVER_ID,
         &format!("gw:{{0}}:r:bench-{room:04}"),
         "abcdefgh",

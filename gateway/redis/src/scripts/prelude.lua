@@ -185,9 +185,9 @@ local function entry_at(seq)
     end
 end
 
--- Adds a record of a room, not of an inbox, to the archive stream, from which the gateways copy it to the archive: `p` envelope of
--- the entry at `position`, or the position that a deletion began, without an envelope. If the stream
--- has no space for an entry, notes the room, whose log is copied later.
+-- Adds a record of a room, not of an inbox, to the archive stream, from which the gateways copy it to
+-- the archive: `envelope` of the entry at `position`, or the position that a deletion began, without an
+-- envelope. If the stream has no space for an entry, notes the room, whose log is copied later.
 local function archive(position, envelope, has_no_space)
     if archive_backlog_max == 0 or string.find(ARGV[2], '}:u:', 1, true) then
         return

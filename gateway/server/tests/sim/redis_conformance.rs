@@ -108,7 +108,7 @@ impl ServerPair {
             _ => (String::new(), text),
         };
         let prelude = include_str!("../../../redis/src/scripts/prelude.lua");
-        let text = format!("{flags}{prelude}\n{text}");
+        let text = format!("{flags}local archive_backlog_max = 0\n{prelude}\n{text}");
         let mut command = words(&["EVAL", &text, &keys.len().to_string()]);
         command.extend(words(keys));
         command.extend_from_slice(args);
@@ -212,7 +212,7 @@ async fn room_scripts_run_as_on_redis() {
     const DELETE: &str = include_str!("../../../redis/src/scripts/delete.lua");
     const RESTORE_UNCONFIRMED: &str =
         include_str!("../../../redis/src/scripts/restore_unconfirmed.lua");
-    const ROOM: [&str; 6] = ["log", "meta", "ids0", "ids1", "barrier", "unheard"];
+    const ROOM: [&str; 7] = ["log", "meta", "ids0", "ids1", "barrier", "unheard", "archive"];
 
     let mut pair = ServerPair::start().await;
     let mut random = StdRng::seed_from_u64(7);
