@@ -140,7 +140,7 @@ async fn every_alert_fires_and_clears_on_a_live_cluster() {
     let small = Node::start_within(100, &small_options).await;
     let mut site = TlsSite::start(cluster.nodes[0].address, 90).await;
     let replica = start_replica(cluster.redis.port, folder.path()).await;
-    let (archived_redis, mut postgres) = (Redis::start().await, Postgres::start().await);
+    let (archived_redis, mut postgres) = (Redis::start_durable().await, Postgres::start().await);
     let archive = postgres.url();
     let own = [("archive.url", archive.as_str()), ("archive.backlog_max", "1000")];
     let archiving = Node::start(&archived_redis, None, &[&OPTIONS[..], &own].concat()).await;
