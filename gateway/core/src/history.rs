@@ -9,7 +9,7 @@ use skein_protocol::{
 };
 
 use crate::{
-    archive::{Archive, ArchivedEntry, TimeRange},
+    archive::{Archive, ArchivedEntry, PAGE_BYTES_MAX, TimeRange},
     bus::{Bus, BusError, ReadRange},
     delivery::{
         Entry, ServerId,
@@ -153,7 +153,7 @@ impl HistoryReader {
             found.extend(log.entries.drain(..).rev().filter(|entry| is_within(entry, time)));
             let log_goes_on = first.is_some_and(|first| log.oldest < first);
             below = first.or_else(|| lowest(before, &log)).or(below);
-            if found.len() > wanted || is_complete || !log_goes_on {
+            if found.len() > wanted || is_complete || !log_goes_on || is_full(&found) {
                 break;
             }
             if time == TimeRange::default() && found.len() == wanted {
@@ -167,7 +167,7 @@ impl HistoryReader {
             more = false;
         } else if !more && let Some(archive) = &self.archive {
             let below = below.unwrap_or(log.top + 1);
-            if found.len() == wanted {
+            if found.len() == wanted || is_full(&found) {
                 // Numbers begin at 1, so that there are entries below.
                 more = below > 1;
             } else if below > 1 {
@@ -202,7 +202,9 @@ impl HistoryReader {
             let page = archive.read(room.clone(), range, time).await.map_err(unavailable)?;
             let below = page.entries.into_iter().filter(|entry| entry.position.seq < log_begins);
             found.extend(below.map(entry_of));
-            if page.more && found.len() == wanted {
+            // A page that is full, or large, ends before the log begins.
+            let reached = found.last().map_or(after, |last| last.position.seq);
+            if page.more && reached + 1 < log_begins {
                 let epoch = log.epoch;
                 return Ok(HistoryPage { epoch, entries: found, more: true, keeps_newest: false });
             }
@@ -220,7 +222,7 @@ impl HistoryReader {
             found.extend(log.entries.drain(..).filter(|entry| is_within(entry, time)));
             more = !ends && last < log.top;
             after = last;
-            if !more || found.len() >= wanted {
+            if !more || found.len() >= wanted || is_full(&found) {
                 break;
             }
             log = self.bus.read(room.clone(), ReadRange::After { seq: after, limit }).await?;
@@ -229,6 +231,11 @@ impl HistoryReader {
         found.truncate(wanted);
         Ok(HistoryPage { epoch: log.epoch, entries: found, more, keeps_newest: false })
     }
+}
+
+/// Whether entries fill a reply, so that no more need be read.
+fn is_full(entries: &[Entry]) -> bool {
+    entries.iter().map(Entry::bytes).sum::<usize>() >= PAGE_BYTES_MAX
 }
 
 /// The number below which an empty page of a log ends.

@@ -195,6 +195,24 @@ async fn history_of_a_cluster_goes_on_in_postgresql() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn pages_of_large_messages_have_no_hole() {
+    let (redis, postgres, lobby) = (Redis::start().await, Postgres::start().await, room("lobby"));
+    let url = postgres.url();
+    let node = Gateway::start_on(&redis, &short_logs(&url)).await;
+    let mut ann = node.connect("ann").await;
+    ann.join(&lobby).await.unwrap();
+    let mut expected = Vec::new();
+    for number in 1..=60 {
+        let text = format!("{number} {}", "x".repeat(20_000));
+        expected.push((say(&mut ann, &lobby, &text).await.seq, text));
+    }
+    archived(node.admin).await;
+    // A reply has 256 KiB at most, so that each page ends for its size.
+    assert_eq!(forwards(node.address, &lobby, 200).await, expected);
+    assert_eq!(backwards(node.address, &lobby, 200).await, expected);
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn entries_wait_in_redis_while_postgresql_is_away() {
     let (redis, mut postgres, lobby) =
         (Redis::start().await, Postgres::start().await, room("lobby"));
