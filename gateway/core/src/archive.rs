@@ -78,10 +78,10 @@ pub struct ArchivedEntry {
     pub envelope: Envelope,
 }
 
-/// A page of the archive.
+/// A page of the archive: a part of a room, oldest first, or found messages, newest first.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct ArchivePage {
-    /// The entries, oldest first.
+    /// The entries.
     pub entries: Vec<ArchivedEntry>,
     /// Whether the archive has more of them in the direction of the range.
     pub more: bool,
@@ -254,7 +254,7 @@ impl ArchiveRecord {
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use parking_lot::Mutex;
 
     use super::*;
@@ -262,7 +262,7 @@ mod tests {
 
     /// An archive that is away at first, and rejects the entry 3.
     #[derive(Default)]
-    struct Picky {
+    pub(crate) struct Picky {
         away: Mutex<u32>,
         kept: Mutex<Vec<Seq>>,
     }

@@ -161,7 +161,7 @@ impl MemoryBus {
         loop {
             let batch = self.next_batch(metrics);
             if batch.records.is_empty() {
-                return;
+                return self.note_copied(&batch.rooms);
             }
             writer.apply(batch.records).await;
             self.note_copied(&batch.rooms);
@@ -194,9 +194,10 @@ impl MemoryBus {
             }
             let first =
                 log.entries.partition_point(|(_, entry)| entry.position.seq <= log.archived);
-            let (mut last, mut count) = (log.archived, 0);
+            let (mut last, mut count, mut is_cut) = (log.archived, 0, false);
             for (_, entry) in log.entries.iter().skip(first) {
-                if batch.records.len() >= BATCH_LEN_MAX || bytes >= BATCH_BYTES {
+                is_cut = batch.records.len() >= BATCH_LEN_MAX || bytes >= BATCH_BYTES;
+                if is_cut {
                     break;
                 }
                 bytes += entry.bytes();
@@ -207,7 +208,10 @@ impl MemoryBus {
                     envelope: entry.envelope.clone(),
                 });
             }
-            if last < log.top && archived.queued.insert(room.clone()) {
+            if !is_cut {
+                // Also past entries that the log has dropped: they will not come any more.
+                last = log.top;
+            } else if archived.queued.insert(room.clone()) {
                 archived.waiting.push_front(room.clone());
             }
             batch.rooms.push((room, last, count, log.deleted));
@@ -282,5 +286,66 @@ impl MemoryBus {
             log.entries.push_front((now, entry));
         }
         *bytes += log.cost() - before;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{
+        archive::tests::Picky,
+        bus::{Bus as _, Mailboxes, Retention},
+        delivery::samples::entry,
+    };
+
+    #[tokio::test]
+    async fn dropped_entries_are_not_waited_for() {
+        let (metrics, tasks) = (Arc::new(Metrics::new()), Tasks::default());
+        let (mailboxes, _receivers) = Mailboxes::new(1, 16, metrics.clone());
+        let archive = MemoryArchive::open(Arc::new(Picky::default())).await.unwrap();
+        let hour = Duration::from_secs(3600);
+        let retention = Retention {
+            entries_min: 10,
+            ttl: hour,
+            inboxes: Default::default(),
+            window: hour,
+            bytes_max: 1 << 20,
+            memory_bytes_max: 1 << 20,
+            dedup_window: hour,
+            limits: Default::default(),
+        };
+        let room: RoomId = "r".parse().unwrap();
+        let (rooms, sessions) = (Default::default(), Default::default());
+        let bus = MemoryBus::start_archived(
+            archive,
+            metrics.clone(),
+            retention,
+            &rooms,
+            &sessions,
+            mailboxes,
+            &tasks,
+        );
+        bus.subscribe(room.clone()).await.unwrap();
+        {
+            // As if memory had become short before the entries 1 to 7 were copied.
+            let logs: &mut MemoryLogs = &mut bus.logs.lock();
+            let mut log = MemoryLog::begin(epoch_of(0), Instant::now());
+            log.top = 7;
+            logs.logs.insert(room.clone(), log);
+            logs.archived.as_mut().unwrap().note(&room, 7, Instant::now());
+        }
+        let batch = bus.next_batch(&metrics);
+        assert!(batch.records.is_empty());
+        bus.note_copied(&batch.rooms);
+        {
+            let logs: &mut MemoryLogs = &mut bus.logs.lock();
+            let log = logs.logs.get_mut(&room).unwrap();
+            assert_eq!(log.archived, 7);
+            log.top = 8;
+            log.entries.push_back((Instant::now(), entry("0-e", 8)));
+            logs.archived.as_mut().unwrap().note(&room, 1, Instant::now());
+        }
+        let batch = bus.next_batch(&metrics);
+        assert_eq!((batch.records.len(), batch.rooms[0].1), (1, 8));
     }
 }
